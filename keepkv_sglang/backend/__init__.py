@@ -1,0 +1,1 @@
+"""Attention backends registered with SGLang: vote-weighted attention per hardware."""

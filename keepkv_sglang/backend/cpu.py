@@ -1,0 +1,92 @@
+"""SGLang attention backend for the CPU: our vote-weighted kernels over the paged pool.
+
+Cached queries are never recomputed: a request that extends a cached prefix of 3,000 tokens by one computes one query.
+(SGLang's torch_native recomputes all of them.) It also works without --enable-keepkv, as a plain CPU backend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from keepkv_sglang import refuse, runtime
+from keepkv_sglang.kernels import attention
+
+
+class KeepKVCpuBackend(AttentionBackend):
+    """forward_decode and forward_extend with votes; keeps the window queries that a compression will score with."""
+
+    def __init__(self, runner: Any) -> None:
+        super().__init__()
+        self.kernel = attention.load()
+        self.pool = runner.token_to_kv_pool
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.checked: set[int] = set()
+        self.runtime: runtime.Runtime | None = None
+        config = runtime.configured()
+        if config is not None and config.enabled:
+            self.runtime = runtime.current()
+            self.runtime.attach_model_runner(runner)
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        """int64 lengths for the kernels, once per forward instead of once per layer."""
+        self.rows = forward_batch.req_pool_indices.to(torch.int64)
+        self.seq_lens = forward_batch.seq_lens.to(torch.int64)
+        if not forward_batch.forward_mode.is_decode_or_idle():
+            self.extend_lens = forward_batch.extend_seq_lens.to(torch.int64)
+
+    def _before(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> Any:
+        """Writes K and V (a rewritten slot stands for one token again) and keeps window queries. Returns log votes."""
+        if layer.layer_id not in self.checked:
+            refuse.check_layer(layer)
+            self.checked.add(layer.layer_id)
+            if self.runtime is not None:
+                self.runtime.scales[layer.layer_id] = layer.scaling
+        if save_kv_cache and k is not None:
+            self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        if self.runtime is None:
+            return None
+        rt = self.runtime
+        assert rt.votes is not None and rt.arena is not None
+        index = layer.layer_id - rt.first_layer
+        rt.votes.reset(index, forward_batch.out_cache_loc)
+        wanted = getattr(forward_batch, "keepkv_capture", None)
+        if wanted is not None:
+            rt.arena.queries[index, wanted[1]] = q[wanted[0]].to(rt.arena.queries.dtype)
+        return rt.votes.log_votes[index]
+
+    def forward_decode(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
+    ) -> torch.Tensor:
+        """q [B, Hq * D] -> [B, Hq * D]; one token per request."""
+        q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        log_votes = self._before(q3, k, v, layer, forward_batch, save_kv_cache)
+        out = torch.empty_like(q3, memory_format=torch.contiguous_format)
+        keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
+        self.kernel.decode(
+            q3, keys, values, log_votes, self.req_to_token, self.rows, self.seq_lens, layer.scaling, out
+        )
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def forward_extend(
+        self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
+    ) -> torch.Tensor:
+        """q [T, Hq * D] -> [T, Hq * D]; the new tokens of each request, behind its cached ones. Mixed batches too."""
+        q3 = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        log_votes = self._before(q3, k, v, layer, forward_batch, save_kv_cache)
+        out = torch.empty_like(q3, memory_format=torch.contiguous_format)
+        keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
+        self.kernel.extend(
+            q3, keys, values, log_votes, self.req_to_token, self.rows, self.seq_lens, self.extend_lens,
+            layer.scaling, out,
+        )
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def forward_mixed(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.forward_extend(*args, **kwargs)
+
+    def support_triton(self) -> bool:
+        return False

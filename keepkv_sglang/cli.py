@@ -1,0 +1,79 @@
+"""The `keepkv` command. Each subcommand is one row of COMMANDS; its module is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: `add_arguments` fills its parser, `run` returns the exit code.
+
+    A ValueError from `run` is the user's to mend: it is printed as one line and exits 1.
+    """
+
+    name: str
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="keepkv", description="KeepKV for SGLang.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        sub = subparsers.add_parser(command.name, help=command.help, description=command.help)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ValueError as error:
+        print(f"keepkv {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    where = "folder of converted models (default: models/ in $KEEPKV_CACHE or ~/.cache/keepkv)"
+    parser.add_argument("--cache-dir", type=Path, help=where)
+    parser.add_argument("--force", action="store_true", help="convert again even when the folder is good")
+
+
+def _model(args: argparse.Namespace) -> int:
+    from keepkv_sglang import model
+
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars make unreadable logs; our own lines stay
+    print(model.prepare(args.cache_dir, args.force))
+    return 0
+
+
+def _check(_: argparse.Namespace) -> int:
+    from keepkv_sglang import check
+
+    return check.run()
+
+
+def _version(_: argparse.Namespace) -> int:
+    from keepkv_sglang import __version__
+
+    print(__version__)
+    return 0
+
+
+COMMANDS = [
+    Command("model", "Make the demo model; the last line printed is its folder.", _model, _model_arguments),
+    Command("check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check),
+    Command("version", "Print the version of keepkv-sglang.", _version),
+]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""The hub: score -> select -> match -> merge -> commit, for one span of one request. Read this first.
+
+The mathematics of one layer is `layer_compress.compress_layer`; which span is due, and when, is decided in
+`schedule.py`. Here the span's slots are read, merged into slots that are private to the request, and the row is
+shortened. Nothing shared is rewritten: a slot that the prefix cache owns is only ever read (DESIGN.md, decision 3).
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keepkv_sglang import record
+from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
+from keepkv_sglang.request import RequestState, Window
+from keepkv_sglang.runtime import Runtime
+
+SCRATCH_BYTES = 64 << 20  # working memory of one layer's merge
+
+
+@dataclass(frozen=True)
+class Span:
+    """Slots [start, start + slots) of a request's row that become m slots.
+
+    end: logical position after the span's last token; tokens: how many tokens the slots stand for.
+    """
+
+    start: int
+    slots: int
+    tokens: int
+    end: int
+    m: int
+
+
+def compress_span(rt: Runtime, req: Any, state: RequestState, span: Span, window: Window) -> bool:
+    """Merges the span's slots of every layer into m of the request's own slots and shortens its row.
+
+    Mutates the KV pool and the votes (only slots that are private to the request or newly allocated), the row, the
+    request's lengths, lock and offset. Returns False, with nothing changed, when the pool has no room for it.
+
+    Of the span, row positions below cache_protected_len belong to the prefix cache (raw spans that are compressed with
+    this turn, or the whole chain under a budget in slots): they are read, then left to the cache.
+    """
+    kv = req.kv
+    length = kv.kv_committed_len
+    assert kv.kv_allocated_len == length, (kv.kv_allocated_len, length)
+    assert 0 < span.m < span.slots and window.filled > 0
+    began = time.perf_counter()
+    row = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, :length].to(torch.int64)
+    stop = span.start + span.slots
+    private = row[max(span.start, kv.cache_protected_len) : stop]
+    target, spare = private[: span.m], private[span.m :]
+    if len(private) < span.m:
+        extra = _allocate(rt, span.m - len(private))
+        if extra is None:
+            rt.counters["skipped_no_room"] += 1
+            return False
+        target = torch.cat([private, extra])
+    _merge_layers(rt, req, state, span, window, row, target)
+    tail = row[stop:]
+    new_row = torch.cat([target, tail]).to(torch.int32)
+    rt.req_to_token_pool.write((kv.req_pool_idx, slice(span.start, span.start + len(new_row))), new_row)
+    if span.start < kv.cache_protected_len:
+        rt.tree.move_lock_up(req, span.start)
+    new_length = length - span.slots + span.m
+    kv.kv_committed_len = kv.kv_allocated_len = new_length
+    if len(spare):
+        rt.allocator.free(spare)
+    rt.set_offset(req, state, state.offset + span.slots - span.m)
+    state.compressions += 1
+    rt.counters["compressions"] += 1
+    rt.counters["slots_freed"] += span.slots - span.m
+    rt.counters["seconds"] += time.perf_counter() - began
+    return True
+
+
+def _allocate(rt: Runtime, count: int) -> torch.Tensor | None:
+    """Slots for a span whose kept tokens lie in cached slots; evicts cold entries, never raises when full."""
+    if rt.allocator.available_size() < count:
+        if rt.allocator.available_size() + rt.tree.evictable_size() < count:
+            return None
+        rt.tree.evict_slots(count - rt.allocator.available_size())
+    slots = rt.allocator.alloc(count)
+    return None if slots is None else slots.to(torch.int64)
+
+
+def _merge_layers(
+    rt: Runtime, req: Any, state: RequestState, span: Span, window: Window, row: torch.Tensor, target: torch.Tensor
+) -> None:
+    """Writes the merged entries of all layers into `target` [m] int64 slots; adds to the merged/dropped statistics."""
+    assert rt.votes is not None and rt.arena is not None
+    config, pool = state.config, rt.kv_pool
+    context, source = row[: span.start], row[span.start : span.start + span.slots]
+    rows = torch.tensor(window.rows[: window.filled], dtype=torch.int64, device=row.device)
+    # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
+    first = span.slots - (span.end - window.lo)
+    q_index = torch.arange(first, first + window.filled, dtype=torch.int64, device=row.device)
+    policy = SpanPolicy(
+        m=span.m, merge=config.merge, recent=config.recent, sinks=config.sinks if span.start == 0 else 0,
+        threshold=config.threshold,
+    )
+    log = record.begin(req, state, span, window, policy)
+    joined = torch.zeros((), dtype=torch.int64, device=row.device)
+    scheduler = rt.scheduler
+    # GPU: merges run behind the forward that is in flight, which still reads the row as it was.
+    with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
+        for index in range(pool.layer_num):
+            layer = rt.first_layer + index
+            keys, values = pool.get_key_buffer(layer), pool.get_value_buffer(layer)
+            votes = rt.votes.log_votes[index]
+            result = compress_layer(
+                LayerInput(
+                    q=rt.arena.queries[index, rows], q_index=q_index, k_ctx=keys[context], lv_ctx=votes[context],
+                    k=keys[source], v=values[source], lv=votes[source], scale=rt.scales[layer],
+                ),
+                policy,
+                SCRATCH_BYTES,
+            )
+            keys[target], values[target], votes[target] = result.k, result.v, result.lv
+            joined += (result.assign >= 0).sum()
+            if log is not None:
+                log.layer(result)
+    heads = pool.layer_num * rt.votes.log_votes[0].shape[1]
+    merged = joined.item() / heads - span.m
+    state.merged += merged
+    state.dropped += span.slots - span.m - merged
+    if log is not None:
+        log.write()

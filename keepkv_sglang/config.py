@@ -1,0 +1,168 @@
+"""The resolved KeepKV configuration: one frozen record from flags and per-request parameters.
+
+One place decides names, defaults, ranges and help texts; `flags.py` builds the command line from it and
+`hooks/frontend.py` checks requests with it. Units are in the names where they are not obvious:
+slots = KV slots of the pool, tokens = logical tokens, queries = query vectors, steps = decode steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+MERGE_RULES = ("least_squares", "tangent", "zip", "mean", "evict")
+MAX_WINDOW = 256
+# Bump when scoring, selection or merging change in a way that makes old entries mean something else.
+ALGORITHM_VERSION = 1
+
+
+class ConfigError(ValueError):
+    """A flag or request value that cannot work; the message says what to do."""
+
+
+def parse_budget(value: Any) -> float | int:
+    """A fraction in (0, 1] or a whole number of slots from 2 up (DESIGN.md, decision 6).
+
+    ``1`` and ``1.0`` both mean 100 %, that is no compression. Accepts int, float or their text.
+    """
+    hint = "use a fraction in (0, 1], such as 0.2, or a whole number of KV slots from 2 up"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ConfigError(f"budget {value!r} is not a number; {hint}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise ConfigError(f"budget {value!r} is not a number; {hint}") from None
+    if not math.isfinite(number) or number <= 0:
+        raise ConfigError(f"budget {value!r} is out of range; {hint}")
+    if number <= 1:
+        return number
+    if number != int(number):
+        raise ConfigError(f"budget {value!r} is neither a fraction nor a whole number; {hint}")
+    return int(number)
+
+
+def _whole(name: str, low: int, high: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise ConfigError(f"{name} {value!r} is out of range; use a whole number from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _threshold(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not -1 <= number <= 1:
+        raise ConfigError(f"threshold {value!r} is out of range; use a cosine similarity from -1 to 1")
+    return number
+
+
+def _merge(value: Any) -> str:
+    if value not in MERGE_RULES:
+        raise ConfigError(f"merge {value!r} is not known; use one of {', '.join(MERGE_RULES)}")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"enabled {value!r} is not a boolean; use true or false")
+    return value
+
+
+@dataclass(frozen=True)
+class KeepKVConfig:
+    """What one request runs with. Frozen and hashable: it is part of every entry's key."""
+
+    enabled: bool = False
+    budget: float | int = 0.2
+    merge: str = "least_squares"
+    window: int = 32
+    recent: int = 32
+    sinks: int = 4
+    threshold: float = 0.6
+    interval: int = 64
+    min_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            # frozen: normalised values (0.2 from "0.2") are written once, here
+            object.__setattr__(self, field.name, PARSERS[field.name](getattr(self, field.name)))
+
+    def with_request(self, params: Mapping[str, Any] | None) -> KeepKVConfig:
+        """This configuration with one request's ``custom_params["keepkv"]`` applied.
+
+        Raises ConfigError for an unknown key or a bad value. A request cannot switch KeepKV on in a
+        server that was started without it; ``enabled: true`` is allowed and changes nothing there.
+        """
+        if params is None:
+            return self
+        if not isinstance(params, Mapping):
+            raise ConfigError(
+                f'custom_params["keepkv"] must be an object such as {{"budget": 0.2}}, not {params!r}'
+            )
+        unknown = sorted(str(key) for key in params if key not in PARSERS)
+        if unknown:
+            raise ConfigError(f"keepkv: unknown key {', '.join(unknown)}; known keys: {', '.join(PARSERS)}")
+        wanted = {key: PARSERS[key](value) for key, value in params.items()}
+        if not self.enabled:
+            wanted["enabled"] = False
+        return replace(self, **wanted)
+
+    @property
+    def compresses(self) -> bool:
+        """False when nothing of the request is ever merged: switched off, or the budget is 100 %."""
+        return self.enabled and self.budget != 1.0
+
+    @property
+    def counts_slots(self) -> bool:
+        """True when the budget is a number of slots for the whole request, not a fraction per turn."""
+        return isinstance(self.budget, int)
+
+    def fingerprint(self) -> str:
+        """Hash of every value that shapes an entry (DESIGN.md, decision 4)."""
+        values = sorted((k, repr(v)) for k, v in asdict(self).items())
+        return hashlib.sha256(repr((ALGORITHM_VERSION, values)).encode()).hexdigest()[:16]
+
+    def kept_slots(self, start: int, end: int) -> int:
+        """Slots for the tokens [start, end) of a growing span, so that [0, end) keeps ceil(budget * end).
+
+        start, end: token counts from the beginning of the prompt part or of the reply part. At least 1.
+        Fractions only; the epsilon keeps 0.1 * 30 from becoming 4 through rounding.
+        """
+        assert not self.counts_slots
+        return max(1, math.ceil(self.budget * end - 1e-9) - math.ceil(self.budget * start - 1e-9))
+
+
+PARSERS: dict[str, Callable[[Any], Any]] = {
+    "enabled": _flag,
+    "budget": parse_budget,
+    "merge": _merge,
+    "window": _whole("window", 1, MAX_WINDOW),
+    "recent": _whole("recent", 0, 1 << 20),
+    "sinks": _whole("sinks", 0, 1 << 20),
+    "threshold": _threshold,
+    "interval": _whole("interval", 2, 1 << 20),
+    "min_tokens": _whole("min_tokens", 2, 1 << 30),
+}
+
+HELP: dict[str, str] = {
+    "enabled": "Merge cold KV-cache tokens under a per-request budget (KeepKV). Selects KeepKV's attention "
+    "and radix-cache backends.",
+    "budget": "KV slots kept: a fraction in (0, 1] of each turn's tokens, or a whole number of slots from 2 "
+    "up that the request may hold past its shared prefix. 1 means 100 %%, no compression.",
+    "merge": "How tokens that lose their slot join the slots that stay; evict drops them.",
+    "window": f"Number of last queries whose attention scores the tokens (1 to {MAX_WINDOW}).",
+    "recent": "Most recent tokens of a span that are always kept (tokens; at most half of the span's slots).",
+    "sinks": "First tokens of the sequence that are always kept (tokens; only where nothing precedes them).",
+    "threshold": "Cosine similarity of keys above which a token is merged instead of dropped (-1 to 1).",
+    "interval": "Generated tokens between two compressions of the reply (decode steps).",
+    "min_tokens": "Turns with fewer tokens than this stay whole until the next turn (tokens).",
+}

@@ -1,0 +1,138 @@
+"""Flags for `launch_server`, `sglang serve` and `sgl.Engine`, and what cannot be combined with KeepKV.
+
+SGLang's ServerArgs is a sealed record: flags of ours travel as its private attribute ``_keepkv``, which is
+pickled along to every child process (SEAMS.md). Everything else reads it through `config_of`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from typing import Any
+
+from keepkv_sglang.config import HELP, MERGE_RULES, PARSERS, ConfigError, KeepKVConfig
+
+logger = logging.getLogger("keepkv")
+
+ATTRIBUTE = "_keepkv"
+RADIX_BACKEND = "keepkv"
+CPU_BACKEND = "keepkv_cpu"
+ATTENTION_BACKENDS = (CPU_BACKEND,)
+
+
+def flag_name(field: str) -> str:
+    """`budget` -> `keepkv_budget`; `enabled` -> `enable_keepkv`."""
+    return "enable_keepkv" if field == "enabled" else f"keepkv_{field}"
+
+
+def config_of(server_args: Any) -> KeepKVConfig:
+    """The configuration attached to SGLang's ServerArgs; KeepKV off when none is."""
+    return getattr(server_args, ATTRIBUTE, None) or KeepKVConfig()
+
+
+def has_flags(server_args: Any) -> bool:
+    """True when ServerArgs came through our hooks, so that "off" is known to be the user's choice."""
+    return hasattr(server_args, ATTRIBUTE)
+
+
+def _argparse_type(field: str) -> Any:
+    def parse(text: str) -> Any:
+        try:
+            return PARSERS[field](text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    parse.__name__ = field  # argparse prints this name when the message is its own
+    return parse
+
+
+def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> None:
+    """AFTER hook on ServerArgs.add_cli_args."""
+    group = parser.add_argument_group("KeepKV (keepkv-sglang plugin)")
+    defaults = KeepKVConfig()
+    for field, text in HELP.items():
+        name = "--" + flag_name(field).replace("_", "-")
+        if field == "enabled":
+            group.add_argument(name, action="store_true", help=text)
+            continue
+        default = getattr(defaults, field)
+        extra: dict[str, Any] = {"choices": MERGE_RULES} if field == "merge" else {}
+        group.add_argument(
+            name, type=_argparse_type(field), default=default, help=f"{text} Default: {default}.", **extra
+        )
+
+
+def _choose_backends(values: dict[str, Any]) -> None:
+    """--enable-keepkv alone selects our backends; another choice by the user is an error."""
+    wanted_attention = values.get("attention_backend")
+    if wanted_attention in (None, "auto"):
+        values["attention_backend"] = CPU_BACKEND
+    elif wanted_attention not in ATTENTION_BACKENDS:
+        raise ConfigError(
+            f"--attention-backend {wanted_attention} cannot weight attention by votes; leave it out or use "
+            + " or ".join(ATTENTION_BACKENDS)
+        )
+    for name in ("prefill_attention_backend", "decode_attention_backend"):
+        if values.get(name) not in (None, *ATTENTION_BACKENDS):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} {values[name]} cannot weight attention by votes; leave it out")
+    if values.get("radix_cache_backend") not in (None, RADIX_BACKEND):
+        raise ConfigError(
+            f"--radix-cache-backend {values['radix_cache_backend']} cannot hold compressed prefixes; leave it out"
+        )
+    values["radix_cache_backend"] = RADIX_BACKEND
+
+
+def before_from_cli_args(cls: Any, args: argparse.Namespace) -> None:
+    """BEFORE hook on ServerArgs.from_cli_args: choose our backends while they are still plain values."""
+    if getattr(args, "enable_keepkv", False):
+        values = vars(args)
+        with _ExitOnConfigError():
+            _choose_backends(values)
+
+
+def after_from_cli_args(server_args: Any, _cls: Any, args: argparse.Namespace) -> Any:
+    """AFTER hook on ServerArgs.from_cli_args: attach the configuration, refuse what cannot work."""
+    defaults = KeepKVConfig()
+    config = KeepKVConfig(**{f: getattr(args, flag_name(f), getattr(defaults, f)) for f in HELP})
+    with _ExitOnConfigError():
+        attach(server_args, config)
+    return server_args
+
+
+def engine_server_args(server_args_class: Any) -> Any:
+    """What Engine.server_args_class becomes: ServerArgs that also takes our keyword arguments."""
+
+    def build(**kwargs: Any) -> Any:
+        taken = {f: kwargs.pop(flag_name(f)) for f in HELP if flag_name(f) in kwargs}
+        config = KeepKVConfig(**taken)
+        if config.enabled:
+            _choose_backends(kwargs)
+        server_args = server_args_class(**kwargs)
+        attach(server_args, config)
+        return server_args
+
+    return build
+
+
+def attach(server_args: Any, config: KeepKVConfig) -> None:
+    """Check the combination and store the configuration on ServerArgs. Raises ConfigError."""
+    if config.enabled:
+        from keepkv_sglang import refuse, seams
+
+        seams.require()
+        refuse.check_server_args(server_args)
+    setattr(server_args, ATTRIBUTE, config)
+
+
+class _ExitOnConfigError:
+    """On the command line a refusal is one clear line and exit status 2, not a traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
+        if isinstance(error, ConfigError):
+            print(f"keepkv: {error}", file=sys.stderr)
+            raise SystemExit(2)

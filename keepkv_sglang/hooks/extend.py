@@ -1,0 +1,93 @@
+"""Hooks on the way of a batch to the model: lengths are physical, positions logical (SEAMS.md, the table)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from keepkv_sglang import runtime, schedule
+from keepkv_sglang.hooks.scheduler import device_lengths
+from keepkv_sglang.radix.span import Span
+
+
+def around_prefix_kv_indices(original: Any, batch: Any, req: Any) -> torch.Tensor:
+    """AROUND allocation._prefix_kv_indices: a continued row has fewer slots than logical tokens."""
+    state = getattr(req, runtime.STATE, None)
+    if runtime.active() is None or state is None:
+        return original(batch, req)
+    if req.kv.holds_kv:
+        row = batch.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
+        return row[: req.prefix_len - state.offset].to(torch.int64)
+    if req.prefix_len == 0:
+        return original(batch, req)
+    return batch.tree_cache.prefix_device_indices(req)
+
+
+def around_alloc_for_extend(original: Any, batch: Any) -> Any:
+    """AROUND allocation.alloc_for_extend: start rows of new requests, hand physical lengths to the allocation."""
+    rt = runtime.active()
+    if rt is None:
+        return original(batch)
+    states = []
+    for req in batch.reqs:
+        state = rt.state_of(req)
+        if state is not None and not req.kv.holds_kv:
+            entry = req.last_node if isinstance(req.last_node, Span) and req.prefix_len else None
+            schedule.on_extend(rt, req, state, entry)
+            rt.active_rows += state.offset != 0
+        states.append(state)
+    offsets = [state.offset if state is not None else 0 for state in states]
+    if any(offsets):
+        device_lengths(batch, offsets)
+    result = original(batch)
+    assert rt.offsets is not None
+    for req, offset in zip(batch.reqs, offsets, strict=True):
+        if offset:
+            rt.offsets[req.kv.req_pool_idx] = offset
+    return result
+
+
+def after_prepare_for_extend(_result: Any, self: Any) -> None:
+    """AFTER ScheduleBatch.prepare_for_extend: it summed the logical lengths."""
+    rt = runtime.active()
+    if rt is not None and rt.active_rows:
+        self.seq_lens_sum = int(self.seq_lens_cpu.sum())
+
+
+def after_init_new(forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """AFTER ForwardBatch.init_new: logical positions, and which window queries this forward keeps."""
+    rt = runtime.active()
+    if rt is None or forward_batch.positions is None or not forward_batch.positions.numel():
+        return forward_batch
+    decode = forward_batch.forward_mode.is_decode()
+    if rt.active_rows:
+        assert rt.offsets is not None
+        offset = rt.offsets[forward_batch.req_pool_indices]
+        if not decode:
+            offset = torch.repeat_interleave(
+                offset, forward_batch.extend_seq_lens.to(torch.int64), output_size=forward_batch.positions.numel()
+            )
+        forward_batch.positions = forward_batch.positions + offset
+    forward_batch.keepkv_capture = _capture(rt, batch, forward_batch, decode)
+    return forward_batch
+
+
+def _capture(rt: runtime.Runtime, batch: Any, forward_batch: Any, decode: bool) -> Any:
+    """(query rows, arena rows) int64 on the device, or None when this forward keeps no queries."""
+    wanted: tuple[list[int], list[int]] = ([], [])
+    counts = [1] * len(batch.reqs) if decode else batch.extend_lens
+    lengths = None
+    at = 0
+    for index, (req, count) in enumerate(zip(batch.reqs, counts, strict=False)):
+        state = getattr(req, runtime.STATE, None)
+        if state is not None and state.admitted:
+            if lengths is None:
+                lengths = batch.seq_lens_cpu.tolist()
+            end = lengths[index] + state.offset
+            schedule.capture(rt, state, end - count, end, wanted, at)
+        at += count
+    if not wanted[0]:
+        return None
+    device = forward_batch.positions.device
+    return tuple(torch.tensor(rows, dtype=torch.int64, device=device) for rows in wanted)

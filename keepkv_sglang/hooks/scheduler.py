@@ -1,0 +1,125 @@
+"""Scheduler hooks: start-up, and the moments at which a row may be compressed (SEAMS.md, "When it is safe")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from keepkv_sglang import flags, refuse, runtime, schedule
+
+
+def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """AROUND Scheduler.__init__: the runtime exists before SGLang builds its pools and is complete after."""
+    server_args = kwargs.get("server_args", args[0] if args else None)
+    rt = runtime.start(flags.config_of(server_args))
+    original(self, *args, **kwargs)
+    if rt.config.enabled:
+        refuse.check_model(self.model_config)
+        rt.attach_scheduler(self)
+
+
+def before_update_running_batch(self: Any, batch: Any) -> None:
+    """BEFORE Scheduler.update_running_batch: the saving counts in the decode memory check."""
+    _compress_batch(batch)
+
+
+def before_prepare_for_decode(self: Any) -> None:
+    """BEFORE ScheduleBatch.prepare_for_decode: mixed chunks decode without update_running_batch."""
+    _compress_batch(self)
+
+
+def _compress_batch(batch: Any) -> None:
+    rt = runtime.active()
+    if rt is None:
+        return
+    shorter: dict[int, int] = {}
+    for index, req in enumerate(batch.reqs):
+        state = getattr(req, runtime.STATE, None)
+        # A finished request's row may be gone already; an overlapped batch still lists it.
+        if state is None or not state.admitted or req.finished() or not req.kv.holds_kv:
+            continue
+        if (state.plan or state.reply_window is not None) and schedule.compress_due(rt, req, state):
+            shorter[index] = req.kv.kv_committed_len
+    if shorter:
+        lengths = batch.seq_lens_cpu.clone()
+        for index, length in shorter.items():
+            lengths[index] = length
+        # Fresh tensors: batches in flight hold the old ones.
+        batch.seq_lens_cpu = lengths
+        batch.seq_lens = lengths.to(batch.device, non_blocking=True)
+        batch.seq_lens_sum = None
+
+
+def after_stash_chunked_request(_result: Any, self: Any, req: Any) -> None:
+    """AFTER Scheduler.stash_chunked_request: spans planned at this chunk's end are due."""
+    rt = runtime.active()
+    state = getattr(req, runtime.STATE, None)
+    if rt is not None and state is not None and state.admitted and req.kv.holds_kv:
+        schedule.compress_due(rt, req, state)
+
+
+def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
+    """AROUND release_kv_cache: publish what the row holds, then let SGLang free the rest.
+
+    A retraction publishes too: its entries are evictable at once, and long prompts would otherwise be computed again
+    and again under pressure.
+    """
+    rt = runtime.active()
+    state = getattr(req, runtime.STATE, None)
+    if rt is not None and state is not None and state.admitted and req.kv.holds_kv:
+        retracted = not req.finished() and req.to_finish is None
+        publish = (checkpoint or retracted) and not req.skip_radix_cache_insert
+        schedule.finish(rt, req, state, publish)
+        rt.counters["retractions_published"] += retracted and publish
+        rt.forget_row(req)
+    original(req, tree_cache, checkpoint=checkpoint)
+
+
+def after_get_internal_state(result: Any, self: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """AFTER Scheduler.get_internal_state: our numbers in /server_info."""
+    rt = runtime.active()
+    if rt is not None:
+        result.internal_state["keepkv"] = rt.snapshot()
+    return result
+
+
+def after_get_output_streamer_class(cls: Any, self: Any) -> Any:
+    """AFTER Scheduler.get_output_streamer_class: meta_info["keepkv"] with the last output of a request."""
+    config = runtime.configured()
+    if config is None or not config.enabled:
+        return cls
+
+    class KeepKVOutputStreamer(cls):
+        __slots__ = ()
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list]:
+            info = dict(super().build_additional_customized_info(reqs))
+            if any(req.finished() for req in reqs):
+                info["keepkv"] = [[_info(req)] if req.finished() else [] for req in reqs]
+            return info
+
+    return KeepKVOutputStreamer
+
+
+def _info(req: Any) -> dict[str, Any]:
+    state = getattr(req, runtime.STATE, None)
+    if state is not None:
+        return state.info()
+    rt = runtime.current()
+    params = (req.sampling_params.custom_params or {}).get(runtime.REQUEST_KEY) if req.sampling_params else None
+    config = rt.config.with_request(params)
+    tokens = len(req.origin_input_ids) + len(req.output_ids)
+    return {
+        "enabled": config.enabled, "budget": config.budget, "logical_tokens": tokens, "slots_held": tokens,
+        "cached_compressed_tokens": 0, "merged": 0.0, "dropped": 0.0, "compressions": 0,
+    }
+
+
+def device_lengths(batch: Any, offsets: list[int]) -> None:
+    """Rebinds a batch's lengths from logical to physical. Never mutates tensors that a forward may hold."""
+    shift = torch.tensor(offsets, dtype=torch.int64)
+    batch.prefix_lens = [length - offset for length, offset in zip(batch.prefix_lens, offsets, strict=True)]
+    batch.seq_lens_cpu = batch.seq_lens_cpu - shift
+    batch.seq_lens = batch.seq_lens_cpu.to(batch.device, non_blocking=True)

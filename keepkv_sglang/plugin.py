@@ -1,0 +1,44 @@
+"""Entry point of SGLang's plugin group: registers names and hooks. Importing this file changes nothing.
+
+SGLang calls `register` once in every process of a server (SEAMS.md, "Plugin timing"). With KeepKV off every hook
+returns at once, so SGLang behaves as without the plugin.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from keepkv_sglang import flags, seams
+
+logger = logging.getLogger("keepkv")
+
+
+def register() -> None:
+    """Registers flags, hooks, the attention backend and the radix-cache backend with SGLang."""
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+
+    for seam in seams.HOOKS:
+        HookRegistry.register(seam.target, seams.load_hook(seam), HookType[seam.kind])
+    Engine.server_args_class = staticmethod(flags.engine_server_args(Engine.server_args_class))
+    if flags.CPU_BACKEND not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([flags.CPU_BACKEND])
+        register_attention_backend(flags.CPU_BACKEND)(_cpu_backend)
+    if flags.RADIX_BACKEND not in registered_radix_cache_backends():
+        register_radix_cache_backend(flags.RADIX_BACKEND, _radix_cache)
+
+
+def _cpu_backend(runner: Any) -> Any:
+    from keepkv_sglang.backend.cpu import KeepKVCpuBackend
+
+    return KeepKVCpuBackend(runner)
+
+
+def _radix_cache(ctx: Any) -> Any:
+    from keepkv_sglang.radix.cache import create
+
+    return create(ctx)

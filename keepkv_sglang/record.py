@@ -1,0 +1,61 @@
+"""Writes down what every compression chose, for tests that replay a server run in float64.
+
+Off unless KEEPKV_RECORD names a folder. One file per compression, `<sequence>-<rid>.pt`, a dict that torch.load reads.
+It holds token positions and cluster numbers, no token ids and no text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import torch
+
+_sequence = itertools.count()
+
+
+class Recorder:
+    """Collects one compression: kept [layers, H, m] and assign [layers, H, slots]."""
+
+    def __init__(self, folder: str, facts: dict[str, Any]) -> None:
+        self.path = os.path.join(folder, f"{next(_sequence):05d}-{facts['rid'][:16]}.pt")
+        self.facts = facts
+        self.kept: list[torch.Tensor] = []
+        self.assign: list[torch.Tensor] = []
+
+    def layer(self, result: Any) -> None:
+        self.kept.append(result.kept.cpu())
+        self.assign.append(result.assign.cpu())
+
+    def write(self) -> None:
+        data = {**self.facts, "kept": torch.stack(self.kept), "assign": torch.stack(self.assign)}
+        torch.save(data, self.path + ".tmp")
+        os.replace(self.path + ".tmp", self.path)
+
+
+def begin(req: Any, state: Any, span: Any, window: Any, policy: Any) -> Recorder | None:
+    """A recorder for this compression, or None when nothing is recorded."""
+    folder = os.environ.get("KEEPKV_RECORD")
+    if not folder:
+        return None
+    return Recorder(
+        folder,
+        {
+            "rid": str(req.rid),
+            "start": span.start,
+            "slots": span.slots,
+            "tokens": span.tokens,
+            "end": span.end,
+            "m": span.m,
+            "row_tokens": req.kv.kv_committed_len + state.offset,
+            "window": (window.lo, window.lo + window.filled),
+            "merge": policy.merge,
+            "recent": policy.recent,
+            "sinks": policy.sinks,
+            "threshold": policy.threshold,
+            "computed_tokens": len(req.origin_input_ids) + len(req.output_ids),
+            "prompt_tokens": state.prompt_tokens,
+            "retractions": req.retraction_count,
+        },
+    )

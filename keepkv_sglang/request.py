@@ -1,0 +1,129 @@
+"""What KeepKV remembers about one running request, beside SGLang's own bookkeeping.
+
+SGLang counts slots that exist (physical); only positions are logical. A row of `req_to_token` reads, left to right:
+
+    [ anchor | spans of the prefix cache | own compressed segments | raw tail ]
+    0        P                           prot                      tail        length
+
+`prot` is SGLang's cache_protected_len: everything before it belongs to the prefix cache. The raw tail is one slot per
+token. It may begin before `prot`: raw spans at the end of the matched chain are compressed with the next turn.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from keepkv_sglang.config import KeepKVConfig
+
+
+@dataclass
+class Window:
+    """Arena rows for the queries of logical positions [lo, lo + len(rows)); `filled` of them have been captured."""
+
+    lo: int
+    rows: list[int]
+    filled: int = 0
+
+    @property
+    def hi(self) -> int:
+        return self.lo + len(self.rows)
+
+
+@dataclass
+class Planned:
+    """A span that is compressed once its tokens are computed: it ends before logical position `end`."""
+
+    end: int
+    window: Window | None
+    is_prompt: bool
+
+
+@dataclass
+class RequestState:
+    """One request between admission and release. Created by `Runtime.state_of`, reset by retraction."""
+
+    config: KeepKVConfig
+    namespace: tuple[Any, ...]
+    prompt_tokens: int
+    admitted: bool = False
+    anchor_len: int = 0
+    offset: int = 0  # logical - physical, mirrored in Runtime.offsets for the device
+    tail_slots: int = 0  # physical index where the raw tail begins
+    tail_tokens: int = 0  # its logical position
+    own: list[tuple[int, int]] = field(default_factory=list)  # private compressed segments: (tokens, slots)
+    plan: list[Planned] = field(default_factory=list)
+    reply_window: Window | None = None
+    # for meta_info["keepkv"]
+    cached_compressed_tokens: int = 0
+    logical_tokens: int = 0
+    slots_held: int = 0
+    merged: float = 0.0
+    dropped: float = 0.0
+    compressions: int = 0
+
+    @property
+    def reply_start(self) -> int:
+        """Logical position where the reply's span begins: the last prompt token belongs to it."""
+        return self.prompt_tokens - 1
+
+    def begin_row(self, *, anchor_len: int, prefix_tokens: int, prefix_slots: int, tail: tuple[int, int]) -> None:
+        """At admission. tail: (slots, tokens) where the raw tail begins, at or before the matched prefix's end."""
+        self.admitted = True
+        self.anchor_len = anchor_len
+        self.offset = prefix_tokens - prefix_slots
+        self.tail_slots, self.tail_tokens = tail
+        self.own, self.plan, self.reply_window = [], [], None
+
+    def slots_for(self, start: int, end: int, held: int) -> int:
+        """Slots that the tokens [start, end) get; `held` counts what the request already holds past its anchor.
+
+        A fraction counts per part, prompt or reply (decision 6); a whole number is for all parts together.
+        """
+        if self.config.counts_slots:
+            return int(self.config.budget)
+        origin = self.reply_start if start >= self.reply_start else start
+        return self.config.kept_slots(start - origin, end - origin)
+
+    def borders(self, start: int, end: int) -> list[tuple[int, bool]]:
+        """Where spans end when tokens [start, end) are computed in one go: (logical end, is it the prompt's?).
+
+        After a retraction that lost its entries the reply is computed again with the prompt; it is cut where decoding
+        had cut it, so that the result does not depend on the retraction.
+        """
+        cuts = [(self.reply_start, True)] if start < self.reply_start else []
+        position = max(start, self.reply_start) + self.config.interval
+        while position <= end:
+            cuts.append((position, False))
+            position += self.config.interval
+        return cuts
+
+    def drop_windows(self) -> list[int]:
+        """Arena rows of every window still held; the caller gives them back."""
+        rows: list[int] = []
+        for window in [p.window for p in self.plan] + [self.reply_window]:
+            if window is not None:
+                rows += window.rows
+        for planned in self.plan:
+            planned.window = None
+        self.reply_window = None
+        return rows
+
+    def info(self) -> dict[str, Any]:
+        """meta_info["keepkv"]. merged and dropped are means over layers and kv heads, in tokens."""
+        return {
+            "enabled": self.config.enabled,
+            "budget": self.config.budget,
+            "logical_tokens": self.logical_tokens,
+            "slots_held": self.slots_held,
+            "cached_compressed_tokens": self.cached_compressed_tokens,
+            "merged": round(self.merged, 2),
+            "dropped": round(self.dropped, 2),
+            "compressions": self.compressions,
+        }
+
+
+def logical_tokens(req: Any) -> array:
+    """All token ids of a request in logical order: prompt, then what was generated up to the stop."""
+    return req.origin_input_ids + req.output_ids_through_stop

@@ -1,0 +1,202 @@
+"""The state of KeepKV in one scheduler process: configuration, votes, arena, offsets and SGLang's pools.
+
+There is one scheduler per process, so there is one Runtime (`current`). The attention backend hands over the pools
+when the model runner builds it; `Scheduler.__init__` hands over the rest. Compression lives in compressor.py, timing
+in hooks/, ownership of cached slots in radix/cache.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from keepkv_sglang.config import ConfigError, KeepKVConfig
+from keepkv_sglang.request import RequestState
+from keepkv_sglang.votes import QueryArena, VoteStore
+
+logger = logging.getLogger("keepkv")
+
+ARENA_WINDOWS = 32  # windows of the default size that fit at once
+ARENA_MAX_BYTES = 512 << 20
+STATE = "keepkv"  # attribute of SGLang's Req
+REQUEST_KEY = "keepkv"  # key in sampling_params.custom_params
+
+
+class Runtime:
+    """Everything a scheduler process shares between hooks, backend and cache."""
+
+    def __init__(self, config: KeepKVConfig) -> None:
+        self.config = config
+        self.scheduler: Any = None
+        self.tree: Any = None
+        self.allocator: Any = None
+        self.req_to_token_pool: Any = None
+        self.kv_pool: Any = None
+        self.votes: VoteStore | None = None
+        self.arena: QueryArena | None = None
+        self.offsets: torch.Tensor | None = None  # int64 [rows]: logical - physical
+        self.scales: dict[int, float] = {}
+        self.first_layer = 0
+        self.end_of_message: int | None = None
+        self.active_rows = 0
+        self.counters = {
+            "compressions": 0, "skipped_no_room": 0, "skipped_no_window": 0, "slots_freed": 0, "seconds": 0.0,
+            "published": 0, "entry_hits": 0, "retractions_published": 0,
+        }
+
+    # -- start-up -----------------------------------------------------------------------------------------------------
+
+    def attach_model_runner(self, runner: Any) -> None:
+        """Called by the attention backend: allocates votes (persistent) and the arena (scratch)."""
+        pool = runner.token_to_kv_pool
+        if not hasattr(pool, "get_key_buffer") or getattr(pool, "is_quantized_kv_cache", False):
+            raise ConfigError(f"KeepKV cannot merge in a {type(pool).__name__}; use --kv-cache-dtype auto")
+        self.kv_pool = pool
+        self.first_layer, layers = pool.start_layer, pool.layer_num
+        keys = pool.get_key_buffer(self.first_layer)
+        slots, kv_heads, head_dim = keys.shape
+        self.votes = VoteStore(layers, slots, kv_heads, keys.device)
+        config = runner.model_config
+        q_heads = max(1, config.num_attention_heads // max(1, runner.tp_size))
+        row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
+        rows = ARENA_WINDOWS * max(self.config.window, 1)
+        rows = max(self.config.window, min(rows, ARENA_MAX_BYTES // row_bytes))
+        self.arena = QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device)
+
+    def attach_scheduler(self, scheduler: Any) -> None:
+        """After Scheduler.__init__: the pools exist now."""
+        self.scheduler = scheduler
+        self.tree = scheduler.tree_cache
+        self.allocator = scheduler.token_to_kv_pool_allocator
+        self.req_to_token_pool = scheduler.req_to_token_pool
+        if self.votes is None or not getattr(self.tree, "is_keepkv", False):
+            raise ConfigError(
+                "KeepKV's attention or radix-cache backend is not in use, although --enable-keepkv was given; "
+                "leave out --attention-backend and --radix-cache-backend"
+            )
+        table = self.req_to_token_pool.req_to_token
+        self.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
+        from keepkv_sglang.anchor import end_of_message_token
+
+        self.end_of_message = end_of_message_token(getattr(scheduler, "tokenizer", None))
+        memory = self.memory()
+        logger.info(
+            "KeepKV is on: %s; votes %.1f MiB (%.2f %% of a 16-bit KV pool), arena %.1f MiB, message border token %s",
+            self.config, memory["votes_bytes"] / 2**20, 100 * memory["persistent_share_of_16_bit_pool"],
+            memory["arena_bytes"] / 2**20, self.end_of_message,
+        )
+
+    # -- per request --------------------------------------------------------------------------------------------------
+
+    def state_of(self, req: Any) -> RequestState | None:
+        """The request's state, or None when nothing of it is ever merged (KeepKV off, budget 1, no plain tokens)."""
+        state = getattr(req, STATE, self)
+        if state is not self:
+            return state
+        state = None
+        if self.config.enabled and self._eligible(req):
+            params = req.sampling_params.custom_params
+            config = self.config.with_request((params or {}).get(REQUEST_KEY))
+            if config.compresses:
+                namespace = (req.extra_key, req.cache_salt, req.lora_id, config.fingerprint())
+                state = RequestState(config, namespace, len(req.origin_input_ids))
+        setattr(req, STATE, state)
+        return state
+
+    @staticmethod
+    def _eligible(req: Any) -> bool:
+        """Token ids must say what the KV is: no embeddings, no media, no session rows, no beams."""
+        return (
+            req.sampling_params is not None
+            and req.input_embeds is None
+            and req.positional_embed_overrides is None
+            and req.multimodal_inputs is None
+            and req.session is None
+            and getattr(req, "beam_group", None) is None
+        )
+
+    def set_offset(self, req: Any, state: RequestState, offset: int) -> None:
+        """Sets logical - physical for the request's row, on the host and on the device."""
+        self.active_rows += (offset != 0) - (state.offset != 0)
+        state.offset = offset
+        if req.kv.req_pool_idx is not None and self.offsets is not None:
+            self.offsets[req.kv.req_pool_idx] = offset
+
+    def forget_row(self, req: Any) -> None:
+        """The row goes back to the pool: clear its offset and give the arena rows back. Safe to call twice."""
+        state = getattr(req, STATE, None)
+        if state is None:
+            return
+        if state.offset:
+            self.set_offset(req, state, 0)
+        assert self.arena is not None
+        self.arena.give_back(state.drop_windows())
+        state.admitted = False
+        state.own, state.plan = [], []
+
+    # -- numbers ------------------------------------------------------------------------------------------------------
+
+    def memory(self) -> dict[str, float]:
+        """Bytes beside the KV pool: persistent (votes, offsets) and scratch (arena, working memory of a merge)."""
+        from keepkv_sglang.compressor import SCRATCH_BYTES
+
+        assert self.votes is not None and self.arena is not None and self.offsets is not None
+        keys = self.kv_pool.get_key_buffer(self.first_layer)
+        pool16 = 2 * 2 * keys.numel() * self.kv_pool.layer_num
+        persistent = self.votes.nbytes + self.offsets.numel() * 8
+        return {
+            "votes_bytes": self.votes.nbytes,
+            "offsets_bytes": self.offsets.numel() * 8,
+            "persistent_share_of_16_bit_pool": persistent / pool16,
+            "arena_bytes": self.arena.nbytes,
+            "arena_rows": self.arena.rows,
+            "arena_free_rows": self.arena.free_rows,
+            "arena_peak_rows": self.arena.peak_rows,
+            "merge_scratch_bytes": SCRATCH_BYTES,
+        }
+
+    def snapshot(self) -> dict[str, Any]:
+        """For /server_info: configuration, counters, memory, and the pool's accounting."""
+        from dataclasses import asdict
+
+        return {
+            "config": asdict(self.config),
+            "counters": dict(self.counters),
+            "memory": self.memory(),
+            "entries": len(self.tree.spans),
+            "entry_slots": self.tree.spans.evictable_slots + self.tree.spans.protected_slots,
+            "total_slots": int(self.allocator.size),
+            "available_slots": int(self.allocator.available_size()),
+            "evictable_slots": int(self.tree.evictable_size()),
+            "protected_slots": int(self.tree.protected_size()),
+            "active_rows": self.active_rows,
+        }
+
+
+_runtime: Runtime | None = None
+
+
+def start(config: KeepKVConfig) -> Runtime:
+    """Called once per scheduler process, before SGLang builds its pools."""
+    global _runtime
+    _runtime = Runtime(config)
+    return _runtime
+
+
+def current() -> Runtime:
+    """The process's runtime. Raises RuntimeError where KeepKV was not switched on."""
+    if _runtime is None:
+        raise RuntimeError("KeepKV is not switched on in this process; start the server with --enable-keepkv")
+    return _runtime
+
+
+def active() -> Runtime | None:
+    """The process's runtime, or None where KeepKV is off: hooks then do nothing."""
+    return _runtime if _runtime is not None and _runtime.config.enabled and _runtime.scheduler is not None else None
+
+
+def configured() -> KeepKVConfig | None:
+    """The process's configuration from the moment Scheduler.__init__ began; None in other processes."""
+    return _runtime.config if _runtime is not None else None

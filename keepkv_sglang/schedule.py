@@ -1,0 +1,235 @@
+"""Which span of a request is compressed, and when. Timing hooks call in here; the merging itself is compressor.py.
+
+`on_extend` plans when a row is (re)started, `capture` says which queries the attention backend keeps, `compress_due`
+compresses what is complete, `finish` hands the rest of the row to the prefix cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from keepkv_sglang.anchor import first_message_end
+from keepkv_sglang.compressor import Span, compress_span
+from keepkv_sglang.request import Planned, RequestState, Window, logical_tokens
+from keepkv_sglang.runtime import Runtime
+
+logger = logging.getLogger("keepkv")
+
+
+def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
+    """A new row is about to be written: take over what was matched and plan the spans of this prefill.
+
+    entry: the matched compressed span of radix/tree.py, or None. Sets the offset on the host only; the caller writes
+    it to the device once the row exists.
+    """
+    state.prompt_tokens = len(req.origin_input_ids)
+    total = len(req.full_untruncated_fill_ids)
+    prefix = req.prefix_len
+    if entry is not None:
+        anchor, slots, tokens = entry.anchor_len, entry.path_slots, entry.path_tokens
+        tail = rt.tree.raw_tail_start(entry)
+        rt.counters["entry_hits"] += 1
+        if state.compressions == 0:
+            state.cached_compressed_tokens = tokens - anchor
+    else:
+        slots = tokens = prefix
+        border = first_message_end(req.origin_input_ids, rt.end_of_message)
+        anchor = max(prefix, min(border, state.reply_start))
+        tail = (anchor, anchor)
+    state.begin_row(anchor_len=anchor, prefix_tokens=tokens, prefix_slots=slots, tail=tail)
+    start = tail[1]
+    for end, is_prompt in state.borders(start, total):
+        # Only tokens computed now have queries: never before the matched prefix, never before this span.
+        state.plan.append(Planned(end, _reserve(rt, state, max(start, prefix), end), is_prompt))
+        start = end
+
+
+def _reserve(rt: Runtime, state: RequestState, first: int, end: int) -> Window | None:
+    lo = max(first, end - state.config.window)
+    if lo >= end:
+        return None
+    assert rt.arena is not None
+    rows = rt.arena.take(end - lo)
+    if rows is None:
+        rt.counters["skipped_no_window"] += 1
+        return None
+    return Window(lo, rows)
+
+
+def capture(rt: Runtime, state: RequestState, start: int, end: int, out: tuple[list[int], list[int]], at: int) -> None:
+    """Tokens [start, end) (logical) run in this forward, at rows [at, ...) of its query tensor.
+
+    Appends to out (query rows, arena rows) those that a planned or coming compression scores with.
+    """
+    for planned in state.plan:
+        if planned.window is not None:
+            _capture_window(planned.window, start, end, out, at)
+    if not state.plan and end > state.reply_start:
+        _open_reply_window(rt, state, start, end)
+        if state.reply_window is not None:
+            _capture_window(state.reply_window, start, end, out, at)
+
+
+def _open_reply_window(rt: Runtime, state: RequestState, start: int, end: int) -> None:
+    """Queries of the last `window` tokens before the next compression of the reply; taken as late as possible."""
+    config = state.config
+    due = state.tail_tokens + config.interval
+    count = min(config.window, config.interval)
+    if state.reply_window is None and end > due - count:
+        assert rt.arena is not None
+        lo = max(start, due - count)
+        rows = rt.arena.take(due - lo if due > lo else count)
+        if rows is None:
+            rt.counters["skipped_no_window"] += 1
+            return
+        state.reply_window = Window(lo, rows)
+
+
+def _capture_window(window: Window, start: int, end: int, out: tuple[list[int], list[int]], at: int) -> None:
+    lo, hi = max(start, window.lo), min(end, window.hi)
+    if lo >= hi:
+        return
+    out[0].extend(range(at + lo - start, at + hi - start))
+    out[1].extend(window.rows[lo - window.lo : hi - window.lo])
+    window.filled = hi - window.lo
+
+
+def compress_due(rt: Runtime, req: Any, state: RequestState) -> bool:
+    """Compresses every span of the request that is complete. Returns True when the row became shorter.
+
+    Callers guarantee that the row is settled: every slot up to kv_committed_len is computed or in flight, none
+    allocated beyond it (SEAMS.md, "When it is safe to compress").
+    """
+    before = req.kv.kv_committed_len
+    while state.plan:
+        planned = state.plan[0]
+        if planned.end > before + state.offset or not _compress_planned(rt, req, state, planned):
+            break
+        state.plan.pop(0)
+    if not state.plan and state.reply_window is not None:
+        _compress_reply(rt, req, state)
+    return req.kv.kv_committed_len != before
+
+
+def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Planned) -> bool:
+    """One planned span. False: the pool had no room, try again next round."""
+    rt.tree.publish_anchor(req, state.anchor_len)
+    start_slots, start_tokens = _span_start(state)
+    slots = planned.end - state.offset - start_slots
+    tokens = planned.end - start_tokens
+    m = state.slots_for(start_tokens, planned.end, 0)
+    short = planned.is_prompt and tokens < state.config.min_tokens
+    window = planned.window
+    if short or m >= slots or window is None or window.filled == 0:
+        _close_raw(rt, req, state, planned.end)
+    else:
+        span = Span(start_slots, slots, tokens, planned.end, m)
+        if not compress_span(rt, req, state, span, window):
+            return False
+        _commit(rt, req, state, span, planned.is_prompt)
+    _release_window(rt, planned)
+    return True
+
+
+def _span_start(state: RequestState) -> tuple[int, int]:
+    """(slots, tokens) where the next span begins: the raw tail, or the anchor under a budget in slots."""
+    if state.config.counts_slots:
+        return state.anchor_len, state.anchor_len
+    return state.tail_slots, state.tail_tokens
+
+
+def _close_raw(rt: Runtime, req: Any, state: RequestState, end: int) -> None:
+    """The span stays whole: publish it raw, so that the next turn can take it in, and go on behind it."""
+    _publish_raw(rt, req, state, end)
+    state.tail_slots, state.tail_tokens = end - state.offset, end
+
+
+def _commit(rt: Runtime, req: Any, state: RequestState, span: Span, is_prompt: bool) -> None:
+    """Account for a compressed span; a prompt's is published at once, so that twins and retries hit it."""
+    first_token = span.end - span.tokens
+    if state.config.counts_slots:
+        state.own = []  # everything past the anchor was merged again, together
+    state.tail_slots, state.tail_tokens = span.start + span.m, span.end
+    if is_prompt:
+        tokens = logical_tokens(req)[first_token : span.end]
+        rt.tree.publish_span(req, state.namespace, tokens, span.start, span.m, raw=False)
+        if req.kv.cache_protected_len >= span.start + span.m:
+            return
+    state.own.append((span.tokens, span.m))
+
+
+def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
+    """During decode: merge the raw tail once it is one interval long and its window is full."""
+    window = state.reply_window
+    assert window is not None
+    length = req.kv.kv_committed_len
+    end = length + state.offset
+    if end < state.tail_tokens + state.config.interval or window.filled < len(window.rows):
+        return
+    start_slots, start_tokens = _span_start(state)
+    slots = length - start_slots
+    m = state.slots_for(start_tokens, end, 0)
+    if m < slots:
+        span = Span(start_slots, slots, end - start_tokens, end, m)
+        # Without room the tail stays raw; the next window opens at once and tries again when it is full.
+        if compress_span(rt, req, state, span, window):
+            _commit(rt, req, state, span, is_prompt=False)
+    elif not state.config.counts_slots:
+        state.own.append((slots, slots))
+        state.tail_slots, state.tail_tokens = length, end
+    elif not state.own:
+        state.tail_tokens = end  # still within the budget in slots: look again after one interval
+    assert rt.arena is not None
+    rt.arena.give_back(window.rows)
+    state.reply_window = None
+
+
+def _release_window(rt: Runtime, planned: Planned) -> None:
+    if planned.window is not None:
+        assert rt.arena is not None
+        rt.arena.give_back(planned.window.rows)
+        planned.window = None
+
+
+def _publish_raw(rt: Runtime, req: Any, state: RequestState, end: int) -> None:
+    """Publishes the slots between the cache's part of the row and logical `end` as one raw span."""
+    prot = req.kv.cache_protected_len
+    if state.own or end - state.offset <= prot:
+        return
+    first = prot + state.offset
+    tokens = logical_tokens(req)[first:end]
+    if len(tokens) == end - first:
+        rt.tree.publish_span(req, state.namespace, tokens, prot, end - first, raw=True)
+
+
+def finish(rt: Runtime, req: Any, state: RequestState, publish: bool) -> None:
+    """The request gives its row back: note what it held, and publish the rest of the row when allowed.
+
+    publish is False for requests that SGLang bars from the cache; what is left unpublished is freed by SGLang.
+    """
+    if publish:
+        compress_due(rt, req, state)
+    length = req.kv.kv_committed_len
+    known = logical_tokens(req)
+    state.logical_tokens = min(length + state.offset, len(known))
+    state.slots_held = state.logical_tokens - state.offset
+    if not publish:
+        return
+    rt.tree.publish_anchor(req, state.anchor_len)
+    if state.own:
+        start = req.kv.cache_protected_len
+        tokens, slots = sum(t for t, _ in state.own), sum(m for _, m in state.own)
+        first = state.tail_tokens - tokens
+        if state.tail_tokens > len(known):
+            return  # a merged slot holds a token past the stop: nobody may match it
+        rt.tree.publish_span(
+            req, state.namespace, known[first : state.tail_tokens], start, slots, raw=tokens == slots
+        )
+        if req.kv.cache_protected_len < start + slots:
+            return
+        state.own = []
+    end = state.logical_tokens
+    for border in (state.reply_start, end):  # a prompt that stayed raw and its reply are two entries
+        if border <= end:
+            _publish_raw(rt, req, state, border)

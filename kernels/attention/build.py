@@ -1,0 +1,110 @@
+"""Compiles cpu_attention.cpp for this machine; `python -m keepkv_sglang.kernels.attention.build` does it ahead of use.
+
+The library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under a hash of everything that shapes it: sources, flags,
+compiler, CPU model and the OpenMP runtime. It is written beside its final name and renamed, so processes can race.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = ("cpu_vec.h", "cpu_decode.h", "cpu_extend.h", "cpu_attention.cpp")
+# No -ffast-math: masked entries are -inf. Contraction to fused multiply-add is allowed and wanted.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wno-psabi")
+
+
+def compiler() -> str:
+    """Path of $CXX, g++, c++ or clang++. RuntimeError when there is none."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise RuntimeError(f"no C++ compiler ({', '.join(names)}): install g++ or set CXX")
+
+
+def openmp_runtime() -> str | None:
+    """The OpenMP library torch has loaded: a second runtime's threads would spin against torch's."""
+    import torch  # noqa: F401  (loads its runtime)
+
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
+    loaded = [p for p in sorted(paths) if Path(p).name.startswith(("libgomp", "libiomp5", "libomp"))]
+    bundled = [p for p in loaded if "torch" in Path(p).parts or "torch.libs" in Path(p).parts]
+    return next(iter(bundled or loaded), None)
+
+
+def cpu_model() -> str:
+    """What -march=native resolves to, near enough: model name and feature flags."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    wanted = ("model name", "flags", "CPU part", "Features")
+    return "".join(next((line for line in lines if line.startswith(key)), "") for key in wanted)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"{command[0]}: {error}") from error
+    if done.returncode:
+        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-2000:]}")
+    return done.stdout
+
+
+def cache_dir() -> Path:
+    root = os.environ.get("KEEPKV_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "keepkv") / "kernels"
+
+
+def build(march: str = "native") -> Path:
+    """Path of the compiled library, compiling it (seconds) if the cache has none. RuntimeError with the reason.
+
+    march: the instruction set; tests compile the AVX2 and the portable path of the sources on any x86 machine.
+    """
+    cxx, runtime = compiler(), openmp_runtime()
+    flags = (*FLAGS, f"-march={march}")
+    digest = hashlib.sha256()
+    for part in (*flags, _run([cxx, "--version"]), cxx, cpu_model(), str(runtime)):
+        digest.update(part.encode() + b"\0")
+    for name in SOURCES:
+        digest.update((HERE / name).read_bytes())
+    target = cache_dir() / f"attention-{digest.hexdigest()[:20]}.so"
+    if target.exists():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            obj, lib = f"{folder}/attention.o", f"{folder}/attention.so"
+            _run([cxx, *flags, "-fopenmp", "-c", str(HERE / "cpu_attention.cpp"), "-o", obj])
+            link = [cxx, "-shared", obj, "-o", lib, "-Wl,-z,defs"]
+            plans = [["-fopenmp"]]
+            if runtime:
+                # By path, and without -fopenmp, which would name the system's runtime as well.
+                plans.insert(0, [runtime, f"-Wl,-rpath,{Path(runtime).parent}"])
+            for plan in plans:
+                try:
+                    _run(link + plan)
+                    break
+                except RuntimeError:
+                    if plan is plans[-1]:
+                        raise
+            os.replace(lib, target)
+    except OSError as error:
+        raise RuntimeError(f"cannot write {target.parent}: {error}; set KEEPKV_CACHE to a writable folder") from error
+    return target
+
+
+if __name__ == "__main__":
+    print(build())

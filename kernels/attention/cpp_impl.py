@@ -1,0 +1,98 @@
+"""Vote-weighted attention in C++ (cpu_attention.cpp) through ctypes. See the package's docstring for the contract.
+
+Deterministic: a request's output bits depend on its own tensors only, not on batch neighbours, slot placement or the
+number of threads (torch.get_num_threads() are used).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+
+from . import build
+from .contract import as_int64, check
+
+name = "cpp"
+
+_POINTERS = ("q", "k", "v", "votes", "table", "rows", "seq_lens", "extend_lens", "out")
+_SIZES = (
+    *("q_stride", "k_stride", "v_stride", "votes_stride", "table_stride", "out_stride"),
+    *("slots", "table_rows", "table_columns", "batch", "heads_q", "heads_kv", "dim", "causal", "threads"),
+)
+
+
+class _Args(ctypes.Structure):
+    _fields_ = (
+        [(field, ctypes.c_void_p) for field in _POINTERS]
+        + [(field, ctypes.c_int64) for field in _SIZES]
+        + [("scale", ctypes.c_double)]
+    )
+
+
+def _load(path: Path) -> ctypes._CFuncPtr:
+    try:
+        function = ctypes.CDLL(str(path)).keepkv_attention
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"cannot load {path}: {error}; delete it and try again") from error
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    function.restype = ctypes.c_int
+    return function
+
+
+_function = _load(build.build())  # at import: load() turns a failure into a fallback
+
+
+def _call(q, k, v, votes, table, rows, lens, new, scale, out, causal) -> None:
+    if any(x is not None and x.is_cuda for x in (q, k)):
+        raise ValueError("the CPU kernels need CPU tensors")
+    q = check(q, k, v, votes, table, out)
+    rows = as_int64(rows, "rows", len(rows))
+    batch = rows.numel()
+    lens = as_int64(lens, "seq_lens", batch)
+    if new is not None:
+        new = as_int64(new, "extend_lens", batch)
+    if (batch if new is None else int(new.sum())) != q.shape[0]:
+        raise ValueError(f"q has {q.shape[0]} rows, the lengths ask for {batch if new is None else int(new.sum())}")
+    args = _Args(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        votes.data_ptr() if votes is not None else None,
+        table.data_ptr(),
+        rows.data_ptr(),
+        lens.data_ptr(),
+        new.data_ptr() if new is not None else None,
+        out.data_ptr(),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        votes.stride(0) if votes is not None else 0,
+        table.stride(0),
+        out.stride(0),
+        k.shape[0],
+        table.shape[0],
+        table.shape[1],
+        batch,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        causal,
+        torch.get_num_threads(),
+        scale,
+    )
+    code = _function(ctypes.addressof(args), q.dtype == torch.bfloat16, k.dtype == torch.bfloat16)
+    if code:
+        what = "rows, seq_lens or extend_lens point outside req_to_token" if code == 1 else "a slot is outside the pool"
+        raise IndexError(f"attention: {what}")
+
+
+def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out) -> None:
+    _call(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, None, scale, out, False)
+
+
+def extend(
+    q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True
+) -> None:
+    _call(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal)

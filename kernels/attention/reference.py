@@ -1,0 +1,63 @@
+"""The equation, line by line, as the oracle of every other implementation.
+
+Eq. 6 of KeepKV (arXiv 2504.09936): an entry that stands for p_i merged tokens keeps p_i votes and
+
+    o_t = sum_i p_i exp(s_i) v_i / sum_i p_i exp(s_i),        s_i = (q_t . k_i) * scale
+
+p_i exp(s_i) = exp(s_i + log p_i), so votes are an additive bias on the logits; log_votes = 0 is plain attention.
+Everything is computed in q's dtype: call it with float64 tensors to get a float64 answer.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .contract import MASKED
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    visible: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Vote-weighted attention of one request.
+
+    q [N, Hq, D]; k, v [L, Hkv, D]; log_votes [L, Hkv] or None; visible [N, L] bool. Returns [N, Hq, D] in q's dtype.
+    A query that sees no entry, or only masked ones (log vote <= MASKED), gets zeros.
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.to(q.dtype).repeat_interleave(group, dim=1) for x in (k, v))
+    logits = torch.einsum("nhd,lhd->nhl", q, k) * scale
+    if log_votes is not None:
+        votes = log_votes.to(q.dtype).masked_fill(log_votes <= MASKED, float("-inf"))
+        logits = logits + votes.repeat_interleave(group, dim=1).t()
+    logits = logits.masked_fill(~visible[:, None, :], float("-inf"))
+    top = logits.amax(dim=-1, keepdim=True) if logits.shape[-1] else logits.new_zeros(*logits.shape[:2], 1)
+    weights = torch.exp(logits - top.masked_fill(top == float("-inf"), 0.0))
+    total = weights.sum(dim=-1, keepdim=True)
+    weights = weights / total.masked_fill(total == 0, 1.0)
+    return torch.einsum("nhl,lhd->nhd", weights, v)
+
+
+def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out) -> None:
+    """Same contract as the package's decode; out may have any float dtype."""
+    ones = torch.ones_like(seq_lens)
+    extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out)
+
+
+def extend(
+    q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True
+) -> None:
+    """Same contract as the package's extend; out may have any float dtype."""
+    start = 0
+    for row, length, new in zip(rows.tolist(), seq_lens.tolist(), extend_lens.tolist(), strict=True):
+        slots = req_to_token[row, :length].long()
+        last = torch.arange(length - new, length) if causal else torch.full((new,), length)
+        visible = torch.arange(length)[None, :] <= last[:, None]
+        votes = None if log_votes is None else log_votes[slots]
+        queries = q[start : start + new]
+        out[start : start + new] = attend(queries, k_pool[slots], v_pool[slots], votes, visible, scale)
+        start += new

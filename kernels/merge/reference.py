@@ -1,0 +1,219 @@
+"""Compression of one layer, equation by equation: loops over heads and clusters, any float dtype. The oracle.
+
+Equations: KeepKV (arXiv 2504.09936) Eq. 6 to 8, SnapKV (arXiv 2404.14469) for pooled window scores; the
+rules `tangent` and `least_squares` are this project's. `x` has the fields of
+keepkv_sglang.layer_compress.LayerInput and `p` those of SpanPolicy; nothing is imported from there, so that
+the two implementations share no code.
+
+Notation for one kv head: l[i, q] = scale * q.k_i for the Q = w * G window queries of all q heads that share
+it, p_i = exp(lv_i) the votes, Z_q = sum_{i seen by q} p_i exp(l[i, q]) over context and span, s_hat_i =
+mean_q exp(l[i, q]) / Z_q.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+EMA_DECAY = 0.9
+ZIP_MIN_DENOMINATOR = 1e-3
+ZIP_KEY_SCALE = (0.5, 2.0)
+RIDGE = 0.3
+MAX_LOG_VOTE_CORRECTION = 4.0
+
+
+class Head(NamedTuple):
+    """One kv head. q [Q, D] scaled, window-major; k, v [n, D]; lv [n]; logits [n, Q]; seen [n, Q] bool;
+    log_z [Q]; age [Q]: window steps between each query and the newest."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    lv: torch.Tensor
+    logits: torch.Tensor
+    seen: torch.Tensor
+    log_z: torch.Tensor
+    age: torch.Tensor
+
+
+def head_of(x: Any, h: int, dtype: torch.dtype = torch.float64) -> Head:
+    """Everything kv head h needs, in `dtype`."""
+    w, q_heads, dim = x.q.shape
+    group = q_heads // x.k.shape[1]
+    q = x.q[:, h * group : (h + 1) * group].to(dtype).reshape(w * group, dim) * x.scale
+    position = x.q_index.repeat_interleave(group)
+    k, v, lv = x.k[:, h].to(dtype), x.v[:, h].to(dtype), x.lv[:, h].to(dtype)
+    logits = k @ q.T
+    seen = torch.arange(k.shape[0], device=k.device)[:, None] <= position[None, :]
+    in_span = (logits + lv[:, None]).masked_fill(~seen, -math.inf)
+    in_context = x.k_ctx[:, h].to(dtype) @ q.T + x.lv_ctx[:, h].to(dtype)[:, None]
+    log_z = torch.logsumexp(torch.cat((in_context, in_span)), 0)
+    age = torch.arange(w - 1, -1, -1, device=k.device).repeat_interleave(group)
+    return Head(q, k, v, lv, logits, seen, log_z, age)
+
+
+# Scores
+
+
+def snapkv_score(x: Any, pool_kernel: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[Hkv, n]: mean of p_i exp(l) / Z over the queries that see token i, then over the tokens around it."""
+    n, heads = x.k.shape[:2]
+    out = torch.zeros(heads, n, dtype=dtype, device=x.k.device)
+    for h in range(heads):
+        a = head_of(x, h, dtype)
+        raw = torch.zeros(n, dtype=dtype, device=x.k.device)
+        for i in range(n):
+            if a.seen[i].any():
+                raw[i] = (a.lv[i] + a.logits[i] - a.log_z)[a.seen[i]].exp().mean()
+        for i in range(n):
+            out[h, i] = raw[max(0, i - pool_kernel // 2) : i + pool_kernel // 2 + 1].mean()
+    return out
+
+
+def keepkv_score(x: Any, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[Hkv, n]: log(p_i s_hat_i), s_hat by Eq. 8 over the queries that see token i; -inf when none does."""
+    n, heads = x.k.shape[:2]
+    out = torch.full((heads, n), -math.inf, dtype=dtype, device=x.k.device)
+    for h in range(heads):
+        a = head_of(x, h, dtype)
+        for i in range(n):
+            if a.seen[i].any():
+                out[h, i] = a.lv[i] + _log_ema(a.logits[i][a.seen[i]], a.age[a.seen[i]])
+    return out
+
+
+def _log_ema(logits: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
+    """log of sum_j decay^age_j exp(l_j) / sum_j decay^age_j (Eq. 8 with bias correction)."""
+    log_weight = age.to(logits.dtype) * math.log(EMA_DECAY)
+    return torch.logsumexp(logits + log_weight, 0) - torch.logsumexp(log_weight, 0)
+
+
+# Selection and matching
+
+
+def select(scores: torch.Tensor, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores [Hkv, n] -> kept [Hkv, m] ascending, absorbs [Hkv, m] bool."""
+    heads, n = scores.shape
+    recent = min(p.recent, p.m // 2)
+    sinks = min(p.sinks, p.m - recent)
+    always = [*range(sinks), *range(n - recent, n)]
+    strong_count = math.ceil(round(p.strong_fraction * p.m, 9))
+    kept, absorbs = [], []
+    for h in range(heads):
+        score = scores[h].tolist()
+        rest = sorted((i for i in range(n) if i not in always), key=lambda i, s=score: (-s[i], i))
+        mine = sorted([*always, *rest[: p.m - len(always)]])
+        strong = sorted(mine, key=lambda i, s=score: (-s[i], i))[:strong_count]
+        kept.append(mine)
+        absorbs.append([i not in always and i not in strong for i in mine])
+    return torch.tensor(kept, device=scores.device), torch.tensor(absorbs, device=scores.device)
+
+
+def match(
+    x: Any, kept: torch.Tensor, absorbs: torch.Tensor, p: Any, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """[Hkv, n] cluster of each token, -1 dropped. `evict` matches nothing."""
+    n, heads = x.k.shape[:2]
+    assign = torch.full((heads, n), -1, device=x.k.device)
+    for h in range(heads):
+        k = x.k[:, h].to(dtype)
+        norm = k.norm(dim=1)
+        for c, i in enumerate(kept[h].tolist()):
+            assign[h, i] = c
+        targets = [c for c in range(kept.shape[1]) if absorbs[h, c]]
+        for i in range(n):
+            if assign[h, i] >= 0 or p.merge == "evict" or not targets:
+                continue
+            cosine = [
+                float(k[i] @ k[kept[h, c]]) / max(float(norm[i] * norm[kept[h, c]]), 1e-300) for c in targets
+            ]
+            best = max(range(len(targets)), key=lambda t, s=cosine: (s[t], -t))
+            if cosine[best] > p.threshold:
+                assign[h, i] = targets[best]
+    return assign
+
+
+# Merging
+
+
+def merge_cluster(
+    a: Head, members: torch.Tensor, rule: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+    """One cluster of two or more tokens -> key [D], value [D], log votes, accepted (False: zip's guard)."""
+    k, v, lv, logits = a.k[members], a.v[members], a.lv[members], a.logits[members]
+    log_votes = torch.logsumexp(lv, 0)
+    if rule == "zip":  # Eq. 7 in closed form for the whole cluster, s_hat by Eq. 8 un-normalised
+        log_s = torch.stack([_log_ema(row, a.age) for row in logits])
+    else:
+        log_s = torch.logsumexp(logits - a.log_z, 1) - math.log(logits.shape[1])
+    log_w = lv + log_s
+    w = torch.softmax(log_w, 0)
+    k_bar, v_bar = w @ k, w @ v
+    if rule == "mean":
+        return k_bar, v_bar, log_votes, True
+    if rule == "zip":
+        denominator = (w * log_s).sum()
+        scale = (torch.logsumexp(log_w, 0) - log_votes) / denominator
+        in_range = ZIP_KEY_SCALE[0] <= float(scale) <= ZIP_KEY_SCALE[1]
+        return k_bar * scale, v_bar, log_votes, bool(denominator.abs() >= ZIP_MIN_DENOMINATOR) and in_range
+    log_mass = torch.logsumexp(lv[:, None] + logits, 0)  # [Q]
+    attention = torch.softmax(log_mass - a.log_z, 0)  # the cluster's attention mass per query, as weights
+    if rule == "tangent":
+        return k_bar, v_bar, (attention * (log_mass - a.q @ k_bar)).sum(), True
+    assert rule == "least_squares", rule
+    r = log_mass - log_votes - a.q @ k_bar
+    gram = a.q @ a.q.T
+    ridge = RIDGE * gram.diagonal().mean()
+    system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    delta = a.q.T @ torch.linalg.solve(system, r) if float(ridge) > 0 else torch.zeros_like(k_bar)
+    left = (attention * (r - a.q @ delta)).sum()
+    left = left.clamp(-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION)
+    return k_bar + delta, v_bar, log_votes + left, True
+
+
+def merge_from_assignment(
+    x: Any,
+    kept: torch.Tensor,
+    assign: torch.Tensor,
+    rule: str,
+    guard: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Merges with a recorded selection -> k, v [m, Hkv, D], lv [m, Hkv] in `dtype`, not rounded to storage.
+
+    guard=False: `assign` is what came out of the guards, and is carried out as it is. guard=True: a cluster
+    that a guard refuses keeps its kept token.
+    """
+    m, heads = kept.shape[1], kept.shape[0]
+    k = torch.empty(m, heads, x.k.shape[2], dtype=dtype, device=x.k.device)
+    v = torch.empty(m, heads, x.v.shape[2], dtype=dtype, device=x.k.device)
+    lv = torch.empty(m, heads, dtype=dtype, device=x.k.device)
+    for h in range(heads):
+        a = head_of(x, h, dtype)
+        for c, i in enumerate(kept[h].tolist()):
+            k[c, h], v[c, h], lv[c, h] = a.k[i], a.v[i], a.lv[i]
+            members = torch.nonzero(assign[h] == c)[:, 0]
+            if len(members) > 1 and rule != "evict":
+                k_r, v_r, lv_r, accepted = merge_cluster(a, members, rule)
+                finite = all(bool(t.isfinite().all()) for t in (k_r, v_r, lv_r))
+                if finite and (accepted or not guard):
+                    k[c, h], v[c, h], lv[c, h] = k_r, v_r, lv_r
+    return k, v, lv
+
+
+def compress(x: Any, p: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    """kept, assign (after guards), k, v, lv: the whole of keepkv_sglang.layer_compress.compress_layer."""
+    scores = snapkv_score(x, p.pool_kernel, dtype) if p.scorer == "snapkv" else keepkv_score(x, dtype)
+    kept, absorbs = select(scores, p)
+    assign = match(x, kept, absorbs, p, dtype)
+    merged = merge_from_assignment(x, kept, assign, p.merge, True, dtype)
+    for h in range(kept.shape[0]):
+        for c, i in enumerate(kept[h].tolist()):
+            members = torch.nonzero(assign[h] == c)[:, 0]
+            refusable = p.merge == "zip" and len(members) > 1
+            if refusable and not merge_cluster(head_of(x, h, dtype), members, "zip")[3]:
+                assign[h, members] = -1
+                assign[h, i] = c
+    return kept, assign, *merged

@@ -1,0 +1,138 @@
+"""What must hold between any two operations of a SpanTree. Walks everything: for tests, not for serving."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .span import KeyHash, Span
+from .tree import SpanTree
+
+SlotsOf = Callable[[Any], Iterable[int]]
+
+
+def check_tree(tree: SpanTree, slots_of: SlotsOf | None = None) -> None:
+    """Raises AssertionError, its message starting with the invariant's name. Changes nothing.
+
+    slots_of: turns what a span's `slots` holds into its slot ids (for a tensor: `lambda t: t.tolist()`);
+    without it I3 is skipped.
+    """
+    i1_slots_counted_once(tree)
+    i2_locks_cover_the_chain(tree)
+    if slots_of is not None:
+        i3_no_slot_twice(tree, slots_of)
+    i4_no_dangling(tree)
+    i5_path_sums(tree)
+    i6_evictable_is_queued(tree)
+    i7_found_by_its_path(tree)
+
+
+def _require(condition: bool, message: str, span: Span | None = None) -> None:
+    if not condition:
+        raise AssertionError(message if span is None else f"{message}: {span!r}")
+
+
+def i1_slots_counted_once(tree: SpanTree) -> None:
+    """I1: each live span's m is in exactly one counter: protected_slots if locked, evictable_slots if not."""
+    free = sum(span.m for span in tree.spans() if not span.lock_ref)
+    held = sum(span.m for span in tree.spans() if span.lock_ref)
+    _require(tree.evictable_slots == free, f"I1: {tree.evictable_slots} evictable_slots, spans hold {free}")
+    _require(tree.protected_slots == held, f"I1: {tree.protected_slots} protected_slots, spans hold {held}")
+
+
+def i2_locks_cover_the_chain(tree: SpanTree) -> None:
+    """I2: a lock holds the whole chain: lock_ref is never negative, nor below the sum over the children."""
+    for span in tree.spans():
+        below = sum(child.lock_ref for child in span.children or ())
+        _require(span.lock_ref >= below >= 0, f"I2: the children are locked {below} times", span)
+
+
+def i3_no_slot_twice(tree: SpanTree, slots_of: SlotsOf) -> None:
+    """I3: a slot belongs to one live span, once, and a span has m slots: who removes it may free them."""
+    owner: dict[int, Span] = {}
+    for span in tree.spans():
+        ids = list(slots_of(span.slots))
+        _require(len(ids) == span.m, f"I3: {len(ids)} slots for m={span.m}", span)
+        for slot in ids:
+            _require(slot not in owner, f"I3: slot {slot} is also in {owner.get(slot)!r}", span)
+            owner[slot] = span
+
+
+def i4_no_dangling(tree: SpanTree) -> None:
+    """I4: what is listed below anchors and spans is the live spans, each once, below its own parent."""
+    reached: dict[int, Span] = {}
+    for anchor, namespaces in tree._tops.items():
+        _require(bool(namespaces), f"I4: anchor {anchor!r} is kept without spans")
+        for namespace, tops in namespaces.items():
+            _require(len(tops) > 0, f"I4: anchor {anchor!r} keeps namespace {namespace!r} without spans")
+            for top in tops:
+                _require(top.parent is None and top.anchor == anchor, f"I4: listed below {anchor!r}", top)
+                _require(top.namespace == namespace, f"I4: listed below {namespace!r}", top)
+            stack = list(tops)
+            while stack:
+                span = stack.pop()
+                _require(not span.dead, "I4: a dead span is listed", span)
+                _require(span.serial not in reached, "I4: listed twice", span)
+                reached[span.serial] = span
+                children = list(span.children or ())
+                _require(len(children) == len(span.children or ()), "I4: wrong number of children", span)
+                for child in children:
+                    _require(child.parent is span, "I4: listed below a stranger", child)
+                stack.extend(children)
+    _require(reached == tree._live, f"I4: {len(reached)} spans are listed, {len(tree._live)} are live")
+    _require(tree._tops.keys() == tree._anchor_lens.keys(), "I4: lengths are kept of other anchors")
+
+
+def i5_path_sums(tree: SpanTree) -> None:
+    """I5: path_tokens and path_slots are P plus the chain's sums of n and m; 1 <= m <= n, m == n if raw."""
+    for span in tree.spans():
+        chain = list(span.chain())
+        _require(span.n == len(span.tokens) and 1 <= span.m <= span.n, "I5: n or m is wrong", span)
+        _require(not span.raw or span.m == span.n, "I5: a raw span keeps every token", span)
+        _require(span.path_tokens == span.anchor_len + sum(link.n for link in chain), "I5: path_tokens", span)
+        _require(span.path_slots == span.anchor_len + sum(link.m for link in chain), "I5: path_slots", span)
+        for link in chain:
+            _require(_place(link) == _place(span), f"I5: another anchor or namespace at {link!r}", span)
+
+
+def _place(span: Span) -> tuple[object, int, object]:
+    return span.anchor, span.anchor_len, span.namespace
+
+
+def i6_evictable_is_queued(tree: SpanTree) -> None:
+    """I6: an unlocked childless span has one heap entry, of a time not after its own; others at most one.
+
+    So oldest() can always give back every unlocked slot, and a touch needs no heap operation.
+    """
+    times: dict[int, int] = {}
+    for index, (time, serial, span) in enumerate(tree._heap):
+        _require(serial == span.serial and serial not in times, "I6: queued twice", span)
+        above = tree._heap[(index - 1) // 2][:2] if index else (0, 0)
+        _require(above <= (time, serial), "I6: no heap any more", span)
+        times[serial] = time
+    for span in tree.spans():
+        _require(span.queued == (span.serial in times), "I6: the queued flag is wrong", span)
+        if span.evictable:
+            _require(span.queued, "I6: evictable but not queued", span)
+        if span.queued:
+            _require(times[span.serial] <= span.last_access <= tree._clock, "I6: queued too late", span)
+
+
+def i7_found_by_its_path(tree: SpanTree) -> None:
+    """I7: matching a live span's own path finds these tokens, and its parent's index finds itself."""
+    for span in tree.spans():
+        key = KeyHash(span.tokens)
+        siblings = tree._tops[span.anchor][span.namespace] if span.parent is None else span.parent.children
+        indexed = siblings is not None and siblings.exact(span.tokens, key) is span
+        _require(indexed, "I7: not in the index", span)
+        tokens = array("q", bytes(8 * span.anchor_len))  # the anchor's own tokens are not compared
+        for link in span.path():
+            tokens.extend(link.tokens)
+        found = tree.match([(span.anchor, span.anchor_len)], span.namespace, tokens, touch=False)
+        assert found is not None, f"I7: not found by its path: {span!r}"
+        _require(found.path_tokens == span.path_tokens, f"I7: found {found!r} instead", span)
+        text = array("q", bytes(8 * span.anchor_len))
+        for link in found.path():
+            text.extend(link.tokens)
+        _require(text == tokens, f"I7: {found!r} has other tokens", span)

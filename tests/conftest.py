@@ -1,0 +1,23 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+# The same git-ignored cache as the Makefile, so that pytest on its own converts nothing twice.
+os.environ.setdefault("KEEPKV_CACHE", str(REPO / ".cache"))
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """Folder of the demo model, made by `keepkv model` (half a minute the first time)."""
+    command = [sys.executable, "-m", "keepkv_sglang.cli", "model"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,314 @@
+"""kernels/attention: every implementation against the float64 equation, and the promises that tolerances would hide."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from keepkv_sglang.kernels import attention
+from keepkv_sglang.kernels.attention import reference
+
+# Logits and sums are float32: up to 2047 terms of size 1 with relative rounding 6e-8 and an exp accurate to 1e-7 give
+# a few 1e-6 on outputs of size 1. A wrong formula is off by more than 1e-3.
+TOLERANCE = {
+    torch.float32: 1e-5,
+    # Inputs are exact in both computations (the oracle reads the same bfloat16 values); only the result is rounded to
+    # 8 bits: half a unit in the last place, 2^-9 of a value under 4, so 2^-7.
+    torch.bfloat16: 2**-7,
+}
+KERNELS = ["cpp", "numba", "torch"]
+LENGTHS = [1, 63, 500, 0, 2047]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    return attention.load(request.param)
+
+
+@pytest.fixture
+def cpp():
+    return attention.load("cpp")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Case:
+    """Pools with scattered slots. news = None is decode. Unused pool slots hold NaN: reading one is noticed."""
+
+    def __init__(self, lens, news=None, heads=(9, 3), dim=64, dtype=torch.float32, seed=0, spread=2.0):
+        self.gen = torch.Generator().manual_seed(seed)
+        hq, hkv = heads
+        used = sum(lens)
+        slots = torch.randperm(used + 50, generator=self.gen)[:used]
+        self.k, self.v = (torch.full((used + 50, hkv, dim), float("nan"), dtype=dtype) for _ in range(2))
+        for pool in (self.k, self.v):
+            pool[slots] = self.randn(used, hkv, dim).to(dtype)
+        self.votes = torch.full((used + 50, hkv), float("nan"))
+        self.votes[slots] = torch.rand(used, hkv, generator=self.gen) * spread
+        self.table = torch.full((len(lens) + 3, max(lens) + 5), -7, dtype=torch.int32)
+        self.rows = torch.randperm(len(lens) + 3, generator=self.gen)[: len(lens)]
+        start = 0
+        for row, n in zip(self.rows.tolist(), lens, strict=True):
+            self.table[row, :n] = slots[start : start + n].int()
+            start += n
+        self.lens, self.scale = torch.tensor(lens), dim**-0.5
+        self.news = None if news is None else torch.tensor(news)
+        self.q = self.randn(len(lens) if news is None else sum(news), hq, dim).to(dtype)
+
+    def randn(self, *shape):
+        return torch.randn(*shape, generator=self.gen)
+
+    def slots(self, i):
+        return self.table[self.rows[i], : self.lens[i]].long()
+
+    def run(self, impl, causal=True, q=None, out=None, **changes):
+        q = self.q if q is None else q
+        out = torch.full(q.shape, float("nan"), dtype=q.dtype) if out is None else out
+        names = ("k", "v", "votes", "table", "rows", "lens")
+        shared = [changes.get(name, getattr(self, name)) for name in names]
+        if self.news is None:
+            impl.decode(q, *shared, self.scale, out)
+        else:
+            impl.extend(q, *shared, changes.get("news", self.news), self.scale, out, causal)
+        return out
+
+    def error(self, impl, **kwargs):
+        wanted = self.run(reference, q=self.q.double(), **{k: v for k, v in kwargs.items() if k != "q"})
+        got = self.run(impl, **kwargs)
+        assert got.isfinite().all()
+        return (got.double() - wanted).abs().max().item()
+
+
+SHAPES = [((9, 3), 64), ((4, 4), 80), ((8, 1), 128), ((4, 1), 256), ((6, 2), 72)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), SHAPES)
+def test_decode_is_equation_6(kernel, heads, dim, dtype):
+    case = Case(LENGTHS, heads=heads, dim=dim, dtype=dtype)
+    assert case.error(kernel) < TOLERANCE[dtype]
+    assert case.run(kernel)[3].eq(0).all()  # the request without KV
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "dim"), SHAPES)
+def test_extend_is_equation_6(kernel, heads, dim, dtype):
+    # empty prefix (1 of 1, 63 of 63), one new token, a prefix that ends inside a key block, no new token
+    case = Case([1, 63, 500, 900, 0, 130], [1, 63, 1, 77, 0, 0], heads=heads, dim=dim, dtype=dtype)
+    assert case.error(kernel) < TOLERANCE[dtype]
+
+
+def test_extend_without_causality_is_equation_6(kernel):
+    case = Case([1, 63, 500], [1, 63, 77])
+    assert case.error(kernel, causal=False) < TOLERANCE[torch.float32]
+
+
+def test_padding_rows_of_an_extend_give_zeros(kernel):
+    case = Case([40, 0, 9], [3, 2, 9])
+    out = case.run(kernel)
+    assert out[3:5].eq(0).all() and out.isfinite().all()
+
+
+def test_large_votes_dominate_and_stay_finite(kernel):
+    case = Case([300, 2047])
+    case.votes[case.slots(1)[1234]] = 1e4
+    assert case.error(kernel) < TOLERANCE[torch.float32]
+    assert torch.equal(case.run(kernel)[1, :3], case.v[case.slots(1)[1234], 0].expand(3, -1))
+
+
+def test_votes_count_like_copies(kernel):
+    """Votes of 3 equal the same entry three times: the meaning of Eq. 6, without the reference."""
+    case = Case([40])
+    slots = case.slots(0)
+    case.votes[slots] = 0.0
+    case.table[case.rows[0], 38:40] = slots[0].int()
+    copies = case.run(kernel)
+    case.votes[slots[0]] = torch.tensor(3.0).log()
+    votes = case.run(kernel, lens=torch.tensor([38]))
+    assert (copies - votes).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("masked", [float("-inf"), -1e30])
+@pytest.mark.parametrize("news", [None, [20, 1]])
+def test_masked_entries(kernel, masked, news):
+    case = Case([700, 300], news)
+    keep = case.slots(0)[::7]  # whole key blocks start masked, and one head is masked entirely
+    case.votes[case.slots(0)] = masked
+    case.votes[keep, :2] = 0.5
+    case.votes[case.slots(1)[:257]] = masked
+    assert case.error(kernel) < TOLERANCE[torch.float32]
+    assert case.run(kernel)[:1, 6:].eq(0).all()
+
+
+@pytest.mark.parametrize("news", [None, [100, 17, 1]])
+def test_no_votes_and_zero_votes_are_the_same_bits(kernel, news):
+    case = Case([400, 17, 2000], news)
+    case.votes.zero_()
+    assert torch.equal(case.run(kernel), case.run(kernel, votes=None))
+
+
+def test_zero_votes_are_plain_attention(kernel):
+    """Against torch's SDPA: an independent implementation of the equation's special case."""
+    case = Case([333], [333])
+    case.votes.zero_()
+    slots = case.slots(0)
+    q, k, v = (x.transpose(0, 1)[None] for x in (case.q, case.k[slots], case.v[slots]))
+    plain = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert (case.run(kernel) - plain[0].transpose(0, 1)).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("news", [None, [40, 500, 9]])
+def test_strided_tensors(kernel, news):
+    """q as a view of a fused qkv, K and V interleaved in one buffer, out as a view: only its own elements change."""
+    case = Case([300, 500, 9], news)
+    n, hq, dim = case.q.shape
+    fused = torch.randn(n, (hq + 6) * dim)
+    q = fused[:, : hq * dim].view(n, hq, dim)
+    q.copy_(case.q)
+    pool = torch.stack([case.k, case.v], dim=1)
+    wide = torch.full((n, hq + 2, dim), 7.0)
+    wide[:, 1:-1] = float("nan")
+    out = case.run(kernel, q=q, k=pool[:, 0], v=pool[:, 1], out=wide[:, 1:-1])
+    assert torch.equal(out, case.run(kernel))
+    assert wide[:, 0].eq(7).all() and wide[:, -1].eq(7).all()
+    transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(case.run(kernel, q=transposed), out)
+
+
+def test_nothing_but_out_is_written(kernel):
+    case = Case([300, 40], [30, 40])
+    before = [x.clone() for x in (case.q, case.k, case.v, case.votes, case.table)]
+    case.run(kernel)
+    after = (case.q, case.k, case.v, case.votes, case.table)
+    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("news", [None, [5, 70, 200, 1]])
+def test_cpp_bits_do_not_depend_on_neighbours_slots_or_threads(cpp, news):
+    lens = [5, 700, 2047, 256]
+    case = Case(lens, news)
+    torch.set_num_threads(1)
+    whole = case.run(cpp)
+    torch.set_num_threads(2)
+    assert torch.equal(case.run(cpp), whole)
+    moved = torch.randperm(case.k.shape[0])  # slot s moves to moved[s]
+    k, v, votes = (torch.empty_like(x).index_copy_(0, moved, x) for x in (case.k, case.v, case.votes))
+    table = torch.where(case.table >= 0, moved[case.table.clamp_min(0).long()], -7).int()
+    assert torch.equal(case.run(cpp, k=k, v=v, votes=votes, table=table), whole)
+    start = 0
+    for i, n in enumerate(news or [1] * len(lens)):
+        alone = {"rows": case.rows[i : i + 1], "lens": case.lens[i : i + 1]}
+        if news:
+            alone["news"] = case.news[i : i + 1]
+        assert torch.equal(case.run(cpp, q=case.q[start : start + n], **alone), whole[start : start + n])
+        start += n
+
+
+def test_cpp_bits_do_not_depend_on_chunks(cpp):
+    """A prompt in two chunks equals the prompt at once: rows are computed alike however they are batched."""
+    case = Case([600], [600])
+    whole = case.run(cpp)
+    first = case.run(cpp, q=case.q[:333], lens=torch.tensor([333]), news=torch.tensor([333]))
+    second = case.run(cpp, q=case.q[333:], news=torch.tensor([267]))
+    assert torch.equal(torch.cat([first, second]), whole)
+
+
+def test_cpp_exp_is_accurate(cpp):
+    """Two keys, logits 0 and -x: the output is exp(-x) / (1 + exp(-x)), from 0 to past the underflow."""
+    x = torch.cat([torch.linspace(0, 88, 3001), torch.tensor([1e3, 1e20])])
+    n = len(x)
+    k, v = torch.zeros(2 * n, 1, 8), torch.tensor([0.0, 1.0]).repeat(n)[:, None, None].expand(-1, 1, 8).contiguous()
+    votes = torch.stack([torch.zeros(n), -x], dim=1).view(2 * n, 1)
+    table = torch.arange(2 * n, dtype=torch.int32).view(n, 2)
+    out = torch.empty(n, 1, 8)
+    cpp.decode(torch.zeros(n, 1, 8), k, v, votes, table, torch.arange(n), torch.full((n,), 2), 1.0, out)
+    wanted = torch.sigmoid(-x.double())
+    relative = ((out[:, 0, 0].double() - wanted) / wanted)[x < 87]
+    assert relative.abs().max() < 4e-7  # exp, one addition, one reciprocal and one product in float32
+    assert out[0].eq(0.5).all() and out[-2:].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": torch.full((9, 99), 10**6, dtype=torch.int32)}, "slot"),
+        ({"rows": torch.tensor([77, 0])}, "rows"),
+        ({"lens": torch.tensor([10**5, 3])}, "seq_lens"),
+    ],
+)
+@pytest.mark.parametrize("news", [None, [2, 2]])
+def test_indices_outside_the_pool_raise(kernel, change, message, news):
+    if kernel.name == "torch" and message == "slot":
+        message = "out of range"  # index_select's own words
+    with pytest.raises(IndexError, match=message):
+        Case([50, 20], news).run(kernel, **change)
+
+
+def test_tensors_outside_the_contract_raise(kernel):
+    case = Case([50, 20])
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        case.run(kernel, k=case.k.half(), v=case.v.half())
+    with pytest.raises(ValueError, match="contiguous"):
+        case.run(kernel, k=case.k.transpose(1, 2).contiguous().transpose(1, 2))
+    with pytest.raises(ValueError, match="log_votes"):
+        case.run(kernel, votes=case.votes.double())
+    with pytest.raises(ValueError, match="head_dim"):
+        Case([5], dim=60).run(kernel)
+    with pytest.raises(ValueError, match="lengths"):
+        Case([5, 9], [2, 3]).run(kernel, news=torch.tensor([2, 2]))
+
+
+def test_load(monkeypatch, caplog):
+    monkeypatch.setenv("KEEPKV_CPU_KERNEL", "torch")
+    assert attention.load().name == "torch"
+    assert attention.load("cpp").name == "cpp"
+    monkeypatch.setenv("KEEPKV_CPU_KERNEL", "cuda")
+    with pytest.raises(ValueError, match="KEEPKV_CPU_KERNEL"):
+        attention.load()
+    monkeypatch.setenv("KEEPKV_CPU_KERNEL", "auto")
+    monkeypatch.setattr(attention, "_reported", set())
+    for module in ("cpp_impl", "numba_impl"):
+        monkeypatch.setitem(sys.modules, f"{attention.__name__}.{module}", None)  # import raises ImportError
+    with caplog.at_level(logging.WARNING, logger="keepkv"):
+        assert attention.load().name == attention.load().name == "torch"
+    assert len(caplog.records) == 2  # one per fallback, once
+    with pytest.raises(RuntimeError, match="KEEPKV_CPU_KERNEL=auto"):
+        attention.load("cpp")
+
+
+def test_a_missing_compiler_says_what_to_do(monkeypatch):
+    from keepkv_sglang.kernels.attention import build
+
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match="install g\\+\\+ or set CXX"):
+        build.build()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_other_instruction_sets_built_in_a_race(march, tmp_path, monkeypatch):
+    """The AVX2 and the portable path, each compiled twice at once into one empty cache: one library stays."""
+    from keepkv_sglang.kernels.attention import build, cpp_impl
+
+    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS))
+    with ThreadPoolExecutor(2) as pool:
+        paths = set(pool.map(build.build, [march] * 2))
+    assert set((tmp_path / "kernels").iterdir()) == paths
+    monkeypatch.setattr(cpp_impl, "_function", cpp_impl._load(paths.pop()))
+    for dtype in TOLERANCE:
+        for case in (Case(LENGTHS, dim=72, dtype=dtype), Case([300, 9], [100, 9], dim=72, dtype=dtype)):
+            assert case.error(cpp_impl) < TOLERANCE[dtype]

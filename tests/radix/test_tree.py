@@ -1,0 +1,440 @@
+"""SpanTree, one behaviour per test. Every test ends with all invariants checked."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from itertools import count, product
+from typing import Any
+
+import pytest
+
+from keepkv_sglang.radix.invariants import check_tree
+from keepkv_sglang.radix.span import HEAD_TOKENS, KeyHash, Span
+from keepkv_sglang.radix.tree import SpanTree
+
+NO_ANCHOR = (None, 0)
+_slot_ids = count()
+
+
+@pytest.fixture
+def tree() -> Iterator[SpanTree]:
+    tree = SpanTree()
+    yield tree
+    check_tree(tree, slots_of=list)
+
+
+def add(
+    tree: SpanTree,
+    tokens: Any,
+    *,
+    parent: Span | None = None,
+    anchor: tuple[Any, int] = NO_ANCHOR,
+    namespace: str = "a",
+    m: int | None = None,
+    raw: bool = False,
+) -> Span:
+    """Inserts a new span with fresh slots, by default half as many slots as tokens."""
+    if parent is not None:
+        anchor, namespace = (parent.anchor, parent.anchor_len), parent.namespace
+    m = (len(tokens) if raw else (len(tokens) + 1) // 2) if m is None else m
+    slots = [next(_slot_ids) for _ in range(m)]
+    span, new = tree.insert(
+        parent=parent,
+        anchor=anchor[0],
+        anchor_len=anchor[1],
+        namespace=namespace,
+        tokens=tokens,
+        slots=slots,
+        m=m,
+        raw=raw,
+    )
+    assert new and span.slots is slots
+    return span
+
+
+# -- matching ------------------------------------------------------------------------------------------------
+
+
+def test_a_span_matches_whole_or_not_at_all(tree: SpanTree) -> None:
+    span = add(tree, range(10))
+    assert tree.match([NO_ANCHOR], "a", range(10)) is span
+    assert tree.match([NO_ANCHOR], "a", range(20)) is span
+    for shared in range(10):
+        assert tree.match([NO_ANCHOR], "a", range(shared)) is None
+        assert tree.match([NO_ANCHOR], "a", [*range(shared), 99, *range(shared + 1, 10)]) is None
+
+
+def test_limit_cuts_the_key_not_the_span(tree: SpanTree) -> None:
+    first = add(tree, range(10))
+    second = add(tree, range(10, 20), parent=first)
+    key = range(20)
+    assert tree.match([NO_ANCHOR], "a", key, limit=20) is second
+    assert tree.match([NO_ANCHOR], "a", key, limit=99) is second
+    assert tree.match([NO_ANCHOR], "a", key, limit=19) is first
+    assert tree.match([NO_ANCHOR], "a", key, limit=9) is None
+    assert tree.match([NO_ANCHOR], "a", key, limit=0) is None
+    assert tree.match([NO_ANCHOR], "a", key, limit=-1) is None
+
+
+def test_a_chain_matches_as_far_as_its_spans_do(tree: SpanTree) -> None:
+    chain = [add(tree, range(7), anchor=("sys", 3), m=2)]
+    for start in (7, 14, 21):
+        chain.append(add(tree, range(start, start + 7), parent=chain[-1], m=3))
+    chain.append(add(tree, range(28, 30), parent=chain[-1], raw=True))
+    key = [100, 101, 102, *range(30)]
+    for length in range(len(key) + 1):
+        whole = [span for span in chain if span.path_tokens <= length]
+        assert tree.match([("sys", 3)], "a", key[:length]) is (whole[-1] if whole else None)
+    last = chain[-1]
+    assert (last.path_tokens, last.path_slots, last.offset) == (33, 3 + 2 + 3 * 3 + 2, 17)
+    assert list(last.chain()) == chain[::-1] and last.path() == chain
+
+
+def test_a_changed_continuation_matches_the_part_before_it(tree: SpanTree) -> None:
+    first = add(tree, range(10))
+    add(tree, range(10, 20), parent=first)
+    assert tree.match([NO_ANCHOR], "a", [*range(15), 99, 16, 17, 18, 19]) is first
+
+
+@pytest.mark.parametrize("short, long", [(3, 5), (31, 33), (32, 64), (40, 400), (5, 100)])
+def test_the_longest_chain_wins_whichever_branch_it_is_on(tree: SpanTree, short: int, long: int) -> None:
+    small = add(tree, range(short))
+    big = add(tree, range(long))
+    assert tree.match([NO_ANCHOR], "a", range(long + 20)) is big
+    assert tree.match([NO_ANCHOR], "a", range(long - 1)) is small
+    below_small = add(tree, range(short, long + 1), parent=small)
+    assert tree.match([NO_ANCHOR], "a", range(long + 20)) is below_small
+    below_big = add(tree, range(long, long + 2), parent=big)
+    assert tree.match([NO_ANCHOR], "a", range(long + 20)) is below_big
+    assert tree.match([NO_ANCHOR], "a", range(long + 1)) is below_small
+
+
+def test_every_length_from_1_to_100_is_found(tree: SpanTree) -> None:
+    spans = {n: add(tree, range(n)) for n in range(100, 0, -1)}
+    for n in range(1, 101):
+        assert tree.match([NO_ANCHOR], "a", [*range(n), 999]) is spans[n]
+
+
+def test_ties_go_to_the_larger_anchor_then_more_slots_then_the_elder(tree: SpanTree) -> None:
+    anchors = [NO_ANCHOR, ("p4", 4), ("p8", 8)]
+    whole = add(tree, range(20), m=10)
+    assert tree.match(anchors, "a", range(20)) is whole
+    first = add(tree, range(5), m=1)
+    add(tree, range(5, 20), parent=first, m=9)
+    assert tree.match(anchors, "a", range(20)) is whole  # both 20 tokens in 10 slots, whole is the elder
+    half = add(tree, range(10), m=5)
+    finer = add(tree, range(10, 20), parent=half, m=6)
+    assert tree.match(anchors, "a", range(20)) is finer
+    p8 = add(tree, range(8, 20), anchor=("p8", 8), m=1)
+    p4 = add(tree, range(4, 20), anchor=("p4", 4), m=16)
+    for order in (anchors, anchors[::-1]):
+        assert tree.match(order, "a", range(20)) is p8
+    assert tree.match(anchors[:2], "a", range(20)) is p4
+
+
+def test_only_the_given_anchors_and_the_given_namespace_are_searched(tree: SpanTree) -> None:
+    span = add(tree, [5, 6], anchor=(7, 3), namespace="a")
+    other = add(tree, [5, 6], anchor=(7, 3), namespace="b")
+    key = [1, 2, 3, 5, 6]
+    assert tree.match([(7, 3)], "a", key) is span
+    assert tree.match([(7, 3)], "b", key) is other
+    assert tree.match([(7, 3)], "c", key) is None
+    assert tree.match([(8, 3)], "a", key) is None
+    assert tree.match([NO_ANCHOR], "a", key) is None
+    assert tree.match([], "a", key) is None
+
+
+def test_negative_and_64_bit_token_ids(tree: SpanTree) -> None:
+    """SGLang pads multimodal input with hashes."""
+    tokens = [-1, 2**63 - 1, -(2**63), 0, 7]
+    span = add(tree, tokens)
+    assert tree.match([NO_ANCHOR], "a", tokens) is span
+    assert tree.match([NO_ANCHOR], "a", [1, *tokens[1:]]) is None
+
+
+def test_the_callers_arrays_stay_the_callers(tree: SpanTree) -> None:
+    tokens = array("q", range(300))
+    span = add(tree, tokens)
+    assert tree.match([NO_ANCHOR], "a", tokens) is span
+    tokens.append(1)  # BufferError if a numpy view of it were still alive
+    tokens[0] = 99
+    assert tree.match([NO_ANCHOR], "a", range(300)) is span
+
+
+# -- hashing -------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_of_a_substring_depends_on_its_tokens_only() -> None:
+    piece = array("q", [3, -1, 2**40, 0, 0])
+    for before, after in product((0, 1, 255, 256, 5000), (0, 1000)):
+        key = KeyHash(array("q", [7] * before) + piece + array("q", [9] * after))
+        assert key.of(before, len(piece)) == KeyHash(piece).of(0, len(piece))
+    base = KeyHash(array("q", [0, 1])).of(0, 2)
+    assert KeyHash(piece).of(0, 5) == sum(token * base**i for i, token in enumerate(piece)) % 2**64
+
+
+@pytest.mark.parametrize("constant_bits", [0, 1, 3])
+def test_hash_collisions_never_show_another_span(
+    tree: SpanTree, monkeypatch: pytest.MonkeyPatch, constant_bits: int
+) -> None:
+    """With 1, 2 or 8 hash values in all, every answer stays exact."""
+    true_hash = KeyHash.of
+    monkeypatch.setattr(KeyHash, "of", lambda self, a, n: true_hash(self, a, n) & (2**constant_bits - 1))
+    keys = [list(bits) for bits in product((0, 1), repeat=5)] + [
+        [*range(HEAD_TOKENS + 8), x] for x in range(20)
+    ]
+    spans = [add(tree, key) for key in keys]
+    for key, span in zip(keys, spans, strict=True):
+        assert tree.match([NO_ANCHOR], "a", key) is span
+        assert tree.match([NO_ANCHOR], "a", [*key, 7]) is span
+    assert tree.match([NO_ANCHOR], "a", [0, 0, 0, 0, 2]) is None
+    assert tree.match([NO_ANCHOR], "a", [*range(HEAD_TOKENS + 8), 20]) is None
+    for span in spans[::2]:
+        tree.remove(span)
+    for key, span in zip(keys, spans, strict=True):
+        assert tree.match([NO_ANCHOR], "a", key) is (None if span.dead else span)
+    check_tree(tree, slots_of=list)
+    tree.reset()  # the fixture checks again, with the true hash
+
+
+# -- inserting -----------------------------------------------------------------------------------------------
+
+
+def test_the_same_tokens_again_return_the_first_span_and_take_no_slots(tree: SpanTree) -> None:
+    first = add(tree, range(10), m=4)
+    child = add(tree, range(10, 12), parent=first, raw=True)
+    before = tree.evictable_slots
+    for parent, tokens, m, live in ((None, range(10), 7, first), (first, range(10, 12), 1, child)):
+        span, new = tree.insert(
+            parent=parent, anchor=None, anchor_len=0, namespace="a", tokens=tokens, slots=["mine"], m=m
+        )
+        assert span is live and not new
+    assert (len(tree), tree.evictable_slots, first.m, child.raw) == (2, before, 4, True)
+
+
+def test_the_same_tokens_elsewhere_are_another_span(tree: SpanTree) -> None:
+    top = add(tree, [1, 2])
+    spans = [
+        top,
+        add(tree, [1, 2], parent=top),
+        add(tree, [1, 2], namespace="b"),
+        add(tree, [1, 2], anchor=(3, 9)),
+    ]
+    assert len(set(spans)) == len(tree) == 4
+
+
+def test_a_removed_span_can_be_inserted_again(tree: SpanTree) -> None:
+    old = add(tree, range(10))
+    tree.remove(old)
+    new = add(tree, range(10))
+    assert new is not old and tree.match([NO_ANCHOR], "a", range(10)) is new
+
+
+def test_what_cannot_be_a_span_is_refused(tree: SpanTree) -> None:
+    live = add(tree, [1, 2], anchor=(5, 3))
+    dead = add(tree, [3, 4], anchor=(5, 3))
+    tree.remove(dead)
+    good = {
+        "parent": None,
+        "anchor": 5,
+        "anchor_len": 3,
+        "namespace": "a",
+        "tokens": [8, 9],
+        "slots": [],
+        "m": 1,
+    }
+    bad_ones: list[dict[str, Any]] = [
+        {"tokens": []},
+        {"m": 0},
+        {"m": 3},
+        {"raw": True},
+        {"parent": dead},
+        {"parent": live, "anchor": 6},
+        {"parent": live, "namespace": "b"},
+        {"anchor_len": 4},
+        {"anchor": None},
+        {"anchor": 6, "anchor_len": 0},
+        {"anchor": 6, "anchor_len": -1},
+    ]
+    for bad in bad_ones:
+        with pytest.raises(ValueError):
+            tree.insert(**{**good, **bad})
+        assert len(tree) == 1 and not tree.has_anchor(6) and not tree.has_anchor(None)
+
+
+# -- locks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_protects_the_chain_and_counts_each_slot_once(tree: SpanTree) -> None:
+    top = add(tree, range(10), m=5)
+    left = add(tree, range(10, 14), parent=top, m=3)
+    right = add(tree, range(20, 24), parent=top, m=2)
+    assert (tree.evictable_slots, tree.protected_slots) == (10, 0)
+    tree.lock(left)
+    assert (tree.evictable_slots, tree.protected_slots) == (2, 8)
+    tree.lock(left)
+    tree.lock(right)
+    assert (tree.evictable_slots, tree.protected_slots, top.lock_ref, tree.oldest()) == (0, 10, 3, None)
+    tree.unlock(left)
+    assert (tree.evictable_slots, tree.protected_slots) == (0, 10)
+    tree.unlock(left)
+    assert (tree.evictable_slots, tree.protected_slots, tree.oldest()) == (3, 7, left)
+    tree.unlock(right)
+    assert (tree.evictable_slots, tree.protected_slots, top.lock_ref) == (10, 0, 0)
+
+
+def test_a_child_of_a_locked_span_is_evictable_until_it_is_locked_itself(tree: SpanTree) -> None:
+    top = add(tree, range(4))
+    tree.lock(top)
+    child = add(tree, range(4), parent=top)
+    assert tree.oldest() is child
+    tree.remove(child)
+    assert tree.oldest() is None
+    tree.unlock(top)
+    assert tree.oldest() is top
+
+
+def test_misuse_of_locks_is_caught_and_changes_nothing(tree: SpanTree) -> None:
+    top = add(tree, range(4))
+    child = add(tree, range(4), parent=top)
+    tree.lock(top)
+    with pytest.raises(AssertionError):
+        tree.unlock(child)
+    for misuse in (tree.remove, tree.drop_subtree):
+        with pytest.raises(AssertionError):
+            misuse(top)
+    with pytest.raises(AssertionError):
+        tree.drop_anchor(None)
+    assert len(tree) == 2
+    tree.unlock(top)
+    with pytest.raises(AssertionError):
+        tree.remove(top)  # still has a child
+    tree.remove(child)
+    for misuse in (tree.lock, tree.unlock, tree.remove, tree.drop_subtree):
+        with pytest.raises(AssertionError):
+            misuse(child)
+
+
+# -- eviction ------------------------------------------------------------------------------------------------
+
+
+def evict_all(tree: SpanTree) -> list[Span]:
+    order = []
+    while (span := tree.oldest()) is not None:
+        tree.remove(span)
+        order.append(span)
+        check_tree(tree)
+    return order
+
+
+def test_eviction_takes_the_least_recently_used_leaf_first(tree: SpanTree) -> None:
+    a = add(tree, [1, 1])
+    b = add(tree, [2, 2])
+    a1 = add(tree, [3], parent=a)
+    a2 = add(tree, [4], parent=a)
+    c = add(tree, [5, 5])
+    assert tree.match([NO_ANCHOR], "a", [1, 1, 3]) is a1  # a and a1 become the youngest
+    assert evict_all(tree) == [b, a2, c, a1, a]
+    assert (len(tree), tree.evictable_slots, tree.has_anchor(None)) == (0, 0, False)
+
+
+def test_a_match_without_touch_leaves_the_order_and_the_clock_alone(tree: SpanTree) -> None:
+    a, b = add(tree, [1, 1]), add(tree, [2, 2])
+    now = tree.tick()
+    assert tree.match([NO_ANCHOR], "a", [1, 1], touch=False) is a
+    assert tree.match([NO_ANCHOR], "a", [9], touch=True) is None
+    assert tree.tick() == now + 1
+    assert evict_all(tree) == [a, b]
+
+
+def test_a_duplicate_insert_counts_as_use(tree: SpanTree) -> None:
+    a, b = add(tree, [1, 1]), add(tree, [2, 2])
+    tree.insert(parent=None, anchor=None, anchor_len=0, namespace="a", tokens=[1, 1], slots=None, m=1)
+    assert evict_all(tree) == [b, a]
+
+
+def test_a_span_locked_when_it_was_oldest_comes_back_in_its_old_place(tree: SpanTree) -> None:
+    a, b = add(tree, [1, 1]), add(tree, [2, 2])
+    tree.lock(a)
+    assert tree.oldest() is b
+    tree.unlock(a)
+    assert tree.oldest() is a and tree.oldest() is a  # a peek
+
+
+def test_dead_spans_never_match_and_leave_no_trace(tree: SpanTree) -> None:
+    a = add(tree, range(40), anchor=("x", 1))
+    b = add(tree, range(40), parent=a)
+    assert tree.has_anchor("x")
+    tree.remove(b)
+    assert a.children is not None and not a.children._heads  # no empty level stays behind
+    assert b.dead and tree.match([("x", 1)], "a", [0, *range(40), *range(40)]) is a
+    tree.remove(a)
+    assert tree.match([("x", 1)], "a", [0, *range(40)]) is None
+    assert not tree.has_anchor("x") and list(tree.spans()) == []
+    add(tree, [1], anchor=("x", 2))  # the id is free again, so it may have another length
+
+
+def test_drop_subtree_and_drop_anchor_return_children_first(tree: SpanTree) -> None:
+    top = add(tree, [1, 1], anchor=("x", 1))
+    mid = add(tree, [2, 2], parent=top)
+    low, side = add(tree, [3, 3], parent=mid), add(tree, [4, 4], parent=mid)
+    other = add(tree, [1, 1], anchor=("x", 1), namespace="b")
+    kept = add(tree, [1, 1], anchor=("y", 1))
+    dropped = tree.drop_subtree(mid)
+    assert set(dropped[:2]) == {low, side} and dropped[2:] == [mid]
+    assert len(tree) == 3 and tree.match([("x", 1)], "a", [0, 1, 1, 2, 2]) is top
+    leaf = add(tree, [5, 5], parent=top)
+    dropped = tree.drop_anchor("x")
+    assert set(dropped) == {top, leaf, other} and dropped.index(leaf) < dropped.index(top)
+    assert all(span.dead for span in dropped) and list(tree.spans()) == [kept]
+    assert not tree.has_anchor("x") and tree.drop_anchor("x") == []
+
+
+def test_reset_kills_everything_and_time_goes_on(tree: SpanTree) -> None:
+    top = add(tree, [1, 1])
+    low = add(tree, [2, 2], parent=top)
+    tree.lock(top)
+    now = tree.tick()
+    tree.reset()
+    assert top.dead and low.dead and tree.oldest() is None and tree.tick() > now
+    assert (len(tree), tree.evictable_slots, tree.protected_slots, tree.has_anchor(None)) == (0, 0, 0, False)
+    assert tree.match([NO_ANCHOR], "a", [1, 1]) is None
+
+
+def test_the_heap_stays_bounded_when_spans_go_another_way(tree: SpanTree) -> None:
+    for i in range(2000):
+        add(tree, [i], anchor=(i, 1))
+        tree.drop_anchor(i)
+    assert len(tree._heap) <= 65
+
+
+# -- the invariants themselves -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["I1", "I2", "I3", "I4", "I5", "I6", "I7"])
+def test_each_invariant_notices_its_damage(name: str) -> None:
+    tree = SpanTree()
+    top = add(tree, range(40))
+    low = add(tree, range(40, 50), parent=top)
+    tree.lock(low)
+    tree.unlock(low)
+    check_tree(tree, slots_of=list)
+    if name == "I1":
+        tree.evictable_slots += 1
+    elif name == "I2":
+        tree.evictable_slots -= low.m  # the counters agree: only the chain is wrong
+        tree.protected_slots += low.m
+        low.lock_ref += 1
+    elif name == "I3":
+        low.slots[0] = top.slots[0]
+    elif name == "I4":
+        low.parent = None
+    elif name == "I5":
+        low.path_slots += 1
+    elif name == "I6":
+        tree._heap.clear()
+    elif name == "I7":
+        low.tokens[3] += 1
+    with pytest.raises(AssertionError, match=f"^{name}: "):
+        check_tree(tree, slots_of=list)
