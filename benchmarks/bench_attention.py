@@ -2,9 +2,10 @@
 
     python benchmarks/bench_attention.py [--threads 1] [--dtype float32] [--quick] [--kernels cpp numba torch]
 
-Each case is timed in interleaved rounds (one call of each contender per round, so that a noisy neighbour hits all of
-them) and the median round is printed: microseconds per layer call and, in brackets, torch_native's time over ours.
-The contenders of ours compute votes; torch_native has none, which only favours it. Slots are scattered.
+Each case is timed in interleaved rounds (one call of each contender per round, so that a noisy neighbour hits
+all of them) and the median round is printed: microseconds per layer call and, in brackets, torch_native's
+time over ours. The contenders of ours compute votes; torch_native has none, which only favours it. Slots are
+scattered.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ EXTEND = [(0, 1500), (2000, 16), (2000, 128), (500, 500)]  # cached, new
 
 
 def torch_native(q, k_pool, v_pool, req_to_token, rows, seq_lens, extend_lens, scale, out) -> None:
-    """SGLang 0.5.23, torch_native_backend.py: per request, gather K/V, SDPA; cached queries are computed again."""
+    """SGLang 0.5.23, torch_native_backend.py: per request, gather K/V, SDPA; cached queries are computed
+    again."""
     query = q.movedim(0, 1)
     start = 0
     for i in range(seq_lens.shape[0]):
@@ -94,7 +96,8 @@ def row(label: str, contenders: dict[str, Callable[[], None]], seconds: float) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--kernels", nargs="+", default=["cpp", "numba", "torch"])
@@ -105,8 +108,9 @@ def main() -> None:
     dtype, seconds = getattr(torch, args.dtype), 0.3 if args.quick else 2.0
     kernels = {name: attention.load(name) for name in args.kernels}
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, commit {git.stdout.strip() or '-'}")
-    print(f"{args.threads} thread(s), {args.dtype}, {HEADS_Q} q / {HEADS_KV} kv heads, head_dim {DIM}; us per call")
+    print(f"{platform.machine()}, torch {torch.__version__}, commit {git.stdout.strip() or '-'}")
+    shape = f"{HEADS_Q} q / {HEADS_KV} kv heads, head_dim {DIM}"
+    print(f"{args.threads} thread(s), {args.dtype}, {shape}; us per call (times faster than torch_native)")
     print(f"{'decode batch x KV':22}" + "".join(f"{n:>20}" for n in ("torch_native", *kernels)))
     for batch, length in DECODE:
         q, k, v, votes, table, rows, lens, news, scale, out = make(batch, length, 1, dtype)
@@ -116,7 +120,8 @@ def main() -> None:
         for name, kernel in kernels.items():
             calls[name] = lambda f=kernel.decode: f(q, k, v, votes, table, rows, lens, scale, out)  # noqa: B023
         row(f"{batch} x {length}", calls, seconds)
-    print(f"{'extend cached + new':22}" + "".join(f"{n:>20}" for n in ("torch_native", "SDPA new only", *kernels)))
+    columns = ("torch_native", "SDPA new only", *kernels)
+    print(f"{'extend cached + new':22}" + "".join(f"{n:>20}" for n in columns))
     for cached, new in EXTEND:
         q, k, v, votes, table, rows, lens, news, scale, out = make(1, cached + new, new, dtype)
         calls = {

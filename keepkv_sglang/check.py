@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import platform as host
 import sys
+import warnings
 from importlib import metadata
 from typing import Any
 
@@ -13,8 +14,13 @@ PACKAGES = ("keepkv-sglang", "sglang", "torch", "triton", "transformers", "opena
 
 def run() -> int:
     """Print the report on stdout. Returns 0, or 1 with the reasons when something does not match."""
-    logging.disable(logging.WARNING)  # SGLang logs pages while it is imported
-    problems = [*_versions(), *_platform(), *_kernel(), *_seams()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing SGLang warns and logs pages about devices that are absent
+        logging.disable(logging.WARNING)
+        try:
+            problems = [*_versions(), *_platform(), *_kernel(), *_seams()]
+        finally:
+            logging.disable(logging.NOTSET)
     for problem in problems:
         print(f"keepkv check: {problem}", file=sys.stderr)
     print("\nready" if not problems else f"\nnot ready: {len(problems)} problem(s)")

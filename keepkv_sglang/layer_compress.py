@@ -105,7 +105,7 @@ def merge_from_assignment(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Merges with a recorded selection: kept [Hkv, m], assign [Hkv, n] -> k, v [m, Hkv, D], lv [m, Hkv].
 
-    A recorded assignment is what came out of the guards: they are off by default, so that rounding flips none.
+    A recorded assignment is what came out of the guards: they are off by default, so rounding flips none.
     """
     out = _Output.empty(x, kept.shape[1])
     for heads in _head_groups(x, scratch_bytes):

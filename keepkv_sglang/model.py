@@ -112,10 +112,11 @@ def _convert(source: Path, folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     _say("reading the tokenizer")
-    where: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, **where)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     _say("de-quantising the weights to float32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        source.parent, gguf_file=source.name, dtype=torch.float32
+    )
     # The weights are plain float32 now; with the GGUF note left in, transformers refuses to save them.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -58,8 +58,9 @@ class Runtime:
         keys = pool.get_key_buffer(self.first_layer)
         slots, kv_heads, head_dim = keys.shape
         self.votes = VoteStore(layers, slots, kv_heads, keys.device)
-        config = runner.model_config
-        q_heads = max(1, config.num_attention_heads // max(1, runner.tp_size))
+        from sglang.srt.runtime_context import get_parallel
+
+        q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
         rows = ARENA_WINDOWS * max(self.config.window, 1)
         rows = max(self.config.window, min(rows, ARENA_MAX_BYTES // row_bytes))

@@ -214,7 +214,7 @@ def test_a_server_starts_with_no_flags_and_answers(model_path: Path, tmp_path: P
         str(port),
     ]
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", server, log)
         body = {

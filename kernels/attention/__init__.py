@@ -1,22 +1,28 @@
 """Vote-weighted attention over a paged KV pool: tensors in, tensors out, no SGLang.
 
-    logit = (q . k) * scale + log_votes[slot, kv_head],   out = sum softmax(logit) v          (Eq. 6, arXiv 2504.09936)
+    logit = (q . k) * scale + log_votes[slot, kv_head]        (Eq. 6 of arXiv 2504.09936)
+    out = sum softmax(logit) v
 
-`load()` returns an implementation with `name` and two functions; both write every element of `out` and nothing else:
+`load()` returns an implementation with `name` and two functions; both write every element of `out` and
+nothing else:
 
-decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out) -> None
+decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out)
     One query per request. seq_lens counts the KV slots of a request, the token being decoded included.
-extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True) -> None
-    The queries of request b are the last extend_lens[b] of its seq_lens[b] KV slots; query j sees the KV indices
-    0 .. seq_lens[b] - extend_lens[b] + j (causal) or all of them. K and V of the new tokens are already in the pool.
+extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True)
+    The queries of request b are the last extend_lens[b] of its seq_lens[b] KV slots; query j sees the KV
+    indices 0 .. seq_lens[b] - extend_lens[b] + j (causal) or all of them. K and V of the new tokens are
+    already in the pool.
 
-Shapes: q, out [B or sum(extend_lens), Hq, D], float32 or bfloat16, one dtype; k_pool, v_pool [S, Hkv, D], float32 or
-bfloat16, any stride(0), rows contiguous; log_votes [S, Hkv] float32, or None for plain attention (zeros give the same
-bits); req_to_token [R, C] int32; rows, seq_lens, extend_lens [B] int64 (other integers are converted);
-kv_head = q_head // (Hq / Hkv); head_dim a multiple of 8 up to 256. Computed in float32.
-A seq_len of 0 (padding) gives zeros. A log vote of -inf or <= -1e29 masks its entry; K and V of a masked entry must be
-finite. A query with every entry masked gets zeros, where Eq. 6 is 0/0.
-Errors: ValueError for shapes and dtypes outside this, IndexError for rows or slots outside the pool.
+Shapes: q, out [B or sum(extend_lens), Hq, D], float32 or bfloat16, one dtype; k_pool, v_pool [S, Hkv, D],
+float32 or bfloat16, any stride(0), rows contiguous; log_votes [S, Hkv] float32, or None for plain attention
+(zeros give the same bits); req_to_token [R, C] int32; rows, seq_lens, extend_lens [B] int64 (other integers
+are converted); kv_head = q_head // (Hq / Hkv); head_dim a multiple of 8 up to 256. Computed in float32.
+
+Differs from the equation: a seq_len of 0 (padding) gives zeros; a log vote of -inf or <= -1e29 masks its entry
+(K and V of a masked entry must be finite); a query with every entry masked gets zeros, where Eq. 6 is 0/0.
+
+Errors: ValueError for shapes and dtypes outside this, IndexError for rows or slots outside the pool (out is
+then unspecified).
 """
 
 from __future__ import annotations
@@ -70,8 +76,9 @@ class Attention(Protocol):
 def load(name: str = "auto") -> Attention:
     """The CPU implementation called name, or the first of cpp, numba, torch that runs here ("auto").
 
-    "auto" reads KEEPKV_CPU_KERNEL={auto,cpp,numba,torch}. Each fallback is logged once to the "keepkv" logger. The
-    first load of cpp compiles (seconds). ValueError for an unknown name, RuntimeError when a forced one cannot run.
+    "auto" reads KEEPKV_CPU_KERNEL={auto,cpp,numba,torch}. Each fallback is logged once to the "keepkv"
+    logger. The first load of cpp compiles (seconds). ValueError for an unknown name, RuntimeError when a
+    forced one cannot run.
     """
     if name == "auto":
         name = os.environ.get("KEEPKV_CPU_KERNEL") or "auto"
@@ -91,7 +98,7 @@ def load(name: str = "auto") -> Attention:
         except (ImportError, RuntimeError, OSError) as error:
             if candidate not in _reported:
                 _reported.add(candidate)
-                _log.warning("CPU attention kernel %s is not available, trying the next: %s", candidate, error)
+                _log.warning("CPU attention kernel %s cannot run, trying the next: %s", candidate, error)
     return _import(ORDER[-1])
 
 

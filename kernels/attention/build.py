@@ -1,7 +1,9 @@
-"""Compiles cpu_attention.cpp for this machine; `python -m keepkv_sglang.kernels.attention.build` does it ahead of use.
+"""Compiles cpu_attention.cpp for this machine; `python -m keepkv_sglang.kernels.attention.build` does it
+ahead of use.
 
-The library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under a hash of everything that shapes it: sources, flags,
-compiler, CPU model and the OpenMP runtime. It is written beside its final name and renamed, so processes can race.
+The library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under a hash of everything that shapes it:
+sources, flags, compiler, CPU model and the OpenMP runtime. It is written beside its final name and renamed,
+so processes can race.
 """
 
 from __future__ import annotations
@@ -69,9 +71,11 @@ def cache_dir() -> Path:
 
 
 def build(march: str = "native") -> Path:
-    """Path of the compiled library, compiling it (seconds) if the cache has none. RuntimeError with the reason.
+    """Path of the compiled library, compiling it (seconds) if the cache has none. RuntimeError with the
+    reason.
 
-    march: the instruction set; tests compile the AVX2 and the portable path of the sources on any x86 machine.
+    march: the instruction set; tests compile the AVX2 and the portable path of the sources on any x86
+    machine.
     """
     cxx, runtime = compiler(), openmp_runtime()
     flags = (*FLAGS, f"-march={march}")
@@ -102,7 +106,8 @@ def build(march: str = "native") -> Path:
                         raise
             os.replace(lib, target)
     except OSError as error:
-        raise RuntimeError(f"cannot write {target.parent}: {error}; set KEEPKV_CACHE to a writable folder") from error
+        message = f"cannot write {target.parent}: {error}; set KEEPKV_CACHE to a writable folder"
+        raise RuntimeError(message) from error
     return target
 
 

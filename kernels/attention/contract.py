@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-# A log vote at or below this is a masked entry: its weight is exactly 0, as for -inf. Triton needs the finite form.
+# A log vote at or below this is a masked entry: its weight is exactly 0, as for -inf. Triton needs the finite
+# form.
 MASKED = -1e29
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16)
@@ -27,21 +28,35 @@ def packed_rows(x: torch.Tensor) -> bool:
     return x.stride(-1) == 1 and (x.dim() < 3 or x.stride(1) == x.shape[2])
 
 
-def check(q, k_pool, v_pool, log_votes, req_to_token, out) -> torch.Tensor:
-    """Raises ValueError, with what to do next, for tensors outside the contract; returns q with packed rows."""
+def check(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Raises ValueError, with what to do next, for tensors outside the contract; returns q with packed
+    rows."""
+    if not (q.is_cpu and k_pool.is_cpu and req_to_token.is_cpu):
+        raise ValueError(f"the CPU kernels got q on {q.device}, K on {k_pool.device}: pass CPU tensors")
     heads_q, dim = q.shape[1], q.shape[2]
     heads_kv = k_pool.shape[1]
     if k_pool.shape != v_pool.shape or k_pool.shape[2] != dim or heads_q % heads_kv:
         raise ValueError(
-            f"q {tuple(q.shape)}, k_pool {tuple(k_pool.shape)} and v_pool {tuple(v_pool.shape)} do not fit: K and V "
+            f"q {tuple(q.shape)}, k_pool {tuple(k_pool.shape)}, v_pool {tuple(v_pool.shape)} do not fit: K and V "
             "need one shape, q's head_dim, and q heads must be a multiple of kv heads"
         )
     if q.dtype not in STORAGE_DTYPES or k_pool.dtype not in STORAGE_DTYPES or v_pool.dtype != k_pool.dtype:
-        raise ValueError(f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use float32 or bfloat16")
+        raise ValueError(
+            f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use float32 or bfloat16"
+        )
     if dim % 8 or dim > 256:
         raise ValueError(f"head_dim {dim} is not a multiple of 8 up to 256")
     if not (packed_rows(k_pool) and packed_rows(v_pool) and packed_rows(out)):
-        raise ValueError("k_pool, v_pool and out need contiguous [head, dim] rows: copying a pool is too expensive")
+        raise ValueError(
+            "k_pool, v_pool and out need contiguous [head, dim] rows: copying a pool is too expensive"
+        )
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} must match q {tuple(q.shape)} {q.dtype}")
     if req_to_token.dtype != torch.int32 or req_to_token.stride(1) != 1:

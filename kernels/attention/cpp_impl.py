@@ -1,7 +1,8 @@
-"""Vote-weighted attention in C++ (cpu_attention.cpp) through ctypes. See the package's docstring for the contract.
+"""Vote-weighted attention in C++ (cpu_attention.cpp) through ctypes. See the package's docstring for the
+contract.
 
-Deterministic: a request's output bits depend on its own tensors only, not on batch neighbours, slot placement or the
-number of threads (torch.get_num_threads() are used).
+Deterministic: a request's output bits depend on its own tensors only, not on batch neighbours, slot placement
+or the number of threads (torch.get_num_threads() are used).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from . import build
-from .contract import as_int64, check
+from .contract import Lengths, as_int64, check
 
 name = "cpp"
 
@@ -21,6 +22,10 @@ _SIZES = (
     *("q_stride", "k_stride", "v_stride", "votes_stride", "table_stride", "out_stride"),
     *("slots", "table_rows", "table_columns", "batch", "heads_q", "heads_kv", "dim", "causal", "threads"),
 )
+_ERRORS = {
+    1: "attention: rows, seq_lens or extend_lens point outside req_to_token",
+    2: "attention: a slot is outside the pool",
+}
 
 
 class _Args(ctypes.Structure):
@@ -44,17 +49,27 @@ def _load(path: Path) -> ctypes._CFuncPtr:
 _function = _load(build.build())  # at import: load() turns a failure into a fallback
 
 
-def _call(q, k, v, votes, table, rows, lens, new, scale, out, causal) -> None:
-    if any(x is not None and x.is_cuda for x in (q, k)):
-        raise ValueError("the CPU kernels need CPU tensors")
+def _call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    votes: torch.Tensor | None,
+    table: torch.Tensor,
+    rows: Lengths,
+    lens: Lengths,
+    new: Lengths | None,
+    scale: float,
+    out: torch.Tensor,
+    causal: bool,
+) -> None:
     q = check(q, k, v, votes, table, out)
     rows = as_int64(rows, "rows", len(rows))
     batch = rows.numel()
     lens = as_int64(lens, "seq_lens", batch)
-    if new is not None:
-        new = as_int64(new, "extend_lens", batch)
-    if (batch if new is None else int(new.sum())) != q.shape[0]:
-        raise ValueError(f"q has {q.shape[0]} rows, the lengths ask for {batch if new is None else int(new.sum())}")
+    news = None if new is None else as_int64(new, "extend_lens", batch)
+    queries = batch if news is None else int(news.sum())
+    if queries != q.shape[0]:
+        raise ValueError(f"q has {q.shape[0]} rows, the lengths ask for {queries}")
     args = _Args(
         q.data_ptr(),
         k.data_ptr(),
@@ -63,7 +78,7 @@ def _call(q, k, v, votes, table, rows, lens, new, scale, out, causal) -> None:
         table.data_ptr(),
         rows.data_ptr(),
         lens.data_ptr(),
-        new.data_ptr() if new is not None else None,
+        news.data_ptr() if news is not None else None,
         out.data_ptr(),
         q.stride(0),
         k.stride(0),
@@ -84,15 +99,34 @@ def _call(q, k, v, votes, table, rows, lens, new, scale, out, causal) -> None:
     )
     code = _function(ctypes.addressof(args), q.dtype == torch.bfloat16, k.dtype == torch.bfloat16)
     if code:
-        what = "rows, seq_lens or extend_lens point outside req_to_token" if code == 1 else "a slot is outside the pool"
-        raise IndexError(f"attention: {what}")
+        raise IndexError(_ERRORS[code])
 
 
-def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out) -> None:
+def decode(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
     _call(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, None, scale, out, False)
 
 
 def extend(
-    q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    causal: bool = True,
 ) -> None:
     _call(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal)

@@ -1,5 +1,6 @@
-// C ABI of the vote-weighted attention (see __init__.py for the contract). No torch headers: compiles in seconds.
-// Returns 0, or kBadRow / kBadSlot when an index would read outside the pool (the output is then unspecified).
+// C ABI of the vote-weighted attention (see __init__.py for the contract). No torch headers: compiles in
+// seconds. Returns 0, or kBadRow / kBadSlot when an index would read outside the pool (the output is then
+// unspecified).
 #include <algorithm>
 #include <atomic>
 #include <omp.h>

@@ -1,6 +1,6 @@
-// Decode: one query per request. The KV of a request is cut into blocks of kBlock keys, counted from its start.
-// A block's result depends on its own keys alone and blocks are merged in order, so the bits of a request's output
-// do not depend on batch neighbours, slot placement or thread count.
+// Decode: one query per request. The KV of a request is cut into blocks of kBlock keys, counted from its
+// start. A block's result depends on its own keys alone and blocks are merged in order, so the bits of a
+// request's output do not depend on batch neighbours, slot placement or thread count.
 #pragma once
 #include "cpu_vec.h"
 
@@ -68,8 +68,8 @@ INL void weigh_row(const T* const* rows, int n, int64_t offset, const float* wei
   for (; d < dim; d += W) weigh_tile<T, W, 1, GC>(rows, n, offset + d, weight, width, acc + d);
 }
 
-// One block of n <= kBlock keys, kv heads [h0, h1). part: [heads_q][dim + 2] receives the unnormalised sum, the
-// maximum and the denominator. scratch: heads_q * kBlock logits, then heads_kv * kBlock votes.
+// One block of n <= kBlock keys, kv heads [h0, h1). part: [heads_q][dim + 2] receives the unnormalised sum,
+// the maximum and the denominator. scratch: heads_q * kBlock logits, then heads_kv * kBlock votes.
 template <class T, int W>
 void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n, int h0, int h1, float* part,
                   float* scratch) {

@@ -1,7 +1,7 @@
-// Extend: flash-style attention of the new queries over cached and new keys. The queries of all heads of a group are
-// rows of one matrix (row = query * group + head), so packed K and V serve the whole group. Key blocks start at
-// multiples of kKeys from the request's first key and a row's arithmetic does not depend on the rows around it:
-// the output bits do not depend on how rows are split into work units.
+// Extend: flash-style attention of the new queries over cached and new keys. The queries of all heads of a
+// group are rows of one matrix (row = query * group + head), so packed K and V serve the whole group. Key
+// blocks start at multiples of kKeys from the request's first key and a row's arithmetic does not depend on
+// the rows around it: the output bits do not depend on how rows are split into work units.
 #pragma once
 #include <vector>
 #include "cpu_decode.h"
@@ -87,8 +87,9 @@ template <int NV> INL void weigh_panel(const float* v, int n, const float* weigh
     for (int c = 0; c < NV; ++c) store<W>(acc + r * width + c * W, a[r][c]);
 }
 
-// Online softmax of one row: logits s[0:n) become weights, state (top, total) and acc are rescaled if the maximum
-// grew. visible: keys of this block the row may see. Rescaling is skipped when the factor is exactly 1.
+// Online softmax of one row: logits s[0:n) become weights, state (top, total) and acc are rescaled if the
+// maximum grew. visible: keys of this block the row may see. Rescaling is skipped when the factor is exactly
+// 1.
 INL void soften_row(float* s, const float* bias, float scale, int visible, int n, float* top, float* total, int width,
                     float* acc) {
   constexpr int W = kMaxW;
@@ -123,8 +124,8 @@ INL void soften_row(float* s, const float* bias, float scale, int visible, int n
   store<W>(total, load<W>(total) + sum);
 }
 
-// Packs keys [k0, k0 + n) of one kv head: K transposed in panels, V in rows of width floats, votes; pads with zeros
-// (K) and masked votes.
+// Packs keys [k0, k0 + n) of one kv head: K transposed in panels, V in rows of width floats, votes; pads with
+// zeros (K) and masked votes.
 template <class T>
 void pack_block(const Pool<T>& p, const int32_t* slots, int n, int head, int width, Scratch& w) {
   const int dim = p.dim;

@@ -1,5 +1,6 @@
-// Vectors of W floats through GCC vector extensions; x86 intrinsics only where they pay. No -ffast-math: the code
-// relies on -inf. W = 8 exists everywhere (the compiler lowers it to two SSE/NEON registers), W = 16 with AVX-512.
+// Vectors of W floats through GCC vector extensions; x86 intrinsics only where they pay. No -ffast-math: the
+// code relies on -inf. W = 8 exists everywhere (the compiler lowers it to two SSE/NEON registers), W = 16
+// with AVX-512.
 #pragma once
 #include <cmath>
 #include <cstdint>

@@ -1,8 +1,10 @@
-"""Vote-weighted attention in numba, for machines without a C++ compiler. See the package's docstring for the contract.
+"""Vote-weighted attention in numba, for machines without a C++ compiler. See the package's docstring for the
+contract.
 
-Flash-style: a work unit is (request, kv head, a few queries); K and V are gathered in blocks of _KEYS rows. Pools are
-passed as flat bit patterns (uint32 for float32, uint16 for bfloat16), so that one source serves both and any stride(0)
-is one specialisation: the first call per dtype compiles (about ten seconds), later processes load numba's cache.
+Flash-style: a work unit is (request, kv head, a few queries); K and V are gathered in blocks of _KEYS rows.
+Pools are passed as flat bit patterns (uint32 for float32, uint16 for bfloat16), so that one source serves
+both and any stride(0) is one specialisation: the first call per dtype compiles (about ten seconds), later
+processes load numba's cache.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def _exp_row(s, n, shift, bits):
 
 
 @numba.njit(cache=True)
-def _gather(src, shift, dst):  # slices from the caller: with an offset in the index nothing would be vectorised
+def _gather(src, shift, dst):
+    """dst = src << shift. Takes slices: with an offset in the index nothing would be vectorised."""
     for d in range(dst.shape[0]):
         dst[d] = np.uint32(src[d]) << shift
 
@@ -77,7 +80,8 @@ def _weigh(weight, v, n, acc):
 
 @numba.njit(cache=True)
 def _unit(q, k, v, strides, shift, votes, slots, length, new, head, row0, row1, group, causal, scale, out):
-    """Rows [row0, row1) (query * group + head) of one request and kv head. q, out: [new, Hq, D] of the request."""
+    """Rows [row0, row1) (query * group + head) of one request and kv head. q, out: [new, Hq, D] of the
+    request."""
     dim = q.shape[2]
     rows = row1 - row0
     acc, total = np.zeros((rows, dim), np.float32), np.zeros(rows, np.float32)
@@ -123,12 +127,15 @@ def _unit(q, k, v, strides, shift, votes, slots, length, new, head, row0, row1, 
 def _run(q, k, v, strides, shift, votes, table, rows, lens, starts, units, group, causal, scale, out):
     """units: [U, 4] int64 (request, kv head, first row, end row)."""
     for i in numba.prange(units.shape[0]):
-        b, head, row0, row1 = units[i, 0], units[i, 1], units[i, 2], units[i, 3]
+        b, head, r0, r1 = units[i, 0], units[i, 1], units[i, 2], units[i, 3]
         mine, result = q[starts[b] : starts[b + 1]], out[starts[b] : starts[b + 1]]
         base = rows[b] * strides[3]
         slots = table[base : base + lens[b]]
         new = starts[b + 1] - starts[b]
-        _unit(mine, k, v, strides, shift, votes, slots, lens[b], new, head, row0, row1, group, causal, scale, result)
+        # fmt: off
+        _unit(mine, k, v, strides, shift, votes, slots, lens[b], new, head, r0, r1, group, causal, scale,
+              result)
+        # fmt: on
 
 
 @numba.njit(cache=True)
@@ -149,7 +156,17 @@ def _flat(x: torch.Tensor, bits: torch.dtype | None = None) -> np.ndarray:
 
 
 def extend(
-    q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    causal: bool = True,
 ) -> None:
     q = check(q, k_pool, v_pool, log_votes, req_to_token, out)
     batch, heads_kv = len(rows), k_pool.shape[1]
@@ -165,9 +182,8 @@ def extend(
     if bool((bad_row | (lens < 0) | (lens > req_to_token.shape[1]) | (news < 0)).any()):
         raise IndexError("attention: rows, seq_lens or extend_lens point outside req_to_token")
     table = _flat(req_to_token)
-    strides = np.array(
-        [k_pool.stride(0), v_pool.stride(0), 0 if log_votes is None else log_votes.stride(0), req_to_token.stride(0)]
-    )
+    votes_stride = 0 if log_votes is None else log_votes.stride(0)  # 0: no votes
+    strides = np.array([k_pool.stride(0), v_pool.stride(0), votes_stride, req_to_token.stride(0)])
     if not _slots_valid(table, strides[3], rows.numpy(), lens.numpy(), k_pool.shape[0]):
         raise IndexError("attention: a slot is outside the pool")
     units = [
@@ -177,7 +193,8 @@ def extend(
         for row0 in range(0, new * group, _ROWS)
         for head in range(heads_kv)
     ]
-    result = torch.zeros(q.shape, dtype=torch.float32)  # requests without KV have no unit and keep their zeros
+    # Requests without KV have no unit and keep their zeros.
+    result = torch.zeros(q.shape, dtype=torch.float32)
     if units:
         threads = torch.get_num_threads()
         numba.set_num_threads(max(1, min(threads, numba.config.NUMBA_NUM_THREADS)))
@@ -199,12 +216,23 @@ def extend(
             np.float32(scale),
             result.numpy(),
         )
-        # numba's omp layer binds to torch's OpenMP runtime (found first) and leaves its own thread count there.
+        # numba's omp layer binds to torch's OpenMP runtime (found first) and leaves its own thread count
+        # there.
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
     out.copy_(result)
 
 
-def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out) -> None:
+def decode(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
     ones = torch.ones(q.shape[0], dtype=torch.int64)
     extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out)

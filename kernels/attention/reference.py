@@ -4,8 +4,8 @@ Eq. 6 of KeepKV (arXiv 2504.09936): an entry that stands for p_i merged tokens k
 
     o_t = sum_i p_i exp(s_i) v_i / sum_i p_i exp(s_i),        s_i = (q_t . k_i) * scale
 
-p_i exp(s_i) = exp(s_i + log p_i), so votes are an additive bias on the logits; log_votes = 0 is plain attention.
-Everything is computed in q's dtype: call it with float64 tensors to get a float64 answer.
+p_i exp(s_i) = exp(s_i + log p_i), so votes are an additive bias on the logits; log_votes = 0 is plain
+attention. Everything is computed in q's dtype: call it with float64 tensors to get a float64 answer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def attend(
 ) -> torch.Tensor:
     """Vote-weighted attention of one request.
 
-    q [N, Hq, D]; k, v [L, Hkv, D]; log_votes [L, Hkv] or None; visible [N, L] bool. Returns [N, Hq, D] in q's dtype.
-    A query that sees no entry, or only masked ones (log vote <= MASKED), gets zeros.
+    q [N, Hq, D]; k, v [L, Hkv, D]; log_votes [L, Hkv] or None; visible [N, L] bool. Returns [N, Hq, D] in q's
+    dtype. A query that sees no entry, or only masked ones (log vote <= MASKED), gets zeros.
     """
     group = q.shape[1] // k.shape[1]
     k, v = (x.to(q.dtype).repeat_interleave(group, dim=1) for x in (k, v))
@@ -42,14 +42,34 @@ def attend(
     return torch.einsum("nhl,lhd->nhd", weights, v)
 
 
-def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out) -> None:
+def decode(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
     """Same contract as the package's decode; out may have any float dtype."""
     ones = torch.ones_like(seq_lens)
     extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out)
 
 
 def extend(
-    q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    causal: bool = True,
 ) -> None:
     """Same contract as the package's extend; out may have any float dtype."""
     start = 0

@@ -1,4 +1,5 @@
-"""Vote-weighted attention in plain torch: slower, and always there. See the package's docstring for the contract."""
+"""Vote-weighted attention in plain torch: slower, and always there. See the package's docstring for the
+contract."""
 
 from __future__ import annotations
 
@@ -8,12 +9,22 @@ from .contract import MASKED, as_int64, check
 
 name = "torch"
 
-# Queries are taken in slices so that the logits of one slice stay under this many elements (128 MiB of float32).
+# Queries are taken in slices so that the logits of one slice stay under this many elements (128 MiB of
+# float32).
 _MAX_LOGITS = 1 << 25
 
 
-def _attend(q, k, v, votes, first_visible, scale, out) -> None:
-    """One request: q [N, Hq, D], k, v [L, Hkv, D], votes [L, Hkv] or None, query j sees first_visible + j keys."""
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    votes: torch.Tensor | None,
+    first_visible: int | None,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """One request: q [N, Hq, D], k, v [L, Hkv, D], votes [L, Hkv] or None, query j sees first_visible + j
+    keys."""
     n, heads_q, dim = q.shape
     length, heads_kv, _ = k.shape
     group = heads_q // heads_kv
@@ -39,7 +50,17 @@ def _attend(q, k, v, votes, first_visible, scale, out) -> None:
 
 
 def extend(
-    q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, scale, out, causal=True
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    causal: bool = True,
 ) -> None:
     q = check(q, k_pool, v_pool, log_votes, req_to_token, out)
     batch = len(rows)
@@ -62,6 +83,16 @@ def extend(
         _attend(queries, k, v, votes, length - new + 1 if causal else None, scale, result)
 
 
-def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, out) -> None:
-    ones = [1] * q.shape[0]
+def decode(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    ones = torch.ones(q.shape[0], dtype=torch.int64)
     extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out)

@@ -1,1 +1,1 @@
-"""Compression mathematics of one layer: `reference` (the equations) and `torch_impl` (batched segment ops)."""
+"""Compression of one layer: `reference` (the equations) and `torch_impl` (batched segment operations)."""
