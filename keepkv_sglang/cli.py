@@ -69,9 +69,22 @@ def _version(_: argparse.Namespace) -> int:
     return 0
 
 
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    from keepkv_sglang import demo
+
+    demo.add_arguments(parser)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from keepkv_sglang import demo
+
+    return demo.run(args)
+
+
 COMMANDS = [
     Command("model", "Make the demo model; the last line printed is its folder.", _model, _model_arguments),
     Command("check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check),
+    Command("demo", "An agent on a real server, KeepKV beside full cache.", _demo, _demo_arguments),
     Command("version", "Print the version of keepkv-sglang.", _version),
 ]
 

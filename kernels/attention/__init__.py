@@ -18,8 +18,9 @@ float32 or bfloat16, any stride(0), rows contiguous; log_votes [S, Hkv] float32,
 (zeros give the same bits); req_to_token [R, C] int32; rows, seq_lens, extend_lens [B] int64 (other integers
 are converted); kv_head = q_head // (Hq / Hkv); head_dim a multiple of 8 up to 256. Computed in float32.
 
-Differs from the equation: a seq_len of 0 (padding) gives zeros; a log vote of -inf or <= -1e29 masks its entry
-(K and V of a masked entry must be finite); a query with every entry masked gets zeros, where Eq. 6 is 0/0.
+Differs from the equation: a seq_len of 0 (padding) gives zeros; a log vote of -inf or <= -1e29 masks its
+entry (K and V of a masked entry must be finite); a query with every entry masked gets zeros, where Eq. 6 is
+0/0.
 
 Errors: ValueError for shapes and dtypes outside this, IndexError for rows or slots outside the pool (out is
 then unspecified).

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-# A log vote at or below this is a masked entry: its weight is exactly 0, as for -inf. Triton needs the finite
-# form.
+# A log vote at or below this masks its entry: weight exactly 0, as for -inf. Triton needs the finite form.
 MASKED = -1e29
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16)
@@ -36,16 +35,15 @@ def check(
     req_to_token: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Raises ValueError, with what to do next, for tensors outside the contract; returns q with packed
-    rows."""
+    """Returns q with packed rows. ValueError, with what to do next, for tensors outside the contract."""
     if not (q.is_cpu and k_pool.is_cpu and req_to_token.is_cpu):
         raise ValueError(f"the CPU kernels got q on {q.device}, K on {k_pool.device}: pass CPU tensors")
     heads_q, dim = q.shape[1], q.shape[2]
     heads_kv = k_pool.shape[1]
     if k_pool.shape != v_pool.shape or k_pool.shape[2] != dim or heads_q % heads_kv:
         raise ValueError(
-            f"q {tuple(q.shape)}, k_pool {tuple(k_pool.shape)}, v_pool {tuple(v_pool.shape)} do not fit: K and V "
-            "need one shape, q's head_dim, and q heads must be a multiple of kv heads"
+            f"q {tuple(q.shape)}, k_pool {tuple(k_pool.shape)}, v_pool {tuple(v_pool.shape)} do not fit: "
+            "K and V need one shape, q's head_dim, and q heads must be a multiple of kv heads"
         )
     if q.dtype not in STORAGE_DTYPES or k_pool.dtype not in STORAGE_DTYPES or v_pool.dtype != k_pool.dtype:
         raise ValueError(

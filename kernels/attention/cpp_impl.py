@@ -8,6 +8,7 @@ or the number of threads (torch.get_num_threads() are used).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ class _Args(ctypes.Structure):
     )
 
 
-def _load(path: Path) -> ctypes._CFuncPtr:
+def _load(path: Path) -> Callable[[int, bool, bool], int]:
     try:
         function = ctypes.CDLL(str(path)).keepkv_attention
     except (OSError, AttributeError) as error:

@@ -103,9 +103,9 @@ def select(scores: torch.Tensor, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
     kept, absorbs = [], []
     for h in range(heads):
         score = scores[h].tolist()
-        rest = sorted((i for i in range(n) if i not in always), key=lambda i, s=score: (-s[i], i))
+        rest = [i for _, i in sorted((-score[i], i) for i in range(n) if i not in always)]
         mine = sorted([*always, *rest[: p.m - len(always)]])
-        strong = sorted(mine, key=lambda i, s=score: (-s[i], i))[:strong_count]
+        strong = [i for _, i in sorted((-score[i], i) for i in mine)][:strong_count]
         kept.append(mine)
         absorbs.append([i not in always and i not in strong for i in mine])
     return torch.tensor(kept, device=scores.device), torch.tensor(absorbs, device=scores.device)
@@ -126,10 +126,9 @@ def match(
         for i in range(n):
             if assign[h, i] >= 0 or p.merge == "evict" or not targets:
                 continue
-            cosine = [
-                float(k[i] @ k[kept[h, c]]) / max(float(norm[i] * norm[kept[h, c]]), 1e-300) for c in targets
-            ]
-            best = max(range(len(targets)), key=lambda t, s=cosine: (s[t], -t))
+            others = kept[h, targets]
+            cosine = (k[others] @ k[i] / (norm[others] * norm[i]).clamp(min=1e-30)).tolist()
+            best = cosine.index(max(cosine))
             if cosine[best] > p.threshold:
                 assign[h, i] = targets[best]
     return assign
@@ -209,11 +208,11 @@ def compress(x: Any, p: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.
     kept, absorbs = select(scores, p)
     assign = match(x, kept, absorbs, p, dtype)
     merged = merge_from_assignment(x, kept, assign, p.merge, True, dtype)
-    for h in range(kept.shape[0]):
+    for h in range(kept.shape[0]) if p.merge == "zip" else ():
+        a = head_of(x, h, dtype)
         for c, i in enumerate(kept[h].tolist()):
             members = torch.nonzero(assign[h] == c)[:, 0]
-            refusable = p.merge == "zip" and len(members) > 1
-            if refusable and not merge_cluster(head_of(x, h, dtype), members, "zip")[3]:
+            if len(members) > 1 and not merge_cluster(a, members, "zip")[3]:
                 assign[h, members] = -1
                 assign[h, i] = c
     return kept, assign, *merged

@@ -161,7 +161,7 @@ def test_select_equals_reference(n, data, recent, sinks, strong, levels, seed):
 
 
 def test_threshold_is_exclusive_and_direction_only_matters():
-    """Kept: 0 and 1, the axes. 2 is at exactly 0.6; 3 points to token 1; 4 does too, but is tiny; 5 is zero."""
+    """Kept: 0 and 1, the axes. 2 is at exactly 0.6; 3 points to token 1; 4 does, but is tiny; 5 is zero."""
     rows = [[1, 0], [0, 2.0], [0.6, -0.8], [0.1, 1], [0.001, 0.01], [0, 0]]
     k = torch.tensor([rows], dtype=torch.float64)
     kept, absorbs = torch.tensor([[0, 1]]), torch.tensor([[True, True]])

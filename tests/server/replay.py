@@ -1,0 +1,143 @@
+"""The oracle of the server tests: transformers in float64, with KeepKV's row semantics written down plainly.
+
+A `Replay` holds one row as the server should: per layer the keys, values and log votes of its slots. Tokens run through
+the Hugging Face model with logical positions; an attention function of ours appends their K and V to the row and
+attends with log votes added to the logits (Eq. 6). A compression recorded by the server (KEEPKV_RECORD) is applied
+with the reference merge on float64 data. No code of keepkv_sglang is used but the reference equations.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from keepkv_sglang.kernels.merge import reference
+
+_NAME = "keepkv_replay"
+
+
+@dataclass
+class Layer:
+    """Slots of one layer, in row order: k, v [slots, Hkv, D], lv [slots, Hkv]; q [tokens, Hq, D] by position."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    lv: torch.Tensor
+    q: torch.Tensor
+    scale: float = 0.0
+
+    def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k, self.v = torch.cat([self.k, k]), torch.cat([self.v, v])
+        self.lv = torch.cat([self.lv, torch.zeros(k.shape[:2], dtype=torch.float64)])
+        self.q = torch.cat([self.q, q])
+
+
+@dataclass
+class Replay:
+    """One request's row. `tokens` counts logical tokens; the layers may hold fewer slots."""
+
+    model: Any
+    layers: list[Layer]
+    tokens: int = 0
+    applied: list[dict] = field(default_factory=list)
+
+    @staticmethod
+    def load(model_path: str) -> Replay:
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+        ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
+        model.set_attn_implementation(_NAME)
+        config = model.config
+        dim = config.hidden_size // config.num_attention_heads
+        kv = torch.zeros(0, config.num_key_value_heads, dim, dtype=torch.float64)
+        q = torch.zeros(0, config.num_attention_heads, dim, dtype=torch.float64)
+        lv = torch.zeros(0, config.num_key_value_heads, dtype=torch.float64)
+        return Replay(model.eval(), [Layer(kv, kv, lv, q) for _ in range(config.num_hidden_layers)])
+
+    def clone(self) -> Replay:
+        return Replay(self.model, [copy.copy(layer) for layer in self.layers], self.tokens, list(self.applied))
+
+    @torch.no_grad()
+    def feed(self, ids: list[int]) -> torch.Tensor:
+        """Runs tokens behind the row; returns log-probabilities [len(ids), vocab] of the next token."""
+        _attention.row = self  # type: ignore[attr-defined]
+        positions = torch.arange(self.tokens, self.tokens + len(ids))[None]
+        logits = self.model(input_ids=torch.tensor([ids]), position_ids=positions, use_cache=False).logits[0]
+        self.tokens += len(ids)
+        return torch.log_softmax(logits.double(), dim=-1)
+
+    def truncate(self, tokens: int) -> None:
+        """Keeps the row's first `tokens` logical tokens; what is cut off must be raw slots."""
+        cut = self.tokens - tokens
+        assert cut >= 0
+        for layer in self.layers:
+            keep = layer.k.shape[0] - cut
+            assert torch.all(layer.lv[keep:] == 0)
+            layer.k, layer.v, layer.lv, layer.q = layer.k[:keep], layer.v[:keep], layer.lv[:keep], layer.q[:tokens]
+        self.tokens = tokens
+
+    def inputs(self, event: dict, index: int) -> Any:
+        """The fields of LayerInput for layer `index`, in float64."""
+        layer, start, stop = self.layers[index], event["start"], event["start"] + event["slots"]
+        lo, hi = event["window"]
+        first = event["slots"] - (event["end"] - lo)
+        return SimpleNamespace(
+            q=layer.q[lo:hi], q_index=torch.arange(first, first + hi - lo), k_ctx=layer.k[:start],
+            lv_ctx=layer.lv[:start], k=layer.k[start:stop], v=layer.v[start:stop], lv=layer.lv[start:stop],
+            scale=layer.scale,
+        )
+
+    def compress(self, event: dict) -> None:
+        """Applies one recorded compression through the reference merge."""
+        start, stop = event["start"], event["start"] + event["slots"]
+        for index, layer in enumerate(self.layers):
+            merged = reference.merge_from_assignment(
+                self.inputs(event, index), event["kept"][index], event["assign"][index], event["merge"]
+            )
+            for name, new in zip(("k", "v", "lv"), merged, strict=True):
+                old = getattr(layer, name)
+                setattr(layer, name, torch.cat([old[:start], new, old[stop:]]))
+        self.applied.append(event)
+
+    def follow(self, ids: list[int], events: list[dict]) -> list[float]:
+        """Feeds ids one by one; before position p every event that ends at or before p is applied, as the server does.
+
+        Returns the log-probability of ids[1:] and nothing for the first; the caller has the logits of the prompt.
+        """
+        pending = [event for event in events if event not in self.applied]
+        out = []
+        for i, token in enumerate(ids):
+            while pending and pending[0]["end"] <= self.tokens:
+                self.compress(pending.pop(0))
+            row = self.feed([token])[0]
+            if i + 1 < len(ids):
+                out.append(row[ids[i + 1]].item())
+        return out
+
+
+def _attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+    """query [1, Hq, T, D], key and value [1, Hkv, T, D] of the new tokens -> ([1, T, Hq, D], None)."""
+    row: Replay = _attention.row  # type: ignore[attr-defined]
+    layer = row.layers[module.layer_idx]
+    layer.scale = scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer.append(q, k, v)
+    count, slots = q.shape[0], layer.k.shape[0]
+    group = q.shape[1] // k.shape[1]
+    logits = torch.einsum("thd,shd->hts", q, layer.k.repeat_interleave(group, 1)) * scaling
+    logits = logits + layer.lv.repeat_interleave(group, 1).T[:, None, :]
+    visible = torch.arange(slots)[None, :] <= torch.arange(slots - count, slots)[:, None]
+    weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
+    return torch.einsum("hts,shd->thd", weights, layer.v.repeat_interleave(group, 1))[None], None
+
+
+def events_of(folder: Path, rid: str) -> list[dict]:
+    """Recorded compressions of one request, in order."""
+    paths = sorted(folder.glob(f"*-{rid[:16]}.pt"))
+    return [event for path in paths if (event := torch.load(path))["rid"] == rid]
