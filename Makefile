@@ -52,14 +52,14 @@ distclean: clean ## clean, and .venv and the model too
 # looked up: a version manager's shim exists for versions that are not selected.
 FIND_PYTHON = for p in $(or $(PYTHON),python3.11 python3.12 python3.13 python3); do \
 	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; \
-	done
+	done || true
 
 # pip writes about a thousand lines for SGLang. Shown: big downloads, builds, errors and the end; the rest is
 # in the log.
 SHOW_PIP = awk '/^Collecting /{n++; if (n % 40 == 0) show("... " n " packages resolved")} \
 	/Downloading .*\([0-9.]+ GB\)|Downloading .*\([0-9][0-9][0-9](\.[0-9]+)? MB\)/{show($$0)} \
 	/^ *Building wheel|^ERROR|^error|No space left/{show($$0)} \
-	/^Installing collected packages/{show("installing " gsub(/,/, ",") + 1 " packages, a few minutes without a word")} \
+	/^Installing collected packages/{show("installing " gsub(/,/, ",") + 1 " package(s); many take minutes without a word")} \
 	/^Successfully installed/{show("installed")} \
 	function show(s) {sub(/^ +/, "", s); print "  pip: " substr(s, 1, 110); fflush()}'
 

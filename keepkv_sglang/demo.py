@@ -1,14 +1,16 @@
-"""`keepkv demo`: an agent's conversation on a real server, each turn under a KeepKV budget and with full cache.
+"""`keepkv demo`: an agent's conversation on a real server, each turn with full cache and under a budget.
 
-One server with --enable-keepkv serves both runs: a request with ``custom_params {"keepkv": {"enabled": false}}`` is
-an ordinary SGLang request. Each run has its own cache_salt, so neither finds the other's prefix; within a run every
-turn reuses the previous ones. The tool results are written down in demo_conversation.py and come back as user turns:
-a model of 135 million parameters cannot be trusted to call tools (examples/agent_openai.py lets it try).
+One server with --enable-keepkv serves both runs: ``custom_params {"keepkv": {"enabled": false}}`` makes a
+request an ordinary SGLang request. Each run has its own cache_salt, so neither finds the other's prefix;
+within a run every turn reuses the previous ones. The tool results are written down in demo_conversation.py
+and come back as user turns: a model of 135 million parameters cannot be trusted to call tools
+(examples/agent_openai.py lets it try).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import textwrap
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 def _demo_model() -> str:
     from keepkv_sglang import model
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # as `keepkv model` does: progress bars make unreadable logs
     return str(model.prepare())
 
 
@@ -127,13 +130,16 @@ def _one_turn(client: Any, conversation: Run, turn: int, text: str, max_tokens: 
 
 def _summary(full: Run, small: Run, turns: int) -> str:
     share = 100 * small.held / max(full.held, 1)
-    return (
-        f"{'-' * len(HEADER)}\n"
-        f"KV slots held after turn {turns}: {full.held} with full cache, {small.held} with KeepKV ({share:.0f} %).\n"
-        f"Seconds in all: {full.seconds:.1f} and {small.seconds:.1f}. "
-        "The system prompt stays whole: other conversations share it.\n"
-        "logical = tokens of the conversation, held = KV slots they take, cached = prompt tokens not computed again.\n"
-    )
+    return f"""{"-" * len(HEADER)}
+KV slots held after turn {turns}: {full.held} with full cache, {small.held} with KeepKV ({share:.0f} %).
+The system prompt stays whole, so that other conversations share it.
+Seconds in all: {full.seconds:.1f} with full cache, {small.seconds:.1f} with KeepKV.
+
+logical     tokens of the conversation
+held        KV slots they take
+cached      prompt tokens that were not computed again
+compressed  those of them that earlier turns merged
+"""
 
 
 def _interrupt(_number: int, _frame: Any) -> None:

@@ -1,11 +1,11 @@
-"""What is said in `keepkv demo`: an agent's system prompt, and the tool results that come back as user turns."""
+"""What is said in `keepkv demo`: an agent's system prompt, then tool results as user turns."""
 
 from __future__ import annotations
 
 SYSTEM = """\
-You are Harbor, the on-call assistant of the payments platform team. You investigate incidents together with an \
-engineer. You work step by step: look at one source, say what it shows, then choose the next one. You never change \
-anything in production yourself.
+You are Harbor, the on-call assistant of the payments platform team. You investigate incidents together \
+with an engineer. You work step by step: look at one source, say what it shows, then choose the next one. \
+You never change anything in production yourself.
 
 Tools. To use one, answer with a single JSON object on one line and nothing else:
 - query_metrics {"service": str, "metric": str, "minutes": int}: a time series, one row per minute. Metrics: \
@@ -22,11 +22,11 @@ Rules:
 2. Keep every answer under three sentences. Say first what is known, then what to look at next.
 3. A cause needs evidence from two sources that agree in time. Until then call it a suspicion.
 4. Customer data is confidential: never repeat card numbers, e-mail addresses or names from logs.
-5. A rollback is proposed to the engineer with the exact version to go back to, and is the engineer's decision.
+5. A rollback is proposed to the engineer with the exact version to go back to, and is theirs to decide.
 
-Services: gateway (public API), checkout (orders, owns cluster orders-db), ledger (double-entry bookkeeping, owns \
-ledger-db), notifier (mail and push), fraud (scoring, calls an outside provider). Checkout calls fraud and ledger \
-in the request path, and notifier through a queue. Times are UTC."""
+Services: gateway (public API), checkout (orders, owns cluster orders-db), ledger (double-entry \
+bookkeeping, owns ledger-db), notifier (mail and push), fraud (scoring, calls an outside provider). \
+Checkout calls fraud and ledger in the request path, and notifier through a queue. Times are UTC."""
 
 TURNS = (
     """\
@@ -79,7 +79,8 @@ Tool result of list_changes {"hours": 6}:
  {"at": "12:15", "kind": "deploy", "service": "ledger", "version": "3.18.0", "commit": "b41d7e0"},
  {"at": "13:48", "kind": "deploy", "service": "checkout", "version": "8.31.0", "commit": "e07c2aa",
   "previous": "8.30.2", "notes": "voucher rules: look up earlier redemptions by code"},
- {"at": "14:15", "kind": "flag", "service": "checkout", "flag": "voucher_rules_v2", "from": "5 %", "to": "100 %"},
+ {"at": "14:15", "kind": "flag", "service": "checkout", "flag": "voucher_rules_v2",
+  "from": "5 %", "to": "100 %"},
  {"at": "14:16", "kind": "mail", "service": "notifier", "campaign": "SPRING11", "recipients": 412000}]
 
 What changed shortly before 14:17, and does it fit the logs?""",
@@ -107,5 +108,5 @@ time   requests  error_rate  p99_ms  db_pool_in_use  db_pool_waiting
 14:31      8165       0.001     421              24                0
 14:32      8204       0.001     409              22                0
 
-Write the closing note for the incident channel: what happened, from when to when, which change, what is next.""",
+Write the closing note for the incident channel: what happened, when, which change, what next.""",
 )

@@ -41,6 +41,8 @@ class Runtime:
         self.first_layer = 0
         self.end_of_message: int | None = None
         self.active_rows = 0
+        # (query rows, arena rows) of the forward about to run; the attention backend takes it
+        self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         self.counters = {
             "compressions": 0, "skipped_no_room": 0, "skipped_no_window": 0, "slots_freed": 0, "seconds": 0.0,
             "published": 0, "entry_hits": 0, "retractions_published": 0,

@@ -25,6 +25,7 @@ class KeepKVCpuBackend(AttentionBackend):
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.checked: set[int] = set()
+        self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         self.runtime: runtime.Runtime | None = None
         config = runtime.configured()
         if config is not None and config.enabled:
@@ -37,6 +38,8 @@ class KeepKVCpuBackend(AttentionBackend):
         self.seq_lens = forward_batch.seq_lens.to(torch.int64)
         if not forward_batch.forward_mode.is_decode_or_idle():
             self.extend_lens = forward_batch.extend_seq_lens.to(torch.int64)
+        if self.runtime is not None:
+            self.capture, self.runtime.capture = self.runtime.capture, None
 
     def _before(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> Any:
         """Writes K and V (a rewritten slot stands for one token again) and keeps window queries. Returns log votes."""
@@ -53,9 +56,9 @@ class KeepKVCpuBackend(AttentionBackend):
         assert rt.votes is not None and rt.arena is not None
         index = layer.layer_id - rt.first_layer
         rt.votes.reset(index, forward_batch.out_cache_loc)
-        wanted = getattr(forward_batch, "keepkv_capture", None)
-        if wanted is not None:
-            rt.arena.queries[index, wanted[1]] = q[wanted[0]].to(rt.arena.queries.dtype)
+        if self.capture is not None:
+            query_rows, arena_rows = self.capture
+            rt.arena.queries[index, arena_rows] = q[query_rows].to(rt.arena.queries.dtype)
         return rt.votes.log_votes[index]
 
     def forward_decode(

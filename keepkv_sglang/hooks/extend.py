@@ -69,7 +69,8 @@ def after_init_new(forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kw
                 offset, forward_batch.extend_seq_lens.to(torch.int64), output_size=forward_batch.positions.numel()
             )
         forward_batch.positions = forward_batch.positions + offset
-    forward_batch.keepkv_capture = _capture(rt, batch, forward_batch, decode)
+    # Not on the forward batch: SGLang may run a copy of it, made from its declared fields.
+    rt.capture = _capture(rt, batch, forward_batch, decode)
     return forward_batch
 
 
