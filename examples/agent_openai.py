@@ -25,7 +25,7 @@ Tools:
 - orders {"days": int}: open repair orders of the next days, with the parts they need.
 - suppliers {"part": str}: price, delivery time and minimum order of each supplier.
 Rules: quote numbers exactly as a tool returned them, never invent a part, propose an order only when the
-stock falls below the reorder level, and name the supplier with the lowest total price that delivers in time."""
+stock falls below the reorder level, and name the supplier with the lowest price that delivers in time."""
 
 QUESTION = "Which part runs out first this week, and what should we order?"
 

@@ -1,0 +1,106 @@
+"""Compressed requests against a float64 replay of the server's recorded selections (replay.py).
+
+max |dlogprob| <= 1e-4 over 64 tokens. The server computes in float32: a forward pass of this model alone differs from
+float64 by about 2e-5, so the bound leaves a factor of five; a wrong vote, position or cluster shows as 1e-2 and more.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from client import Answer, flush, generate, numbers
+from replay import Replay, events_of
+
+from keepkv_sglang.config import MERGE_RULES
+from keepkv_sglang.kernels.merge import reference
+from keepkv_sglang.layer_compress import SpanPolicy
+
+pytestmark = pytest.mark.server
+BOUND = 1e-4
+FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32", "--max-total-tokens", "6000")
+MODES = {
+    "overlap": (),
+    "no_overlap_chunked_mixed": (
+        "--disable-overlap-schedule", "--chunked-prefill-size", "96", "--enable-mixed-chunk",
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=MODES, ids=str)
+def server(request, launch, record):
+    return launch(*FLAGS, *MODES[request.param], env={"KEEPKV_RECORD": str(record)})
+
+
+@pytest.fixture(scope="module")
+def prompt(text_tokens) -> list[int]:
+    return text_tokens[100:400]
+
+
+@pytest.fixture(scope="module")
+def prefilled(oracle, prompt) -> tuple[Replay, torch.Tensor]:
+    row = oracle.clone()
+    return row, row.feed(prompt)[-1]
+
+
+def worst(answer: Answer, first: torch.Tensor, rest: list[float]) -> float:
+    expected = [first[answer.ids[0]].item(), *rest]
+    return max(abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True))
+
+
+@pytest.mark.parametrize("rule", MERGE_RULES)
+def test_compressed_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule):
+    answer = generate(server, prompt, 65, {"merge": rule})
+    events = events_of(record, answer.rid)
+    assert [event["end"] for event in events] == [299, 331, 363]
+    assert answer.keepkv["compressions"] == 3
+    row, first = prefilled[0].clone(), prefilled[1]
+    assert worst(answer, first, row.follow(answer.ids, events)) <= BOUND
+
+    # The next turn extends the matched entries; the raw tail of the reply is compressed with its prompt.
+    turn2 = prompt + answer.ids + text_tokens[500:620]
+    second = generate(server, turn2, 65, {"merge": rule})
+    assert second.keepkv["cached_compressed_tokens"] == second.cached >= 364
+    row.truncate(second.cached)
+    first2 = row.feed(turn2[second.cached :])[-1]
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
+    numbers(server)
+
+
+def test_selection_agrees_with_float64_up_to_ties(server, record, prompt, prefilled):
+    """Every recorded choice that differs from the float64 one lies within 1e-4 (relative) of its tie."""
+    flush(server)
+    answer = generate(server, prompt, 2)
+    (event,) = events_of(record, answer.rid)
+    policy = SpanPolicy(
+        m=event["m"], merge=event["merge"], recent=event["recent"], sinks=event["sinks"], threshold=event["threshold"]
+    )
+    different = 0
+    for index in range(0, 30, 3):
+        x = prefilled[0].inputs(event, index)
+        scores = reference.snapkv_score(x, policy.pool_kernel)
+        kept, _ = reference.select(scores, policy)
+        for head in range(scores.shape[0]):
+            ours, theirs = set(event["kept"][index][head].tolist()), set(kept[head].tolist())
+            assert len(ours) == event["m"]
+            border = min(scores[head, i].item() for i in theirs if policy.sinks <= i < event["slots"] - policy.recent)
+            for token in ours ^ theirs:
+                different += 1
+                assert abs(scores[head, token].item() - border) <= 1e-4 * border
+    assert different <= 0.02 * 10 * 3 * event["m"], "ties are rare; this many differences are a different formula"
+
+
+def test_whole_number_budget_merges_its_own_chain_again(server, record, prompt, prefilled, text_tokens):
+    """A budget in slots: prompt, reply and earlier turns together hold that many past the anchor."""
+    answer = generate(server, prompt, 65, {"budget": 40})
+    events = events_of(record, answer.rid)
+    assert all(event["m"] == 40 and event["start"] == 0 for event in events) and len(events) == 3
+    row = prefilled[0].clone()
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
+    assert answer.keepkv["slots_held"] <= 40 + 32
+    turn2 = prompt + answer.ids + text_tokens[700:760]
+    second = generate(server, turn2, 8, {"budget": 40})
+    assert second.keepkv["cached_compressed_tokens"] >= 363
+    row.truncate(second.cached)
+    first2 = row.feed(turn2[second.cached :])[-1]
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
+    numbers(server)
