@@ -34,6 +34,7 @@ def review(s: Any, report: str, questions: tuple[str, ...], max_tokens: int) -> 
     """One branch per question; all share the system prompt and the report."""
     s += sgl.system("You answer questions about a warehouse log in one sentence, with the time of the entry.")
     s += sgl.user_begin() + f"The log of today:\n{report}\n"
+    s.sync()  # fork sends the prefix ahead only when its text is there, and += works in the background
     branches = s.fork(len(questions))
     for branch, question in zip(branches, questions, strict=True):
         branch += question + sgl.user_end()

@@ -40,6 +40,8 @@ class Runtime:
         self.scales: dict[int, float] = {}
         self.first_layer = 0
         self.end_of_message: int | None = None
+        self.capacity = 0  # slots of the pool
+        self.stock_max_input_len = 0  # tokens; SGLang's own limit, from the pool's size
         self.active_rows = 0
         # (query rows, arena rows) of the forward about to run; the attention backend takes it
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -79,6 +81,9 @@ class Runtime:
                 "KeepKV's attention or radix-cache backend is not in use, although --enable-keepkv was given; "
                 "leave out --attention-backend and --radix-cache-backend"
             )
+        from keepkv_sglang.hooks.admission import raise_limits
+
+        raise_limits(self, scheduler)
         table = self.req_to_token_pool.req_to_token
         self.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
         from keepkv_sglang.anchor import end_of_message_token
@@ -119,6 +124,16 @@ class Runtime:
             and req.session is None
             and getattr(req, "beam_group", None) is None
         )
+
+    @staticmethod
+    def chunk_tokens(scheduler: Any) -> int:
+        """Tokens of a prefill chunk; 0 when chunked prefill is off."""
+        size = scheduler.chunked_prefill_size
+        return size if size is not None and size > 0 else 0
+
+    def too_long(self, req: Any) -> bool:
+        """Whether the request's tokens cannot all be in the pool at once: then it is compressed between chunks."""
+        return len(req.origin_input_ids) + len(req.output_ids) >= self.stock_max_input_len > 0
 
     def set_offset(self, req: Any, state: RequestState, offset: int) -> None:
         """Sets logical - physical for the request's row, on the host and on the device."""

@@ -45,6 +45,20 @@ def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
         start = end
 
 
+def on_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
+    """A chunk that does not end the prompt: compressed at its end only when the prompt cannot fit the pool.
+
+    Otherwise the size of chunks does not change results (decision 6).
+    """
+    start = state.plan[0] if state.plan else None
+    end = req.extend_end
+    if start is None or end >= start.end or not rt.too_long(req):
+        return
+    first = max(req.prefix_len, state.tail_tokens)
+    if end > first:
+        state.plan.insert(0, Planned(end, _reserve(rt, state, first, end), is_prompt=True))
+
+
 def _reserve(rt: Runtime, state: RequestState, first: int, end: int) -> Window | None:
     lo = max(first, end - state.config.window)
     if lo >= end:

@@ -50,6 +50,8 @@ HOOKS: tuple[Seam, ...] = (
     Seam("sglang.srt.mem_cache.common.release_kv_cache", ("req", "tree_cache", "checkpoint"), "AROUND", f"{_H}.scheduler:around_release"),
     Seam("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req"), "AFTER", f"{_H}.scheduler:after_get_internal_state"),
     Seam("sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class", ("self",), "AFTER", f"{_H}.scheduler:after_get_output_streamer_class"),
+    Seam("sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens", ("self", "req"), "AROUND", f"{_H}.admission:around_init_req_max_new_tokens"),
+    Seam("sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class", ("self",), "AFTER", f"{_H}.admission:after_get_prefill_adder_class"),
     Seam("sglang.srt.mem_cache.allocation._prefix_kv_indices", ("batch", "req"), "AROUND", f"{_H}.extend:around_prefix_kv_indices"),
     Seam("sglang.srt.mem_cache.allocation.alloc_for_extend", ("batch",), "AROUND", f"{_H}.extend:around_alloc_for_extend"),
     Seam("sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend", ("self",), "AFTER", f"{_H}.extend:after_prepare_for_extend"),
@@ -93,6 +95,7 @@ USES: tuple[Seam, ...] = (
     Seam("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", ("self", "layer_id")),
     Seam("sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.build_additional_customized_info", ("self", "reqs")),
     Seam("sglang.srt.entrypoints.http_server._create_error_response", ("e",)),
+    Seam("sglang.srt.managers.schedule_policy.PrefillAdder._check_prefill_budget", ("self", "req", "extend_input_len", "total_tokens")),
 )
 
 

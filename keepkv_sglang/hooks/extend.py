@@ -36,6 +36,8 @@ def around_alloc_for_extend(original: Any, batch: Any) -> Any:
             entry = req.last_node if isinstance(req.last_node, Span) and req.prefix_len else None
             schedule.on_extend(rt, req, state, entry)
             rt.active_rows += state.offset != 0
+        if state is not None and state.admitted:
+            schedule.on_chunk(rt, req, state)
         states.append(state)
     offsets = [state.offset if state is not None else 0 for state in states]
     if any(offsets):
