@@ -105,14 +105,10 @@ def run(span_tokens: int) -> None:
     assert [span.path_tokens if span else 0 for span in found] == [KEY_TOKENS, shared, 0]
     assert sglang is None or sglang.match(longer[0]) == KEY_TOKENS
 
-    print(
-        f"\n{len(tree):,} spans of {span_tokens} tokens, chains of {KEY_TOKENS // span_tokens}; us per call"
-    )
+    print(f"\n{len(tree):,} spans of {span_tokens} tokens, chains of {KEY_TOKENS // span_tokens}; us per call")
     print(f"{'':46}{'SpanTree':>10}{'RadixCache':>12}")
 
-    def row(
-        name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any] | None, keys: Sequence[Any]
-    ) -> None:
+    def row(name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any] | None, keys: Sequence[Any]) -> None:
         our_time = microseconds(ours, keys)
         their_time = f"{microseconds(theirs, keys):12.1f}" if theirs and sglang else ""
         print(f"{name:46}{our_time:10.1f}{their_time}")

@@ -123,9 +123,7 @@ def main() -> None:
         if turn < args.turns:
             call = tool_call(reply)
             name, arguments = call or FALLBACK[(turn - 1) % len(FALLBACK)]
-            print(
-                f"  tool:  {name} {json.dumps(arguments)} ({'called by the model' if call else 'scripted'})"
-            )
+            print(f"  tool:  {name} {json.dumps(arguments)} ({'called by the model' if call else 'scripted'})")
             messages.append({"role": "user", "content": run_tool(name, arguments)})
 
 

@@ -46,9 +46,7 @@ def review(s: Any, report: str, questions: tuple[str, ...], max_tokens: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fork and gen over a shared prefix on a KeepKV server.")
     parser.add_argument("--base-url", default="http://127.0.0.1:30000")
-    parser.add_argument(
-        "--chat-template", default="chatml", help="SGLang's name of the model's chat template"
-    )
+    parser.add_argument("--chat-template", default="chatml", help="SGLang's name of the model's chat template")
     parser.add_argument("--max-tokens", type=int, default=32)
     args = parser.parse_args()
 

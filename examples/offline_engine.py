@@ -36,9 +36,7 @@ REQUESTS: list[dict[str, Any] | None] = [
 def main() -> None:
     parser = argparse.ArgumentParser(description="sgl.Engine with a KeepKV budget per request.")
     parser.add_argument("--model", required=True, help="model folder; `keepkv model` prints the demo model's")
-    parser.add_argument(
-        "--budget", type=float, default=0.2, help="budget of requests that do not ask for one"
-    )
+    parser.add_argument("--budget", type=float, default=0.2, help="budget of requests that do not ask for one")
     parser.add_argument("--max-tokens", type=int, default=32)
     args = parser.parse_args()
 

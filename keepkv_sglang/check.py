@@ -85,10 +85,7 @@ def _seams() -> list[str]:
         return [f"the table of SGLang seams cannot be checked: {_first_line(error)}"]
     print(f"\nSGLang seams ({sum(result.ok for result in results)} of {len(results)} match)")
     for result in results:
-        print(
-            f"  {'ok ' if result.ok else 'BAD'} {result.name}"
-            + (f": {result.reason}" if not result.ok else "")
-        )
+        print(f"  {'ok ' if result.ok else 'BAD'} {result.name}" + (f": {result.reason}" if not result.ok else ""))
     return [f"seam {result.name}: {result.reason}" for result in results if not result.ok]
 
 

@@ -100,7 +100,10 @@ def _merge_layers(
     first = span.slots - (span.end - window.lo)
     q_index = torch.arange(first, first + window.filled, dtype=torch.int64, device=row.device)
     policy = SpanPolicy(
-        m=span.m, merge=config.merge, recent=config.recent, sinks=config.sinks if span.start == 0 else 0,
+        m=span.m,
+        merge=config.merge,
+        recent=config.recent,
+        sinks=config.sinks if span.start == 0 else 0,
         threshold=config.threshold,
     )
     log = record.begin(req, state, span, window, policy)
@@ -114,8 +117,14 @@ def _merge_layers(
             votes = rt.votes.log_votes[index]
             result = compress_layer(
                 LayerInput(
-                    q=rt.arena.queries[index, rows], q_index=q_index, k_ctx=keys[context], lv_ctx=votes[context],
-                    k=keys[source], v=values[source], lv=votes[source], scale=rt.scales[layer],
+                    q=rt.arena.queries[index, rows],
+                    q_index=q_index,
+                    k_ctx=keys[context],
+                    lv_ctx=votes[context],
+                    k=keys[source],
+                    v=values[source],
+                    lv=votes[source],
+                    scale=rt.scales[layer],
                 ),
                 policy,
                 SCRATCH_BYTES,

@@ -105,9 +105,7 @@ class KeepKVConfig:
         if params is None:
             return self
         if not isinstance(params, Mapping):
-            raise ConfigError(
-                f'custom_params["keepkv"] must be an object such as {{"budget": 0.2}}, not {params!r}'
-            )
+            raise ConfigError(f'custom_params["keepkv"] must be an object such as {{"budget": 0.2}}, not {params!r}')
         unknown = sorted(str(key) for key in params if key not in PARSERS)
         if unknown:
             raise ConfigError(f"keepkv: unknown key {', '.join(unknown)}; known keys: {', '.join(PARSERS)}")

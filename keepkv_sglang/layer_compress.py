@@ -251,9 +251,7 @@ def _merge_heads(
         merged = get_rule(rule)(Clusters(view.k, view.v, view.lv, assign, window, seg))
         rk, rv, rlv = merged.k.to(k.dtype), merged.v.to(v.dtype), merged.lv.to(lv.dtype)
         # amax and the comparison also catch NaN, and are 10 times faster than isfinite().all() here
-        good = (
-            (rlv.abs() < torch.inf) & (rk.abs().amax(dim=2) < torch.inf) & (rv.abs().amax(dim=2) < torch.inf)
-        )
+        good = (rlv.abs() < torch.inf) & (rk.abs().amax(dim=2) < torch.inf) & (rv.abs().amax(dim=2) < torch.inf)
         if guard and merged.accepted is not None:
             good &= merged.accepted
         many = seg.counts.view(groups, m) > 1

@@ -47,9 +47,7 @@ def decide() -> Decision:
     if accelerator:
         return Decision(False, f"SGLang supports the {accelerator} device of this machine")
     if _stock_cpu_kernels():
-        return Decision(
-            False, "this CPU has AMX and SGLang's CPU kernels are installed; set SGLANG_USE_CPU_ENGINE=1"
-        )
+        return Decision(False, "this CPU has AMX and SGLang's CPU kernels are installed; set SGLANG_USE_CPU_ENGINE=1")
     return Decision(True, "no accelerator, and SGLang's own CPU engine cannot run here")
 
 

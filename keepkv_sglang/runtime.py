@@ -46,8 +46,14 @@ class Runtime:
         # (query rows, arena rows) of the forward about to run; the attention backend takes it
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         self.counters = {
-            "compressions": 0, "skipped_no_room": 0, "skipped_no_window": 0, "slots_freed": 0, "seconds": 0.0,
-            "published": 0, "entry_hits": 0, "retractions_published": 0,
+            "compressions": 0,
+            "skipped_no_room": 0,
+            "skipped_no_window": 0,
+            "slots_freed": 0,
+            "seconds": 0.0,
+            "published": 0,
+            "entry_hits": 0,
+            "retractions_published": 0,
         }
 
     # -- start-up -----------------------------------------------------------------------------------------------------
@@ -92,18 +98,20 @@ class Runtime:
         memory = self.memory()
         logger.info(
             "KeepKV is on: %s; votes %.1f MiB (%.2f %% of a 16-bit KV pool), arena %.1f MiB, message border token %s",
-            self.config, memory["votes_bytes"] / 2**20, 100 * memory["persistent_share_of_16_bit_pool"],
-            memory["arena_bytes"] / 2**20, self.end_of_message,
+            self.config,
+            memory["votes_bytes"] / 2**20,
+            100 * memory["persistent_share_of_16_bit_pool"],
+            memory["arena_bytes"] / 2**20,
+            self.end_of_message,
         )
 
     # -- per request --------------------------------------------------------------------------------------------------
 
     def state_of(self, req: Any) -> RequestState | None:
         """The request's state, or None when nothing of it is ever merged (KeepKV off, budget 1, no plain tokens)."""
-        state = getattr(req, STATE, self)
-        if state is not self:
-            return state
-        state = None
+        if hasattr(req, STATE):
+            return getattr(req, STATE)
+        state: RequestState | None = None
         if self.config.enabled and self._eligible(req):
             params = req.sampling_params.custom_params
             config = self.config.with_request((params or {}).get(REQUEST_KEY))

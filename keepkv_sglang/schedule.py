@@ -237,9 +237,7 @@ def finish(rt: Runtime, req: Any, state: RequestState, publish: bool) -> None:
         first = state.tail_tokens - tokens
         if state.tail_tokens > len(known):
             return  # a merged slot holds a token past the stop: nobody may match it
-        rt.tree.publish_span(
-            req, state.namespace, known[first : state.tail_tokens], start, slots, raw=tokens == slots
-        )
+        rt.tree.publish_span(req, state.namespace, known[first : state.tail_tokens], start, slots, raw=tokens == slots)
         if req.kv.cache_protected_len < start + slots:
             return
         state.own = []

@@ -14,9 +14,7 @@ class VoteStore:
     """log_votes[layer]: float32 [slots, kv_heads], one row per KV slot of the pool."""
 
     def __init__(self, layers: int, slots: int, kv_heads: int, device: torch.device | str) -> None:
-        self.log_votes = [
-            torch.zeros(slots, kv_heads, dtype=torch.float32, device=device) for _ in range(layers)
-        ]
+        self.log_votes = [torch.zeros(slots, kv_heads, dtype=torch.float32, device=device) for _ in range(layers)]
 
     def reset(self, layer: int, slots: torch.Tensor) -> None:
         """A slot that is rewritten by a forward pass stands for one token again. Mutates the store."""

@@ -114,9 +114,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
         node: Span | None = entry
         while node is not None and node.path_slots > slots:
             node = node.parent
-        if node is not None:
-            target = node
-        else:
+        target: Any = node
+        if target is None:
             target = entry.anchor if entry.anchor is not None else self.root_node_handle(req.extra_key)
         assert slots == (node.path_slots if node is not None else entry.anchor_len), (slots, entry)
         self._move_lock(req, target, slots)
@@ -143,21 +142,26 @@ class KeepKVRadixCache(UnifiedRadixCache):
         if self.disable or req.skip_radix_cache_insert or start != kv.cache_protected_len:
             return False
         parent = req.lock.node if req.lock is not None and isinstance(req.lock.node, Span) else None
+        anchor: Any
         if parent is not None:
             anchor, anchor_len = parent.anchor, parent.anchor_len
         else:
             anchor, anchor_len = (req.last_node, start) if start else (None, 0)
         slots = self.req_to_token_pool.req_to_token[kv.req_pool_idx, start : start + m].to(torch.int64)
         span, created = self.spans.insert(
-            parent=parent, anchor=anchor, anchor_len=anchor_len, namespace=namespace, tokens=tokens, slots=slots,
-            m=m, raw=raw,
+            parent=parent,
+            anchor=anchor,
+            anchor_len=anchor_len,
+            namespace=namespace,
+            tokens=tokens,
+            slots=slots,
+            m=m,
+            raw=raw,
         )
         if not created:
             if span.m != m:
                 return False
-            self.req_to_token_pool.write(
-                (kv.req_pool_idx, slice(start, start + m)), span.slots.to(torch.int32)
-            )
+            self.req_to_token_pool.write((kv.req_pool_idx, slice(start, start + m)), span.slots.to(torch.int32))
             self.token_to_kv_pool_allocator.free(slots)
         if anchor is not None:
             self._touch_path(anchor)
@@ -245,7 +249,11 @@ class KeepKVRadixCache(UnifiedRadixCache):
         return tracker[FULL] >= count
 
     def _evict_components(
-        self, request_by_type: Any, tracker: Any, available_size_targets: Any = None, *,
+        self,
+        request_by_type: Any,
+        tracker: Any,
+        available_size_targets: Any = None,
+        *,
         allocation_reclaim_satisfied: Any = None,
     ) -> None:
         count = request_by_type[FULL]
@@ -253,7 +261,9 @@ class KeepKVRadixCache(UnifiedRadixCache):
         self._evict_goal = (count, target[1] if target else None, allocation_reclaim_satisfied)
         try:
             super()._evict_components(
-                request_by_type, tracker, available_size_targets,
+                request_by_type,
+                tracker,
+                available_size_targets,
                 allocation_reclaim_satisfied=allocation_reclaim_satisfied,
             )
             # SGLang's tree has no victim left, but spans may: below locked anchors, or without any.

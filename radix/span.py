@@ -236,11 +236,7 @@ class Span:
         return list(self.chain())[::-1]
 
     def __repr__(self) -> str:
-        where = (
-            f"anchor={self.anchor!r}+{self.anchor_len}"
-            if self.parent is None
-            else f"parent=#{self.parent.serial}"
-        )
+        where = f"anchor={self.anchor!r}+{self.anchor_len}" if self.parent is None else f"parent=#{self.parent.serial}"
         state = "dead" if self.dead else f"lock={self.lock_ref} t={self.last_access}"
         return f"<Span #{self.serial} {where} n={self.n} m={self.m}{' raw' if self.raw else ''} {state}>"
 

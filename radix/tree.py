@@ -126,15 +126,11 @@ class SpanTree:
         """
         own = array("q", tokens)
         if not own or not 1 <= m <= len(own) or (raw and m != len(own)):
-            raise ValueError(
-                f"a span needs 1 <= m <= n tokens, and m == n if raw: n={len(own)}, m={m}, raw={raw}"
-            )
+            raise ValueError(f"a span needs 1 <= m <= n tokens, and m == n if raw: n={len(own)}, m={m}, raw={raw}")
         if (anchor is None) != (anchor_len == 0) or anchor_len < 0:
             raise ValueError(f"anchor None means length 0 and nothing else does: {anchor!r}, {anchor_len}")
         if self._anchor_lens.get(anchor, anchor_len) != anchor_len:
-            raise ValueError(
-                f"anchor {anchor!r} is {self._anchor_lens[anchor]} tokens long, not {anchor_len}"
-            )
+            raise ValueError(f"anchor {anchor!r} is {self._anchor_lens[anchor]} tokens long, not {anchor_len}")
         if parent is not None:
             if parent.dead:
                 raise ValueError(f"the parent is dead: {parent!r}")

@@ -99,9 +99,7 @@ def test_check_survives_a_broken_seam_table(
     assert "sglang.srt.somewhere" in capsys.readouterr().err
 
 
-def test_check_refuses_another_sglang(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_refuses_another_sglang(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     _use_seams(monkeypatch, list)
     real = check._version
     monkeypatch.setattr(check, "_version", lambda name: "0.5.22" if name == "sglang" else real(name))

@@ -17,9 +17,7 @@ LINKED = ("kernels", "radix")
 
 
 def _run(*command: str | Path, cwd: Path, **env: str) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout.strip()
 

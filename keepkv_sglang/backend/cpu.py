@@ -69,9 +69,7 @@ class KeepKVCpuBackend(AttentionBackend):
         log_votes = self._before(q3, k, v, layer, forward_batch, save_kv_cache)
         out = torch.empty_like(q3, memory_format=torch.contiguous_format)
         keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
-        self.kernel.decode(
-            q3, keys, values, log_votes, self.req_to_token, self.rows, self.seq_lens, layer.scaling, out
-        )
+        self.kernel.decode(q3, keys, values, log_votes, self.req_to_token, self.rows, self.seq_lens, layer.scaling, out)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def forward_extend(
@@ -83,8 +81,16 @@ class KeepKVCpuBackend(AttentionBackend):
         out = torch.empty_like(q3, memory_format=torch.contiguous_format)
         keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
         self.kernel.extend(
-            q3, keys, values, log_votes, self.req_to_token, self.rows, self.seq_lens, self.extend_lens,
-            layer.scaling, out,
+            q3,
+            keys,
+            values,
+            log_votes,
+            self.req_to_token,
+            self.rows,
+            self.seq_lens,
+            self.extend_lens,
+            layer.scaling,
+            out,
         )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 

@@ -64,8 +64,8 @@ def around_init_req_max_new_tokens(original: Any, self: Any, req: Any) -> None:
 
 def after_get_prefill_adder_class(cls: Any, self: Any) -> Any:
     """AFTER Scheduler.get_prefill_adder_class: counts a too long prompt with the slots it will really hold."""
-    rt = runtime.configured()
-    if rt is None or not rt.enabled:
+    config = runtime.configured()
+    if config is None or not config.enabled:
         return cls
     return _adder_class(cls, self)
 

@@ -112,8 +112,14 @@ def _info(req: Any) -> dict[str, Any]:
     config = rt.config.with_request(params)
     tokens = len(req.origin_input_ids) + len(req.output_ids)
     return {
-        "enabled": config.enabled, "budget": config.budget, "logical_tokens": tokens, "slots_held": tokens,
-        "cached_compressed_tokens": 0, "merged": 0.0, "dropped": 0.0, "compressions": 0,
+        "enabled": config.enabled,
+        "budget": config.budget,
+        "logical_tokens": tokens,
+        "slots_held": tokens,
+        "cached_compressed_tokens": 0,
+        "merged": 0.0,
+        "dropped": 0.0,
+        "compressions": 0,
     }
 
 

@@ -32,9 +32,7 @@ def zip(c: Clusters) -> Merged:
     leaves [0.5, 2] is refused.
     """
     ema = c.window.log_ema(EMA_DECAY)
-    log_s = c.members(
-        c.window.per_token(lambda block: torch.logsumexp(c.window.logits(block).add_(ema), dim=2))
-    )
+    log_s = c.members(c.window.per_token(lambda block: torch.logsumexp(c.window.logits(block).add_(ema), dim=2)))
     log_w = c.members(c.lv) + log_s
     k, v = c.weighted_means(log_w)
     share = segment_softmax(log_w, c.seg)

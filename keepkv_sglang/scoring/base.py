@@ -143,9 +143,7 @@ def observe(
     return Window(q, k, lv, position, log_z, block_tokens, whole)
 
 
-def context_log_z(
-    q: torch.Tensor, k_ctx: torch.Tensor, lv_ctx: torch.Tensor, block_tokens: int
-) -> torch.Tensor:
+def context_log_z(q: torch.Tensor, k_ctx: torch.Tensor, lv_ctx: torch.Tensor, block_tokens: int) -> torch.Tensor:
     """log sum_i p_i exp(q.k_i) over a context, block by block.
 
     q [H, Q, D] scaled; k_ctx [c, H, D] and lv_ctx [c, H] as stored, converted one block at a time. Returns

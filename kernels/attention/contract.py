@@ -46,15 +46,11 @@ def check(
             "K and V need one shape, q's head_dim, and q heads must be a multiple of kv heads"
         )
     if q.dtype not in STORAGE_DTYPES or k_pool.dtype not in STORAGE_DTYPES or v_pool.dtype != k_pool.dtype:
-        raise ValueError(
-            f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use float32 or bfloat16"
-        )
+        raise ValueError(f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use float32 or bfloat16")
     if dim % 8 or dim > 256:
         raise ValueError(f"head_dim {dim} is not a multiple of 8 up to 256")
     if not (packed_rows(k_pool) and packed_rows(v_pool) and packed_rows(out)):
-        raise ValueError(
-            "k_pool, v_pool and out need contiguous [head, dim] rows: copying a pool is too expensive"
-        )
+        raise ValueError("k_pool, v_pool and out need contiguous [head, dim] rows: copying a pool is too expensive")
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} must match q {tuple(q.shape)} {q.dtype}")
     if req_to_token.dtype != torch.int32 or req_to_token.stride(1) != 1:

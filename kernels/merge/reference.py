@@ -137,9 +137,7 @@ def match(
 # Merging
 
 
-def merge_cluster(
-    a: Head, members: torch.Tensor, rule: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+def merge_cluster(a: Head, members: torch.Tensor, rule: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
     """One cluster of two or more tokens -> key [D], value [D], log votes, accepted (False: zip's guard)."""
     k, v, lv, logits = a.k[members], a.v[members], a.lv[members], a.logits[members]
     log_votes = torch.logsumexp(lv, 0)

@@ -200,9 +200,7 @@ def test_least_squares_falls_back_to_tangent_where_the_solve_fails(monkeypatch):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("group", [1, 3, 4])
-@pytest.mark.parametrize(
-    ("n", "m", "ctx"), [(17, 1, 0), (17, 5, 37), (63, 20, 0), (63, 62, 37), (200, 31, 37)]
-)
+@pytest.mark.parametrize(("n", "m", "ctx"), [(17, 1, 0), (17, 5, 37), (63, 20, 0), (63, 62, 37), (200, 31, 37)])
 def test_equals_reference_float64(rule, group, n, m, ctx):
     x = layer(n=n, group=group, ctx=ctx, seed=n + m + group, behind=n % 4)
     p = policy(m, rule)
@@ -243,20 +241,14 @@ def test_recorded_selection_replays_in_float64(rule, dtype, ctx):
 )  # fmt: skip
 def test_equals_reference_for_any_policy(rule, n, data, group, ctx, threshold, seed, scorer, strong):
     w = data.draw(st.integers(1, min(n, 6)))
-    x = layer(
-        n=n, group=group, w=w, ctx=ctx, seed=seed, dim=5, behind=data.draw(st.integers(0, min(2, n - w)))
-    )
+    x = layer(n=n, group=group, w=w, ctx=ctx, seed=seed, dim=5, behind=data.draw(st.integers(0, min(2, n - w))))
     p = SpanPolicy(
         data.draw(st.integers(1, n - 1)), rule, data.draw(st.integers(0, 9)), data.draw(st.integers(0, 5)),
         threshold, 5, strong, scorer,
     )  # fmt: skip
     result, expected = compress_layer(x, p), reference.compress(x, p)
-    for ours, theirs in zip(
-        (result.kept, result.assign, result.k, result.v, result.lv), expected, strict=True
-    ):
-        torch.testing.assert_close(
-            ours, theirs, rtol=1e-7, atol=1e-7
-        )  # a short window's solve is ill-conditioned
+    for ours, theirs in zip((result.kept, result.assign, result.k, result.v, result.lv), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)  # a short window's solve is ill-conditioned
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -356,9 +348,7 @@ def test_zip_guard_refuses_the_whole_cluster(q, first, second, votes):
 def test_extreme_inputs_stay_finite(rule, dtype, case):
     """Logits up to 1e4 either way; exp of them overflows in every dtype."""
     x = layer(n=70, ctx=9, dtype=dtype, behind=5)
-    big = (
-        1e4 / float((x.q.double().reshape(6, 2, 3, 8) @ x.k.double().permute(1, 2, 0)).abs().max()) / x.scale
-    )
+    big = 1e4 / float((x.q.double().reshape(6, 2, 3, 8) @ x.k.double().permute(1, 2, 0)).abs().max()) / x.scale
     if case == "huge":
         x = replace(x, q=x.q * big)
     elif case == "zero queries":

@@ -181,9 +181,7 @@ def test_hash_collisions_never_show_another_span(
     """With 1, 2 or 8 hash values in all, every answer stays exact."""
     true_hash = KeyHash.of
     monkeypatch.setattr(KeyHash, "of", lambda self, a, n: true_hash(self, a, n) & (2**constant_bits - 1))
-    keys = [list(bits) for bits in product((0, 1), repeat=5)] + [
-        [*range(HEAD_TOKENS + 8), x] for x in range(20)
-    ]
+    keys = [list(bits) for bits in product((0, 1), repeat=5)] + [[*range(HEAD_TOKENS + 8), x] for x in range(20)]
     spans = [add(tree, key) for key in keys]
     for key, span in zip(keys, spans, strict=True):
         assert tree.match([NO_ANCHOR], "a", key) is span

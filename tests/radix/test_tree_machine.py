@@ -128,9 +128,7 @@ class TreeMachine(RuleBasedStateMachine):
     def start(self, anchor: Any, tokens: tuple[int, ...]) -> None:
         self.insert(None, (anchor, "a", (tokens,)), 1, False)
 
-    @rule(
-        anchor=st.sampled_from(list(ANCHORS)), namespace=NAMESPACES, tokens=TOKENS, m=PICK, raw=st.booleans()
-    )
+    @rule(anchor=st.sampled_from(list(ANCHORS)), namespace=NAMESPACES, tokens=TOKENS, m=PICK, raw=st.booleans())
     def insert_top(self, anchor: Any, namespace: str, tokens: tuple[int, ...], m: int, raw: bool) -> None:
         self.insert(None, (anchor, namespace, (tokens,)), 1 + m % len(tokens), raw)
 

@@ -24,12 +24,17 @@ def launch(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """Starts servers for one module: launch(*flags, env={}, command=...) -> ServerProcess; all end with the module."""
     with ExitStack() as stack:
 
-        def start(*flags: str, env: dict[str, str] | None = None, command: tuple[str, ...] = LAUNCH_SERVER) -> ServerProcess:
+        def start(
+            *flags: str, env: dict[str, str] | None = None, command: tuple[str, ...] = LAUNCH_SERVER
+        ) -> ServerProcess:
             stack.close()  # two cores: never two servers
             log = Path(os.environ.get("KEEPKV_TEST_LOGS", tmp_path_factory.mktemp("server"))) / "server.log"
             server = ServerProcess(
                 ["--model-path", model_path, "--log-level", "info", *flags],
-                env={**STRICT, **(env or {})}, command=command, log_path=log, timeout_s=300,
+                env={**STRICT, **(env or {})},
+                command=command,
+                log_path=log,
+                timeout_s=300,
             )
             return stack.enter_context(server)
 

@@ -88,8 +88,13 @@ class Replay:
         lo, hi = event["window"]
         first = event["slots"] - (event["end"] - lo)
         return SimpleNamespace(
-            q=layer.q[lo:hi], q_index=torch.arange(first, first + hi - lo), k_ctx=layer.k[:start],
-            lv_ctx=layer.lv[:start], k=layer.k[start:stop], v=layer.v[start:stop], lv=layer.lv[start:stop],
+            q=layer.q[lo:hi],
+            q_index=torch.arange(first, first + hi - lo),
+            k_ctx=layer.k[:start],
+            lv_ctx=layer.lv[:start],
+            k=layer.k[start:stop],
+            v=layer.v[start:stop],
+            lv=layer.lv[start:stop],
             scale=layer.scale,
         )
 

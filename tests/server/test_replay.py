@@ -21,7 +21,10 @@ FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32",
 MODES = {
     "overlap": (),
     "no_overlap_chunked_mixed": (
-        "--disable-overlap-schedule", "--chunked-prefill-size", "96", "--enable-mixed-chunk",
+        "--disable-overlap-schedule",
+        "--chunked-prefill-size",
+        "96",
+        "--enable-mixed-chunk",
     ),
 }
 
