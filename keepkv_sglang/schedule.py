@@ -118,7 +118,8 @@ def compress_due(rt: Runtime, req: Any, state: RequestState) -> bool:
     before = req.kv.kv_committed_len
     while state.plan:
         planned = state.plan[0]
-        if planned.end > before + state.offset or not _compress_planned(rt, req, state, planned):
+        computed = req.kv.kv_committed_len + state.offset  # both change with every compression
+        if planned.end > computed or not _compress_planned(rt, req, state, planned):
             break
         state.plan.pop(0)
     if not state.plan and state.reply_window is not None:
