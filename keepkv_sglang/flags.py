@@ -123,7 +123,22 @@ def attach(server_args: Any, config: KeepKVConfig) -> None:
 
         seams.require()
         refuse.check_server_args(server_args)
+        _check_model(server_args)
     setattr(server_args, ATTRIBUTE, config)
+
+
+def _check_model(server_args: Any) -> None:
+    """Refuses a model before any process is started. A model SGLang cannot read is left for SGLang to report."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from keepkv_sglang import refuse
+
+    try:
+        model_config = ModelConfig.from_server_args(server_args)
+    except Exception as error:  # whatever is wrong with the model, SGLang's own message is the better one
+        logger.debug("the model could not be inspected before the start: %s", error)
+        return
+    refuse.check_model(model_config)
 
 
 class _ExitOnConfigError:

@@ -95,6 +95,7 @@ USES: tuple[Seam, ...] = (
     Seam("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer", ("self", "layer_id")),
     Seam("sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.build_additional_customized_info", ("self", "reqs")),
     Seam("sglang.srt.entrypoints.http_server._create_error_response", ("e",)),
+    Seam("sglang.srt.configs.model_config.ModelConfig.from_server_args", ("server_args",)),
     Seam("sglang.srt.managers.schedule_policy.PrefillAdder._check_prefill_budget", ("self", "req", "extend_input_len", "total_tokens")),
 )
 

@@ -1,0 +1,126 @@
+"""A start that cannot work ends with one clear line; nothing else is printed as the reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from keepkv_sglang import flags, refuse
+from keepkv_sglang.config import HELP, ConfigError, KeepKVConfig, parse_budget
+
+CASES = [
+    (("--page-size", "16"), "--page-size 1"),
+    (("--enable-hierarchical-cache",), "--enable-hierarchical-cache"),
+    (("--disaggregation-mode", "decode"), "--disaggregation-mode"),
+    (("--enable-streaming-session",), "--enable-streaming-session"),
+    (("--attention-backend", "triton"), "--attention-backend triton"),
+    (("--keepkv-budget", "1.5"), "budget"),
+    (("--keepkv-merge", "sum"), "use one of least_squares"),
+    (("--keepkv-window", "0"), "window"),
+    (("--json-model-override-args", '{"layer_types": ["linear_attention"]}'), "linear_attention layers"),
+]
+
+
+@pytest.mark.server
+def test_command_line_refusals(model_path):
+    """One process parses all command lines through SGLang's real parser, hooks included."""
+    script = """
+import argparse, contextlib, io, json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import ServerArgs
+out = []
+for case in json.loads(sys.argv[2]):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        try:
+            args = parser.parse_args(["--model-path", sys.argv[1], "--enable-keepkv", *case])
+            ServerArgs.from_cli_args(args)
+            code = 0
+        except SystemExit as error:
+            code = error.code
+    out.append((code, errors.getvalue().strip().splitlines()[-1:]))
+print(json.dumps(out))
+"""
+    import json
+
+    cases = [list(case) for case, _ in CASES] + [[]]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(model_path), json.dumps(cases)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    for (case, expected), (code, lines) in zip(CASES, results, strict=False):
+        assert code == 2 and expected in lines[0], (case, code, lines)
+    assert results[-1][0] == 0, results[-1]
+
+
+class Args:
+    """A stand-in with ServerArgs' defaults of the fields that matter."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+
+@pytest.mark.parametrize("field", [rule[0] for rule in refuse.FLAG_RULES])
+def test_every_flag_rule_refuses_and_says_what_to_do(field):
+    bad = {"page_size": 16, "speculative_algorithm": "EAGLE", "disaggregation_mode": "prefill", "pp_size": 2,
+           "dcp_size": 2, "attn_cp_size": 2, "kv_cache_dtype": "fp8_e5m2", "dllm_algorithm": "x"}  # fmt: skip
+    with pytest.raises(ConfigError, match=r"use --|leave out --"):
+        refuse.check_server_args(Args(**{field: bad.get(field, True)}))
+    refuse.check_server_args(Args(page_size=1, disaggregation_mode="null", kv_cache_dtype="auto"))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"is_hybrid_swa": True}, {"sliding_window_size": 4096}, {"is_encoder_decoder": True}, {"model_is_mrope": True},
+        {"is_generation": False}, {"attention_chunk_size": 8192},
+        {"hf_text_config": Args(layer_types=["full_attention", "linear_attention"])},
+        {"attention_arch": Args(name="MLA")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_models_that_cannot_work(model):
+    with pytest.raises(ConfigError, match="without --enable-keepkv"):
+        refuse.check_model(Args(**model))
+    refuse.check_model(Args(attention_arch=Args(name="MHA"), hf_text_config=Args(layer_types=["full_attention"])))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.2", 0.2), (1, 1.0), ("1", 1.0), (1.0, 1.0), (2, 2), ("150", 150), (1e-3, 1e-3)], ids=str
+)
+def test_budget_values(text, value):
+    assert parse_budget(text) == value and isinstance(parse_budget(text), type(value))
+
+
+@pytest.mark.parametrize("bad", [0, -1, 1.5, "x", None, True, float("nan"), float("inf"), 2.5, [1]], ids=str)
+def test_budget_values_refused(bad):
+    with pytest.raises(ConfigError, match=r"fraction in \(0, 1\]"):
+        parse_budget(bad)
+
+
+def test_config_is_one_record():
+    config = KeepKVConfig(enabled=True)
+    assert set(HELP) == set(config.__dataclass_fields__)
+    assert config.with_request({"budget": 0.3}).fingerprint() != config.fingerprint()
+    assert config.with_request({}).fingerprint() == config.fingerprint() == KeepKVConfig(enabled=True).fingerprint()
+    assert not KeepKVConfig().with_request({"enabled": True}).enabled, "a request cannot switch a server on"
+    assert not KeepKVConfig(enabled=True, budget=1).compresses
+    assert flags.flag_name("enabled") == "enable_keepkv" and flags.flag_name("min_tokens") == "keepkv_min_tokens"
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.1, 0.2, 1 / 3, 0.5, 0.99])
+def test_kept_slots_adds_up(budget):
+    """Cut anywhere, [0, n) keeps ceil(budget * n) plus at most one slot per piece."""
+    import math
+
+    config = KeepKVConfig(enabled=True, budget=budget)
+    for n in (1, 2, 30, 64, 1499):
+        assert config.kept_slots(0, n) == max(1, math.ceil(budget * n - 1e-9))
+        pieces = [config.kept_slots(i, min(i + 64, n)) for i in range(0, n, 64)]
+        assert math.ceil(budget * n - 1e-9) <= sum(pieces) <= math.ceil(budget * n - 1e-9) + len(pieces)
