@@ -113,13 +113,21 @@ class Runtime:
             return getattr(req, STATE)
         state: RequestState | None = None
         if self.config.enabled and self._eligible(req):
-            params = req.sampling_params.custom_params
-            config = self.config.with_request((params or {}).get(REQUEST_KEY))
+            config = self.request_config(req)
             if config.compresses:
                 namespace = (req.extra_key, req.cache_salt, req.lora_id, config.fingerprint())
                 state = RequestState(config, namespace, len(req.origin_input_ids))
         setattr(req, STATE, state)
         return state
+
+    def request_config(self, req: Any) -> KeepKVConfig:
+        """Flags with the request's own values. A bad value that got past the front end switches KeepKV off for it."""
+        params = req.sampling_params.custom_params if req.sampling_params is not None else None
+        try:
+            return self.config.with_request((params or {}).get(REQUEST_KEY))
+        except ConfigError as error:
+            logger.warning("request %s runs without KeepKV: %s", req.rid, error)
+            return KeepKVConfig()
 
     @staticmethod
     def _eligible(req: Any) -> bool:

@@ -124,6 +124,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
 
     def publish_anchor(self, req: Any, anchor_len: int) -> None:
         """Publishes the first anchor_len slots of the row uncompressed in SGLang's tree, once."""
+        anchor_len = min(anchor_len, req.kv.kv_committed_len)  # an abort may come before all of it is computed
         if self.disable or req.skip_radix_cache_insert or anchor_len <= req.kv.cache_protected_len:
             return
         self.checkpoint_into_tree(req, up_to=anchor_len)

@@ -17,9 +17,11 @@ def check_sampling_params(server_args: Any, sampling_params: Any) -> None:
         custom = params.get("custom_params") if isinstance(params, dict) else None
         if not isinstance(custom, dict) or custom.get(REQUEST_KEY) is None:
             continue
-        if not config.enabled and flags.has_flags(server_args):
+        wanted = custom[REQUEST_KEY]
+        off = isinstance(wanted, dict) and wanted.get("enabled") is False
+        if not config.enabled and not off and flags.has_flags(server_args):
             raise ConfigError("this server runs without KeepKV; start it with --enable-keepkv or leave out keepkv")
-        config.with_request(custom[REQUEST_KEY])
+        config.with_request(wanted)
 
 
 def before_create_tokenized_object(self: Any, obj: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -107,9 +107,7 @@ def _info(req: Any) -> dict[str, Any]:
     state = getattr(req, runtime.STATE, None)
     if state is not None:
         return state.info()
-    rt = runtime.current()
-    params = (req.sampling_params.custom_params or {}).get(runtime.REQUEST_KEY) if req.sampling_params else None
-    config = rt.config.with_request(params)
+    config = runtime.current().request_config(req)
     tokens = len(req.origin_input_ids) + len(req.output_ids)
     return {
         "enabled": config.enabled,
