@@ -4,11 +4,10 @@
 #   examples/gpu_server.sh plain MODEL [PORT]     stock SGLang on the GPU, the plugin installed and out of the way
 #   examples/gpu_server.sh keepkv MODEL [PORT]    KeepKV, on the CPU of this machine: see below
 #
-# Honest: KeepKV's GPU attention backends do not exist yet. --enable-keepkv selects the attention backend
-# keepkv_cpu, whose kernels refuse tensors on a GPU ("pass CPU tensors"): with CUDA visible the server loads the
-# model and then ends at its first forward pass. No attention backend of SGLang's own can stand in, since none
-# weights attention by votes: --attention-backend triton, fa3 or flashinfer beside --enable-keepkv is refused
-# with one line. So today KeepKV on such a machine means hiding the GPU, as `keepkv` does below.
+# Honest: KeepKV's GPU attention backends do not exist yet. With CUDA visible --enable-keepkv ends the start with
+# one line that says so. No attention backend of SGLang's own can stand in, since none weights attention by votes:
+# --attention-backend triton, fa3 or flashinfer beside --enable-keepkv is refused too. So today KeepKV on such a
+# machine means hiding the GPU, as `keepkv` does below.
 set -euo pipefail
 
 if [[ $# -lt 2 || $# -gt 3 ]]; then

@@ -65,6 +65,12 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
 
 def _choose_backends(values: dict[str, Any]) -> None:
     """--enable-keepkv alone selects our backends; another choice by the user is an error."""
+    device = values.get("device") or _default_device()
+    if not str(device).startswith("cpu"):
+        raise ConfigError(
+            f"KeepKV's attention backends for {device} are not part of this release: run it on the CPU "
+            "(--device cpu on a machine without an accelerator), or start the server without --enable-keepkv"
+        )
     wanted_attention = values.get("attention_backend")
     if wanted_attention in (None, "auto"):
         values["attention_backend"] = CPU_BACKEND
@@ -82,6 +88,13 @@ def _choose_backends(values: dict[str, Any]) -> None:
             f"--radix-cache-backend {values['radix_cache_backend']} cannot hold compressed prefixes; leave it out"
         )
     values["radix_cache_backend"] = RADIX_BACKEND
+
+
+def _default_device() -> str:
+    """The device SGLang will choose here, as far as our platform decides it."""
+    from keepkv_sglang.platform import accelerator
+
+    return (accelerator() or "cpu").lower()
 
 
 def before_from_cli_args(cls: Any, args: argparse.Namespace) -> None:

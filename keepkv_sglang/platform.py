@@ -43,15 +43,15 @@ def decide() -> Decision:
         return Decision(False, "KEEPKV_PLATFORM=off")
     if os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return Decision(False, "SGLANG_USE_CPU_ENGINE=1 asks for SGLang's own CPU engine")
-    accelerator = _accelerator()
-    if accelerator:
-        return Decision(False, f"SGLang supports the {accelerator} device of this machine")
+    found = accelerator()
+    if found:
+        return Decision(False, f"SGLang supports the {found} device of this machine")
     if _stock_cpu_kernels():
         return Decision(False, "this CPU has AMX and SGLang's CPU kernels are installed; set SGLANG_USE_CPU_ENGINE=1")
     return Decision(True, "no accelerator, and SGLang's own CPU engine cannot run here")
 
 
-def _accelerator() -> str | None:
+def accelerator() -> str | None:
     """Name of a device stock SGLang would use, tested as SGLang's platforms/__init__.py does, or None."""
     import torch
 

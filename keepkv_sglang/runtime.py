@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from keepkv_sglang.anchor import MessageBorder, message_border
 from keepkv_sglang.config import ConfigError, KeepKVConfig
 from keepkv_sglang.request import RequestState
 from keepkv_sglang.votes import QueryArena, VoteStore
@@ -39,7 +40,7 @@ class Runtime:
         self.offsets: torch.Tensor | None = None  # int64 [rows]: logical - physical
         self.scales: dict[int, float] = {}
         self.first_layer = 0
-        self.end_of_message: int | None = None
+        self.border: MessageBorder | None = None
         self.capacity = 0  # slots of the pool
         self.stock_max_input_len = 0  # tokens; SGLang's own limit, from the pool's size
         self.active_rows = 0
@@ -92,17 +93,15 @@ class Runtime:
         raise_limits(self, scheduler)
         table = self.req_to_token_pool.req_to_token
         self.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
-        from keepkv_sglang.anchor import end_of_message_token
-
-        self.end_of_message = end_of_message_token(getattr(scheduler, "tokenizer", None))
+        self.border = message_border(getattr(scheduler, "tokenizer", None))
         memory = self.memory()
         logger.info(
-            "KeepKV is on: %s; votes %.1f MiB (%.2f %% of a 16-bit KV pool), arena %.1f MiB, message border token %s",
+            "KeepKV is on: %s; votes %.1f MiB (%.2f %% of a 16-bit KV pool), arena %.1f MiB, message border %s",
             self.config,
             memory["votes_bytes"] / 2**20,
             100 * memory["persistent_share_of_16_bit_pool"],
             memory["arena_bytes"] / 2**20,
-            self.end_of_message,
+            self.border,
         )
 
     # -- per request --------------------------------------------------------------------------------------------------

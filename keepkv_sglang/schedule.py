@@ -34,7 +34,7 @@ def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
             state.cached_compressed_tokens = tokens - anchor
     else:
         slots = tokens = prefix
-        border = first_message_end(req.origin_input_ids, rt.end_of_message)
+        border = first_message_end(req.origin_input_ids, rt.border)
         anchor = max(prefix, min(border, state.reply_start))
         tail = (anchor, anchor)
     state.begin_row(anchor_len=anchor, prefix_tokens=tokens, prefix_slots=slots, tail=tail)

@@ -108,7 +108,8 @@ def _info(req: Any) -> dict[str, Any]:
     if state is not None:
         return state.info()
     config = runtime.current().request_config(req)
-    tokens = len(req.origin_input_ids) + len(req.output_ids)
+    # The last sampled token has no slot yet, as in RequestState.info.
+    tokens = len(req.origin_input_ids) + max(0, len(req.output_ids) - 1)
     return {
         "enabled": config.enabled,
         "budget": config.budget,
