@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint soak bench-kernels clean distclean
+.PHONY: help demo test test-fast env model lint soak bench-kernels bench-budget1 clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -40,6 +40,9 @@ soak: env model ## the long runs that make test leaves out
 
 bench-kernels: env ## attention kernels against SGLang's torch_native
 	$(BIN)/python benchmarks/bench_attention.py
+
+bench-budget1: env model ## stock SGLang against KeepKV at budget 1, side by side
+	$(BIN)/python benchmarks/bench_budget1.py
 
 clean: ## caches and build output; keeps .venv and the model
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

@@ -125,6 +125,8 @@ def _config(folder: Path, **changes: object) -> Path:
 
 @needs_plain_cpu
 def test_pool_is_sized_in_bytes_not_by_a_share_of_the_machine(tmp_path: Path) -> None:
+    import sglang  # noqa: F401  SGLang resolves its platform while it is imported, as in a server
+
     from keepkv_sglang.platform_cpu import KV_POOL_BYTES, cpu_defaults
 
     folder = _config(tmp_path, dtype="float32")
