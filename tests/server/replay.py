@@ -111,18 +111,23 @@ class Replay:
         self.applied.append(event)
 
     def follow(self, ids: list[int], events: list[dict]) -> list[float]:
-        """Feeds ids one by one; before position p every event that ends at or before p is applied, as the server does.
+        """Feeds ids; before position p every event that ends at or before p is applied, as the server does.
 
-        Returns the log-probability of ids[1:] and nothing for the first; the caller has the logits of the prompt.
+        Tokens between two events run as one batch: under a causal mask that is the same as one by one. Returns the
+        log-probabilities of ids[1:]; that of ids[0] comes with the prompt.
         """
-        pending = [event for event in events if event not in self.applied]
-        out = []
-        for i, token in enumerate(ids):
+        applied = {id(event) for event in self.applied}
+        pending = [event for event in events if id(event) not in applied]
+        out: list[float] = []
+        at = 0
+        while at < len(ids):
             while pending and pending[0]["end"] <= self.tokens:
                 self.compress(pending.pop(0))
-            row = self.feed([token])[0]
-            if i + 1 < len(ids):
-                out.append(row[ids[i + 1]].item())
+            stop = len(ids) if not pending else min(len(ids), at + pending[0]["end"] - self.tokens)
+            rows = self.feed(ids[at:stop])
+            following = ids[at + 1 : stop + 1]
+            out += [row[token].item() for row, token in zip(rows, following, strict=False)]
+            at = stop
         return out
 
 
