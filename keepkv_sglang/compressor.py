@@ -79,9 +79,14 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: Span, window
 
 
 def _allocate(rt: Runtime, count: int) -> torch.Tensor | None:
-    """Slots for a span whose kept tokens lie in cached slots; evicts cold entries, never raises when full."""
+    """Slots for a span whose kept tokens lie in cached slots; evicts cold entries, never raises when full.
+
+    Leaves what the step being scheduled was promised. While SGLang collects frees, evicting would give nothing.
+    """
+    if rt.allocator.available_size() + rt.tree.evictable_size() < count + rt.step_reserve:
+        return None
     if rt.allocator.available_size() < count:
-        if rt.allocator.available_size() + rt.tree.evictable_size() < count:
+        if getattr(rt.allocator, "free_group", None) is not None:
             return None
         rt.tree.evict_slots(count - rt.allocator.available_size())
     slots = rt.allocator.alloc(count)

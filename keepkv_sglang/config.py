@@ -15,6 +15,7 @@ from typing import Any
 
 MERGE_RULES = ("least_squares", "tangent", "zip", "mean", "evict")
 MAX_WINDOW = 256
+MAX_SLOTS = 1 << 30
 # Bump when scoring, selection or merging change in a way that makes old entries mean something else.
 ALGORITHM_VERSION = 1
 
@@ -33,12 +34,14 @@ def parse_budget(value: Any) -> float | int:
         raise ConfigError(f"budget {value!r} is not a number; {hint}")
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"budget {value!r} is not a number; {hint}") from None
     if not math.isfinite(number) or number <= 0:
         raise ConfigError(f"budget {value!r} is out of range; {hint}")
     if number <= 1:
         return number
+    if number > MAX_SLOTS:
+        raise ConfigError(f"budget {value!r} is out of range; {hint} (at most {MAX_SLOTS})")
     if number != int(number):
         raise ConfigError(f"budget {value!r} is neither a fraction nor a whole number; {hint}")
     return int(number)
@@ -46,7 +49,7 @@ def parse_budget(value: Any) -> float | int:
 
 def _whole(name: str, low: int, high: int) -> Callable[[Any], int]:
     def parse(value: Any) -> int:
-        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+        if isinstance(value, str) and value.isascii() and value.strip().isdigit():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise ConfigError(f"{name} {value!r} is out of range; use a whole number from {low} to {high}")
@@ -58,7 +61,7 @@ def _whole(name: str, low: int, high: int) -> Callable[[Any], int]:
 def _threshold(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not -1 <= number <= 1:
         raise ConfigError(f"threshold {value!r} is out of range; use a cosine similarity from -1 to 1")

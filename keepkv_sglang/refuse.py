@@ -43,6 +43,8 @@ FLAG_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("pp_size", lambda v: (v or 1) > 1, "pipeline parallelism is not tested with merging: use --pp-size 1"),
     ("dcp_size", lambda v: (v or 1) > 1, "decode context parallelism shards rows by position: use --dcp-size 1"),
     ("attn_cp_size", lambda v: (v or 1) > 1, "context parallelism shards rows by position: use --attn-cp-size 1"),
+    ("enable_return_routed_experts", bool, "routed experts are read by logical position: leave out --enable-return-routed-experts"),
+    ("enable_return_indexer_topk", bool, "indexer results are read by logical position: leave out --enable-return-indexer-topk"),
     ("enable_two_batch_overlap", bool, "two-batch overlap splits a batch behind our metadata: leave out --enable-two-batch-overlap"),
     ("enable_pdmux", bool, "PD multiplexing runs prefill beside decode: leave out --enable-pdmux"),
     (

@@ -42,7 +42,8 @@ class Runtime:
         self.first_layer = 0
         self.border: MessageBorder | None = None
         self.capacity = 0  # slots of the pool
-        self.stock_max_input_len = 0  # tokens; SGLang's own limit, from the pool's size
+        self.pool_limit = 1 << 62  # tokens from which a prompt cannot be in the pool uncompressed
+        self.step_reserve = 0  # slots that the step being scheduled still has to allocate
         self.active_rows = 0
         # (query rows, arena rows) of the forward about to run; the attention backend takes it
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -55,6 +56,7 @@ class Runtime:
             "published": 0,
             "entry_hits": 0,
             "retractions_published": 0,
+            "mispublished": 0,
         }
 
     # -- start-up -----------------------------------------------------------------------------------------------------
@@ -124,7 +126,7 @@ class Runtime:
         params = req.sampling_params.custom_params if req.sampling_params is not None else None
         try:
             return self.config.with_request((params or {}).get(REQUEST_KEY))
-        except ConfigError as error:
+        except ValueError as error:
             logger.warning("request %s runs without KeepKV: %s", req.rid, error)
             return KeepKVConfig()
 
@@ -140,6 +142,11 @@ class Runtime:
             and getattr(req, "beam_group", None) is None
         )
 
+    def room_for_replies(self) -> bool:
+        """Replies may use half of the arena: a prompt has one chance to be scored, a reply one per interval."""
+        assert self.arena is not None
+        return 2 * self.arena.free_rows > self.arena.rows
+
     @staticmethod
     def chunk_tokens(scheduler: Any) -> int:
         """Tokens of a prefill chunk; 0 when chunked prefill is off."""
@@ -148,7 +155,7 @@ class Runtime:
 
     def too_long(self, req: Any) -> bool:
         """Whether the request's tokens cannot all be in the pool at once: then it is compressed between chunks."""
-        return len(req.origin_input_ids) + len(req.output_ids) >= self.stock_max_input_len > 0
+        return len(req.origin_input_ids) + len(req.output_ids) >= self.pool_limit
 
     def set_offset(self, req: Any, state: RequestState, offset: int) -> None:
         """Sets logical - physical for the request's row, on the host and on the device."""

@@ -41,7 +41,8 @@ def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
     start = tail[1]
     for end, is_prompt in state.borders(start, total):
         # Only tokens computed now have queries: never before the matched prefix, never before this span.
-        state.plan.append(Planned(end, _reserve(rt, state, max(start, prefix), end), is_prompt))
+        window = _reserve(rt, state, max(start, prefix), end) if is_prompt or rt.room_for_replies() else None
+        state.plan.append(Planned(end, window, is_prompt))
         start = end
 
 
@@ -54,9 +55,11 @@ def on_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
     end = req.extend_end
     if start is None or end >= start.end or not rt.too_long(req):
         return
-    first = max(req.prefix_len, state.tail_tokens)
-    if end > first:
-        state.plan.insert(0, Planned(end, _reserve(rt, state, first, end), is_prompt=True))
+    if end - state.tail_tokens < state.config.min_tokens:
+        return  # too short to merge: it grows with the next chunk
+    window = _reserve(rt, state, max(req.prefix_len, state.tail_tokens), end)
+    if window is not None:
+        state.plan.insert(0, Planned(end, window, is_prompt=True))
 
 
 def _reserve(rt: Runtime, state: RequestState, first: int, end: int) -> Window | None:
@@ -90,7 +93,7 @@ def _open_reply_window(rt: Runtime, state: RequestState, start: int, end: int) -
     config = state.config
     due = state.tail_tokens + config.interval
     count = min(config.window, config.interval)
-    if state.reply_window is None and end > due - count:
+    if state.reply_window is None and end > due - count and rt.room_for_replies():
         assert rt.arena is not None
         lo = max(start, due - count)
         rows = rt.arena.take(due - lo if due > lo else count)
@@ -116,15 +119,19 @@ def compress_due(rt: Runtime, req: Any, state: RequestState) -> bool:
     allocated beyond it (SEAMS.md, "When it is safe to compress").
     """
     before = req.kv.kv_committed_len
+    _compress_plan(rt, req, state)
+    if not state.plan and state.reply_window is not None:
+        _compress_reply(rt, req, state)
+    return req.kv.kv_committed_len != before
+
+
+def _compress_plan(rt: Runtime, req: Any, state: RequestState) -> None:
     while state.plan:
         planned = state.plan[0]
         computed = req.kv.kv_committed_len + state.offset  # both change with every compression
         if planned.end > computed or not _compress_planned(rt, req, state, planned):
             break
         state.plan.pop(0)
-    if not state.plan and state.reply_window is not None:
-        _compress_reply(rt, req, state)
-    return req.kv.kv_committed_len != before
 
 
 def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Planned) -> bool:
@@ -157,7 +164,11 @@ def _span_start(state: RequestState) -> tuple[int, int]:
 def _close_raw(rt: Runtime, req: Any, state: RequestState, end: int) -> None:
     """The span stays whole: publish it raw, so that the next turn can take it in, and go on behind it."""
     _publish_raw(rt, req, state, end)
-    state.tail_slots, state.tail_tokens = end - state.offset, end
+    stop = end - state.offset
+    private = stop - max(req.kv.cache_protected_len, state.tail_slots)
+    if private > 0:  # not published: it stays in front of what follows
+        state.own.append((private, private))
+    state.tail_slots, state.tail_tokens = stop, end
 
 
 def _commit(rt: Runtime, req: Any, state: RequestState, span: Span, is_prompt: bool) -> None:
@@ -168,7 +179,7 @@ def _commit(rt: Runtime, req: Any, state: RequestState, span: Span, is_prompt: b
     state.tail_slots, state.tail_tokens = span.start + span.m, span.end
     if is_prompt:
         tokens = logical_tokens(req)[first_token : span.end]
-        rt.tree.publish_span(req, state.namespace, tokens, span.start, span.m, raw=False)
+        rt.tree.publish_span(req, state.namespace, tokens, first_token, span.start, span.m, raw=False)
         if req.kv.cache_protected_len >= span.start + span.m:
             return
     state.own.append((span.tokens, span.m))
@@ -215,16 +226,17 @@ def _publish_raw(rt: Runtime, req: Any, state: RequestState, end: int) -> None:
     first = prot + state.offset
     tokens = logical_tokens(req)[first:end]
     if len(tokens) == end - first:
-        rt.tree.publish_span(req, state.namespace, tokens, prot, end - first, raw=True)
+        rt.tree.publish_span(req, state.namespace, tokens, first, prot, end - first, raw=True)
 
 
-def finish(rt: Runtime, req: Any, state: RequestState, publish: bool) -> None:
+def finish(rt: Runtime, req: Any, state: RequestState, publish: bool, retracted: bool) -> None:
     """The request gives its row back: note what it held, and publish the rest of the row when allowed.
 
-    publish is False for requests that SGLang bars from the cache; what is left unpublished is freed by SGLang.
+    publish is False for requests that SGLang bars from the cache; what is left unpublished is freed by SGLang. The raw
+    tail of a retracted request is not published: computing it again gives its next compression a full window.
     """
     if publish:
-        compress_due(rt, req, state)
+        _compress_plan(rt, req, state)  # a request that ends at prefill; the reply is not worth it any more
     length = req.kv.kv_committed_len
     known = logical_tokens(req)
     state.logical_tokens = min(length + state.offset, len(known))
@@ -236,13 +248,15 @@ def finish(rt: Runtime, req: Any, state: RequestState, publish: bool) -> None:
         start = req.kv.cache_protected_len
         tokens, slots = sum(t for t, _ in state.own), sum(m for _, m in state.own)
         first = state.tail_tokens - tokens
-        if state.tail_tokens > len(known):
-            return  # a merged slot holds a token past the stop: nobody may match it
-        rt.tree.publish_span(req, state.namespace, known[first : state.tail_tokens], start, slots, raw=tokens == slots)
+        if state.tail_tokens > len(known) or start + slots != state.tail_slots:
+            return  # a merged slot holds a token past the stop, or the row was not published before it
+        rt.tree.publish_span(
+            req, state.namespace, known[first : state.tail_tokens], first, start, slots, raw=tokens == slots
+        )
         if req.kv.cache_protected_len < start + slots:
             return
         state.own = []
     end = state.logical_tokens
     for border in (state.reply_start, end):  # a prompt that stayed raw and its reply are two entries
-        if border <= end:
+        if border <= end and not (retracted and border > state.reply_start):
             _publish_raw(rt, req, state, border)

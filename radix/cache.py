@@ -12,6 +12,7 @@ from array import array
 from typing import Any
 
 import torch
+from sglang.srt.environ import envs
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, TreeLock
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -52,6 +53,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
         rt = runtime.active()
         if rt is None or self.disable or not isinstance(result.last_device_node, int):
             return result
+        if envs.SGLANG_RADIX_FORCE_MISS.get():
+            return result  # SGLang turns it into a miss afterwards and knows nothing of our slot count
         path = self._touch_path(result.last_device_node) if result.device_prefix_len else []
         state = rt.state_of(params.req) if params.req is not None else None
         if state is None or not len(self.spans):
@@ -132,12 +135,13 @@ class KeepKVRadixCache(UnifiedRadixCache):
             self._touch_path(req.last_node)
 
     def publish_span(
-        self, req: Any, namespace: tuple[Any, ...], tokens: array, start: int, m: int, *, raw: bool
+        self, req: Any, namespace: tuple[Any, ...], tokens: array, first: int, start: int, m: int, *, raw: bool
     ) -> bool:
         """Hands row slots [start, start + m) to the cache as one span below the request's present lock.
 
-        An identical span that is already there is adopted: the row is pointed at its slots and ours are freed. Returns
-        False when the slots stay private: the request is barred from the cache, or a different twin is in the way.
+        tokens: what the slots stand for, beginning at logical position `first`. An identical span that is already there
+        is adopted: the row is pointed at its slots and ours are freed. Returns False when the slots stay private: the
+        request is barred from the cache, or a different twin is in the way.
         """
         kv = req.kv
         if self.disable or req.skip_radix_cache_insert or start != kv.cache_protected_len:
@@ -148,6 +152,13 @@ class KeepKVRadixCache(UnifiedRadixCache):
             anchor, anchor_len = parent.anchor, parent.anchor_len
         else:
             anchor, anchor_len = (req.last_node, start) if start else (None, 0)
+        if first != (parent.path_tokens if parent is not None else start):
+            # The last line of defence against showing a slot under tokens it does not stand for. Tests assert 0.
+            logger.error(
+                "a span of request %s does not follow its prefix: %d, %r; not published", req.rid, first, parent
+            )
+            runtime.current().counters["mispublished"] += 1
+            return False
         slots = self.req_to_token_pool.req_to_token[kv.req_pool_idx, start : start + m].to(torch.int64)
         span, created = self.spans.insert(
             parent=parent,

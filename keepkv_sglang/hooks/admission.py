@@ -7,59 +7,80 @@ by SGLang's own rules, unchanged.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from keepkv_sglang import runtime
+from keepkv_sglang.anchor import first_message_end
 from keepkv_sglang.request import RequestState
+
+logger = logging.getLogger("keepkv")
 
 
 def raise_limits(rt: runtime.Runtime, scheduler: Any) -> None:
-    """After Scheduler.__init__: remembers SGLang's input limit and allows prompts up to the context length."""
-    rt.stock_max_input_len = scheduler.max_req_input_len
+    """After Scheduler.__init__: allows prompts up to the context length, where they can be compressed in chunks."""
     rt.capacity = int(scheduler.max_total_num_tokens)
-    if rt.chunk_tokens(scheduler) and not rt.tree.disable:
-        slack = scheduler.max_req_len - scheduler.max_req_input_len
-        scheduler.max_req_len = max(scheduler.max_req_len, scheduler.model_config.context_len - 1)
-        scheduler.max_req_input_len = scheduler.max_req_len - slack
+    # With auto-truncation the user asked for cutting prompts at SGLang's limit instead.
+    if not rt.chunk_tokens(scheduler) or rt.tree.disable or scheduler.server_args.allow_auto_truncate:
+        return
+    slack = scheduler.max_req_len - scheduler.max_req_input_len
+    rt.pool_limit = rt.capacity - 1 - slack
+    scheduler.max_req_len = max(scheduler.max_req_len, scheduler.model_config.context_len - 1)
+    scheduler.max_req_input_len = scheduler.max_req_len - slack
 
 
-def peak_slots(rt: runtime.Runtime, scheduler: Any, state: RequestState, tokens: int) -> int:
-    """Most slots a prompt of `tokens` holds when it is compressed after every chunk, and one interval to decode."""
-    chunk = min(rt.chunk_tokens(scheduler), tokens)
+def peak_slots(rt: runtime.Runtime, scheduler: Any, state: RequestState, req: Any, tokens: int) -> int:
+    """Most slots that the last `tokens` of a prompt hold when compressed after every chunk, and one interval to decode.
+
+    The anchor is not compressed. Chunks below min_tokens wait for the next one; each chunk rounds up once.
+    """
     config = state.config
+    chunk = min(rt.chunk_tokens(scheduler), tokens)
+    anchor = first_message_end(req.origin_input_ids, rt.border)
+    anchor = max(0, min(anchor - (len(req.origin_input_ids) - tokens), tokens))
+    rest = max(1, tokens - anchor)
     if config.counts_slots:
         held = int(config.budget)
+        held += max(0, held - chunk)  # merging the chain again needs fresh slots beside the old ones
     else:
-        # one rounding up per chunk, and chunks shorter than min_tokens stay whole
-        held = config.kept_slots(0, tokens) + tokens // max(1, chunk) + 1 + config.min_tokens
-    return held + chunk + config.interval
+        held = config.kept_slots(0, rest) + rest // max(1, chunk) + 1
+    return anchor + held + config.min_tokens + chunk + config.interval
 
 
 def around_init_req_max_new_tokens(original: Any, self: Any, req: Any) -> None:
     """AROUND Scheduler.init_req_max_new_tokens: a prompt longer than the pool needs KeepKV, or is refused."""
     rt = runtime.active()
     tokens = len(req.origin_input_ids)
-    if rt is None or tokens < rt.stock_max_input_len or req.finished() or req.to_finish is not None:
+    if rt is None or tokens < rt.pool_limit or req.finished() or req.to_finish is not None:
         original(self, req)
         return
     state = rt.state_of(req)
-    room = rt.capacity - peak_slots(rt, self, state, tokens) if state is not None else 0
+    # SGLang's admission wants one slot more than is used, on both sides.
+    room = rt.capacity - peak_slots(rt, self, state, req, tokens) - 2 if state is not None else 0
     if room < 1:
-        advice = (
-            "it does not fit even compressed; use a smaller budget, a smaller --chunked-prefill-size or a larger pool"
-            if state is not None
-            else "KeepKV is off for it; a smaller budget would let it in"
-        )
-        req.set_finish_with_abort(
-            f"Input length ({tokens} tokens) exceeds the maximum allowed length "
-            f"({rt.stock_max_input_len} tokens) of this server's KV pool: {advice}."
-        )
+        _refuse(rt, req, state)
         original(self, req)
         return
-    wanted = req.sampling_params.max_new_tokens
+    params = req.sampling_params
+    wanted, at_least = params.max_new_tokens, params.min_new_tokens
     original(self, req)
-    limit = min(room, self.max_req_len - tokens - 1)
-    req.sampling_params.max_new_tokens = max(0, limit if wanted is None else min(wanted, limit))
+    limits = [room, self.max_req_len - tokens - 1]
+    limits += [wanted] if wanted is not None else []
+    limits += [self.max_new_tokens_limit] if (self.max_new_tokens_limit or 0) > 0 else []
+    params.max_new_tokens = max(0, min(limits))
+    params.min_new_tokens = min(at_least, params.max_new_tokens)
+
+
+def _refuse(rt: runtime.Runtime, req: Any, state: RequestState | None) -> None:
+    advice = (
+        "it does not fit even compressed; use a smaller budget, a smaller --chunked-prefill-size or a larger pool"
+        if state is not None
+        else "KeepKV is off for it; a smaller budget would let it in"
+    )
+    req.set_finish_with_abort(
+        f"Input length ({len(req.origin_input_ids)} tokens) exceeds the maximum allowed length "
+        f"({rt.pool_limit} tokens) of this server's KV pool: {advice}."
+    )
 
 
 def after_get_prefill_adder_class(cls: Any, self: Any) -> Any:
@@ -67,27 +88,58 @@ def after_get_prefill_adder_class(cls: Any, self: Any) -> Any:
     config = runtime.configured()
     if config is None or not config.enabled:
         return cls
-    return _adder_class(cls, self)
+    if cls not in _adders:
+        _adders[cls] = _adder_class(cls, self)
+    return _adders[cls]
+
+
+_adders: dict[Any, Any] = {}
 
 
 def _adder_class(cls: Any, scheduler: Any) -> Any:
-    cached = _adders.get(cls)
-    if cached is not None:
-        return cached
-
     class KeepKVPrefillAdder(cls):
-        def _check_prefill_budget(self, req: Any, *, extend_input_len: int, total_tokens: int, **kwargs: Any) -> Any:
+        def _keepkv_state(self, req: Any) -> tuple[runtime.Runtime, RequestState] | None:
             rt = runtime.active()
             state = rt.state_of(req) if rt is not None else None
-            if rt is not None and state is not None and rt.too_long(req):
-                peak = peak_slots(rt, scheduler, state, extend_input_len)
+            return (rt, state) if rt is not None and state is not None and rt.too_long(req) else None
+
+        def _others_run(self, req: Any) -> bool:
+            running = self.running_batch.reqs if self.running_batch is not None else ()
+            return any(other is not req and not other.finished() for other in [*running, *self.can_run_list])
+
+        def _check_prefill_budget(self, req: Any, *, extend_input_len: int, total_tokens: int, **kwargs: Any) -> Any:
+            found = self._keepkv_state(req)
+            if found is not None:
+                rt, state = found
+                peak = peak_slots(rt, scheduler, state, req, extend_input_len)
                 total_tokens = min(total_tokens, total_tokens - extend_input_len + peak)
+                if not self._others_run(req) and total_tokens >= self.rem_total_tokens:
+                    # Alone in the server: what it may generate is cut by the pool anyway.
+                    total_tokens = peak + 1
+                    if total_tokens >= self.rem_total_tokens:
+                        logger.warning("request %s can never be admitted: a cached prefix leaves no room", req.rid)
+                        _refuse(rt, req, state)
             return super()._check_prefill_budget(
                 req, extend_input_len=extend_input_len, total_tokens=total_tokens, **kwargs
             )
 
-    _adders[cls] = KeepKVPrefillAdder
+        def add_chunked_req(self, req: Any) -> Any:
+            """A chunk that finds no slots waits for others to finish, or fails alone; SGLang would stop the server."""
+            found = self._keepkv_state(req)
+            if found is not None:
+                rt, _ = found
+                missing = len(req.full_untruncated_fill_ids) - req.prefix_len
+                chunk = min(missing, self.rem_chunk_tokens or missing)
+                if rt.allocator.available_size() + rt.tree.evictable_size() < chunk:
+                    if not self._others_run(req):
+                        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+                        req.discard_output_reason = FINISH_ABORT(
+                            "The KV pool is full in the middle of this prompt; use a smaller budget, a smaller "
+                            "--chunked-prefill-size or a larger pool.",
+                        )
+                        scheduler._pending_chunked_abort_req = req
+                    return req
+            return super().add_chunked_req(req)
+
     return KeepKVPrefillAdder
-
-
-_adders: dict[Any, Any] = {}

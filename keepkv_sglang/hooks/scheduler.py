@@ -34,6 +34,7 @@ def _compress_batch(batch: Any) -> None:
     if rt is None:
         return
     shorter: dict[int, int] = {}
+    rt.step_reserve = len(batch.reqs)
     for index, req in enumerate(batch.reqs):
         state = getattr(req, runtime.STATE, None)
         # A finished request's row may be gone already; an overlapped batch still lists it.
@@ -41,6 +42,7 @@ def _compress_batch(batch: Any) -> None:
             continue
         if (state.plan or state.reply_window is not None) and schedule.compress_due(rt, req, state):
             shorter[index] = req.kv.kv_committed_len
+    rt.step_reserve = 0
     if shorter:
         lengths = batch.seq_lens_cpu.clone()
         for index, length in shorter.items():
@@ -69,8 +71,10 @@ def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool
     state = getattr(req, runtime.STATE, None)
     if rt is not None and state is not None and state.admitted and req.kv.holds_kv:
         retracted = not req.finished() and req.to_finish is None
-        publish = (checkpoint or retracted) and not req.skip_radix_cache_insert
-        schedule.finish(rt, req, state, publish)
+        # While the engine is paused the weights may change: what is retracted then must be computed again.
+        paused = bool(getattr(rt.scheduler, "_engine_paused", False))
+        publish = (checkpoint or (retracted and not paused)) and not req.skip_radix_cache_insert
+        schedule.finish(rt, req, state, publish, retracted)
         rt.counters["retractions_published"] += retracted and publish
         rt.forget_row(req)
     original(req, tree_cache, checkpoint=checkpoint)

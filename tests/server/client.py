@@ -59,6 +59,7 @@ def numbers(server: ServerProcess) -> dict[str, Any]:
     slots = [state[f"{kind}_slots"] for kind in ("available", "evictable", "protected")]
     assert sum(slots) == state["total_slots"], state
     assert state["active_rows"] == 0 and state["memory"]["arena_free_rows"] == state["memory"]["arena_rows"], state
+    assert state["counters"]["mispublished"] == 0
     return state
 
 
