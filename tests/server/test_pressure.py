@@ -12,79 +12,67 @@ pytestmark = pytest.mark.server
 BOUND = 1e-4  # as in test_replay.py
 
 
-@pytest.fixture(scope="module")
-def retracting(launch, record):
-    """SGLang's own test switch: a decode batch with two requests or more is retracted every 20 steps."""
-    return launch(
-        *("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32", "--max-total-tokens", "1200"),
-        env={"KEEPKV_RECORD": str(record), "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"},
-    )
+FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32", "--max-total-tokens", "1200")
+# SGLang's own test switch: a decode batch of two requests or more retracts one of them every 20 steps.
+RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
 
 
-def test_forced_retraction_matches_float64(retracting, record, oracle, text_tokens):
-    """Two requests at once; one is retracted in mid-reply, finds its spans again and keeps the original borders."""
-    prompts = {"a": text_tokens[100:340], "b": text_tokens[600:840]}
+def two_at_once(server, prompts):
+    """Runs both prompts together, 65 tokens each; returns their answers in order."""
     answers = {}
 
-    def run(name):
-        answers[name] = generate(retracting, prompts[name], 65)
+    def run(index):
+        answers[index] = generate(server, prompts[index], 65)
 
-    threads = [threading.Thread(target=run, args=(name,)) for name in prompts]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert numbers(retracting)["counters"]["retractions_published"] >= 1, "nothing was retracted"
-    for name, answer in answers.items():
-        prompt = prompts[name]
-        events = events_of(record, answer.rid)
+    return [answers[0], answers[1]]
+
+
+def error(answer, expected, skipped=0):
+    return max(abs(a - b) for a, b in zip(answer.logprobs[skipped:], expected, strict=True))
+
+
+def test_forced_retraction_matches_float64(launch, record, oracle, text_tokens):
+    """A request retracted in mid-reply finds its spans again and goes on at the original borders."""
+    server = launch(*FLAGS, env={"KEEPKV_RECORD": str(record), **RETRACT})
+    prompts = [text_tokens[100:340], text_tokens[600:840]]
+    answers = two_at_once(server, prompts)
+    assert numbers(server)["counters"]["retractions_published"] >= 1, "nothing was retracted"
+    for prompt, answer in zip(prompts, answers, strict=True):
+        # A span that ends exactly where the row was retracted is computed again: the later record counts.
+        events = list({event["end"]: event for event in events_of(record, answer.rid)}.values())
         assert [event["end"] for event in events] == [239, 271, 303], "borders moved"
+        assert all(event["window"] == (event["end"] - 32, event["end"]) for event in events[2:]), "a window shrank"
         row = oracle.clone()
         first = row.feed(prompt)[-1]
-        expected = [first[answer.ids[0]].item(), *row.follow(answer.ids, events)]
-        assert max(abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True)) <= BOUND, name
+        assert error(answer, [first[answer.ids[0]].item(), *row.follow(answer.ids, events)]) <= BOUND
 
 
-def test_retraction_that_lost_its_entries_recompresses_at_the_original_borders(retracting, record, oracle, text_tokens):
-    """With skip-the-cache requests nothing is published, so the whole row is computed again."""
-    flush(retracting)
-    prompt = text_tokens[1000:1240]
-    flood = threading.Event()
-    answers = {}
-
-    def run():
-        answers["x"] = generate(retracting, prompt, 65)
-
-    def evict():
-        # Keeps the pool full of other prompts, so that what a retraction publishes is evicted at once.
-        seed = 500
-        while not flood.is_set():
-            generate(retracting, tokens(850, seed), 2, {"enabled": False})
-            seed += 1
-
-    workers = [threading.Thread(target=run), threading.Thread(target=evict)]
-    for worker in workers:
-        worker.start()
-    workers[0].join()
-    flood.set()
-    workers[1].join()
-    answer = answers["x"]
-    events = events_of(record, answer.rid)
-    if not any(event["retractions"] for event in events if event["end"] == 239):
-        pytest.skip("the pool never lost this request's entries in this run")
-    # The last computation of the row is what the remaining tokens were generated from.
-    last = max(event["retractions"] for event in events)
-    again = [event for event in events if event["retractions"] == last]
-    assert [event["end"] for event in again] == [239, 271, 303][: len(again)]
-    done = again[0]["computed_tokens"] - len(prompt)
-    row = oracle.clone()
-    row.feed(prompt + answer.ids[:done])
-    rest = [event for event in again if event["end"] <= len(prompt) + done]
-    for event in rest:
-        row.compress(event)
-    expected = row.follow(answer.ids[done:], again)
-    got = answer.logprobs[done + 1 :]
-    assert max((abs(a - b) for a, b in zip(got, expected, strict=True)), default=0.0) <= BOUND
+def test_retraction_without_a_cache_recompresses_at_the_original_borders(launch, record, oracle, text_tokens):
+    """With the radix cache off nothing survives a retraction: prompt and reply are computed and cut again in one go."""
+    server = launch(*FLAGS, "--disable-radix-cache", env={"KEEPKV_RECORD": str(record), **RETRACT})
+    prompts = [text_tokens[1000:1240], text_tokens[1300:1540]]
+    again = 0
+    for prompt, answer in zip(prompts, two_at_once(server, prompts), strict=True):
+        assert answer.cached == 0
+        events = events_of(record, answer.rid)
+        last = max(event["retractions"] for event in events)
+        events = [event for event in events if event["retractions"] == last]
+        assert [event["end"] for event in events] == [239, 271, 303]
+        done = events[0]["computed_tokens"] - len(prompt)  # generated tokens that were computed again
+        again += done > 0
+        row = oracle.clone()
+        rows = row.feed(prompt + answer.ids[:done])
+        for event in [event for event in events if event["end"] <= row.tokens]:
+            row.compress(event)
+        first = rows[-1][answer.ids[done]].item()
+        assert error(answer, [first, *row.follow(answer.ids[done:], events)], done) <= BOUND
+    assert again, "nothing was computed again"
+    numbers(server)
 
 
 @pytest.fixture(scope="module")
