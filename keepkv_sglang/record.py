@@ -54,7 +54,7 @@ def begin(req: Any, state: Any, span: Any, window: Any, policy: Any) -> Recorder
             "recent": policy.recent,
             "sinks": policy.sinks,
             "threshold": policy.threshold,
-            "computed_tokens": len(req.origin_input_ids) + len(req.output_ids),
+            "prefill_tokens": state.prefill_tokens,
             "prompt_tokens": state.prompt_tokens,
             "retractions": req.retraction_count,
         },

@@ -47,6 +47,7 @@ class RequestState:
     config: KeepKVConfig
     namespace: tuple[Any, ...]
     prompt_tokens: int
+    prefill_tokens: int = 0  # prompt, and what was generated before a retraction: computed when the row began
     admitted: bool = False
     anchor_len: int = 0
     offset: int = 0  # logical - physical, mirrored in Runtime.offsets for the device

@@ -24,7 +24,7 @@ def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
     it to the device once the row exists.
     """
     state.prompt_tokens = len(req.origin_input_ids)
-    total = len(req.full_untruncated_fill_ids)
+    total = state.prefill_tokens = len(req.full_untruncated_fill_ids)
     prefix = req.prefix_len
     if entry is not None:
         anchor, slots, tokens = entry.anchor_len, entry.path_slots, entry.path_tokens
@@ -82,7 +82,7 @@ def capture(rt: Runtime, state: RequestState, start: int, end: int, out: tuple[l
     for planned in state.plan:
         if planned.window is not None:
             _capture_window(planned.window, start, end, out, at)
-    if not state.plan and end > state.reply_start:
+    if end > state.reply_start:
         _open_reply_window(rt, state, start, end)
         if state.reply_window is not None:
             _capture_window(state.reply_window, start, end, out, at)
@@ -91,7 +91,8 @@ def capture(rt: Runtime, state: RequestState, start: int, end: int, out: tuple[l
 def _open_reply_window(rt: Runtime, state: RequestState, start: int, end: int) -> None:
     """Queries of the last `window` tokens before the next compression of the reply; taken as late as possible."""
     config = state.config
-    due = state.tail_tokens + config.interval
+    base = state.plan[-1].end if state.plan else state.tail_tokens  # where the raw tail will begin
+    due = base + config.interval
     count = min(config.window, config.interval)
     if state.reply_window is None and end > due - count and rt.room_for_replies():
         assert rt.arena is not None
