@@ -36,7 +36,7 @@ model: env ## the demo model as a Hugging Face folder in .cache (quick when it e
 	@$(BIN)/keepkv model
 
 soak: env model ## the long runs that make test leaves out
-	@$(BIN)/python -m pytest -m soak --timeout 7200 $(PYTEST_ARGS)
+	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py --timeout 7200 $(PYTEST_ARGS)
 
 bench-kernels: env ## attention kernels against SGLang's torch_native
 	$(BIN)/python benchmarks/bench_attention.py
