@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from keepkv_sglang import refuse, runtime
+from keepkv_sglang import flags, refuse, runtime
 from keepkv_sglang.kernels import attention
 
 
@@ -28,6 +28,8 @@ class KeepKVCpuBackend(AttentionBackend):
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         self.runtime: runtime.Runtime | None = None
         config = runtime.configured()
+        if config is None and flags.config_of(runner.server_args).enabled:
+            raise RuntimeError("KeepKV's hook on Scheduler.__init__ did not run in this process; see `keepkv check`")
         if config is not None and config.enabled:
             self.runtime = runtime.current()
             self.runtime.attach_model_runner(runner)

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang import flags, refuse, runtime, schedule
+from keepkv_sglang import flags, refuse, runtime, schedule, seams
 
 
 def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """AROUND Scheduler.__init__: the runtime exists before SGLang builds its pools and is complete after."""
     server_args = kwargs.get("server_args", args[0] if args else None)
     rt = runtime.start(flags.config_of(server_args))
+    if rt.config.enabled:
+        seams.require()  # this process too: SGLang swallows the failure of a hook
     original(self, *args, **kwargs)
     if rt.config.enabled:
         refuse.check_model(self.model_config)
