@@ -77,8 +77,8 @@ class RequestState:
         self.tail_slots, self.tail_tokens = tail
         self.own, self.plan, self.reply_window = [], [], None
 
-    def slots_for(self, start: int, end: int, held: int) -> int:
-        """Slots that the tokens [start, end) get; `held` counts what the request already holds past its anchor.
+    def slots_for(self, start: int, end: int) -> int:
+        """Slots that the tokens [start, end) get.
 
         A fraction counts per part, prompt or reply (decision 6); a whole number is for all parts together.
         """

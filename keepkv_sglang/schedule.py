@@ -51,9 +51,8 @@ def on_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
 
     Otherwise the size of chunks does not change results (decision 6).
     """
-    start = state.plan[0] if state.plan else None
     end = req.extend_end
-    if start is None or end >= start.end or not rt.too_long(req):
+    if not state.plan or end >= state.plan[0].end or not rt.too_long(req):
         return
     if end - state.tail_tokens < state.config.min_tokens:
         return  # too short to merge: it grows with the next chunk
@@ -141,7 +140,7 @@ def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Plann
     start_slots, start_tokens = _span_start(state)
     slots = planned.end - state.offset - start_slots
     tokens = planned.end - start_tokens
-    m = state.slots_for(start_tokens, planned.end, 0)
+    m = state.slots_for(start_tokens, planned.end)
     short = planned.is_prompt and tokens < state.config.min_tokens
     window = planned.window
     if short or m >= slots or window is None or window.filled == 0:
@@ -196,7 +195,7 @@ def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
         return
     start_slots, start_tokens = _span_start(state)
     slots = length - start_slots
-    m = state.slots_for(start_tokens, end, 0)
+    m = state.slots_for(start_tokens, end)
     if m < slots:
         span = Span(start_slots, slots, end - start_tokens, end, m)
         # Without room the tail stays raw; the next window opens at once and tries again when it is full.
