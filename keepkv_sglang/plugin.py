@@ -6,12 +6,9 @@ returns at once, so SGLang behaves as without the plugin.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from keepkv_sglang import flags, seams
-
-logger = logging.getLogger("keepkv")
 
 
 def register() -> None:

@@ -6,15 +6,12 @@ compresses what is complete, `finish` hands the rest of the row to the prefix ca
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from keepkv_sglang.anchor import first_message_end
 from keepkv_sglang.compressor import Span, compress_span
 from keepkv_sglang.request import Planned, RequestState, Window, logical_tokens
 from keepkv_sglang.runtime import Runtime
-
-logger = logging.getLogger("keepkv")
 
 
 def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
