@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from keepkv_sglang.kernels.merge.torch_impl import Segments, nearest_kept
-from keepkv_sglang.merging import get_rule
+from keepkv_sglang.merging import QUERY_FREE, get_rule
 from keepkv_sglang.merging.base import Clusters
-from keepkv_sglang.scoring import get_scorer
+from keepkv_sglang.scoring import QUERY_AGNOSTIC, get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
 
 
@@ -23,7 +23,9 @@ class LayerInput:
     """One layer of one request.
 
     q [w, Hq, D]: window queries after RoPE, NOT scaled; q_index [w] int64: index in the span of each query's
-    token (query j sees span tokens <= q_index[j] and all of the context). k_ctx [c, Hkv, D], lv_ctx [c,
+    token (query j sees span tokens <= q_index[j] and all of the context). w is 0 for a span that is
+    compressed with no queries at hand, as under memory pressure: q [0, Hq, D], q_index [0]; the policy then
+    names a scorer of scoring.QUERY_AGNOSTIC and a rule of merging.QUERY_FREE. k_ctx [c, Hkv, D], lv_ctx [c,
     Hkv]: everything before the span, c may be 0; used for softmax normalisation only. k, v [n, Hkv, D] and
     lv [n, Hkv] (log votes): the span to compress. scale: softmax scale. q head h reads kv head h // (Hq /
     Hkv). Storage may be bfloat16, float16, float32 or float64; arithmetic is float32, or float64 when k is
@@ -105,8 +107,10 @@ def merge_from_assignment(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Merges with a recorded selection: kept [Hkv, m], assign [Hkv, n] -> k, v [m, Hkv, D], lv [m, Hkv].
 
+    ValueError for a rule that needs queries when x has none.
     A recorded assignment is what came out of the guards: they are off by default, so rounding flips none.
     """
+    _check_queries(x, rule)
     out = _Output.empty(x, kept.shape[1])
     for heads in _head_groups(x, scratch_bytes):
         view = _HeadView.of(x, heads)
@@ -204,17 +208,19 @@ class _HeadView:
     @staticmethod
     def of(x: LayerInput, heads: slice) -> _HeadView:
         dtype = torch.float64 if x.k.dtype == torch.float64 else torch.float32
-        w, _, dim = x.q.shape
-        q = x.q.reshape(w, x.k.shape[1], -1, dim)[:, heads].permute(1, 0, 2, 3)
+        w, q_heads, dim = x.q.shape
+        group = q_heads // x.k.shape[1]
+        q = x.q.reshape(w, x.k.shape[1], group, dim)[:, heads].permute(1, 0, 2, 3)
         return _HeadView(
             x.k[:, heads].to(dtype).transpose(0, 1).contiguous(),
             x.v[:, heads].to(dtype).transpose(0, 1).contiguous(),
             x.lv[:, heads].to(dtype).T.contiguous(),
-            q.to(dtype).reshape(q.shape[0], -1, dim) * x.scale,
+            q.to(dtype).reshape(q.shape[0], w * group, dim) * x.scale,
         )
 
     def observe(self, x: LayerInput, heads: slice, scratch_bytes: int) -> Window:
-        block = max(1, scratch_bytes // (2 * self.q.shape[0] * self.q.shape[1] * self.q.element_size()))
+        per_token = 2 * self.q.shape[0] * self.q.shape[1] * self.q.element_size()
+        block = max(1, scratch_bytes // max(1, per_token))
         log_z_ctx = context_log_z(self.q, x.k_ctx[:, heads], x.lv_ctx[:, heads], block)
         return observe(self.q, x.q_index.to(self.q.device), self.k, self.lv, log_z_ctx, block)
 
@@ -223,7 +229,7 @@ def _head_groups(x: LayerInput, scratch_bytes: int) -> list[slice]:
     n, heads, _ = x.k.shape
     queries = x.q.shape[0] * x.q.shape[1] // heads
     size = 8 if x.k.dtype == torch.float64 else 4
-    step = max(1, min(heads, scratch_bytes // (2 * n * queries * size)))
+    step = max(1, min(heads, scratch_bytes // (2 * n * max(1, queries) * size)))
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
 
 
@@ -272,9 +278,23 @@ def _check(x: LayerInput, p: SpanPolicy) -> None:
         raise ValueError(f"pool_kernel {p.pool_kernel} must be odd and positive")
     if not 0.0 <= p.strong_fraction <= 1.0 or p.recent < 0 or p.sinks < 0:
         raise ValueError("strong_fraction must lie in [0, 1]; recent and sinks must not be negative")
-    if x.q.shape[0] < 1 or x.q.shape[1] % x.k.shape[1] != 0:
+    if x.q.shape[1] < 1 or x.q.shape[1] % x.k.shape[1] != 0:
         raise ValueError(
-            f"{x.q.shape[0]} window queries of {x.q.shape[1]} heads over {x.k.shape[1]} kv heads:"
-            " at least one query, and a whole number of query heads per kv head"
+            f"window queries of {x.q.shape[1]} heads over {x.k.shape[1]} kv heads:"
+            " a whole number of query heads per kv head"
         )
     get_rule(p.merge)
+    get_scorer(p.scorer)
+    if x.q.shape[0] == 0 and p.scorer not in QUERY_AGNOSTIC:
+        raise ValueError(
+            f"scorer {p.scorer!r} needs window queries and there are none:"
+            f" use one of {', '.join(sorted(QUERY_AGNOSTIC))}"
+        )
+    _check_queries(x, p.merge)
+
+
+def _check_queries(x: LayerInput, rule: str) -> None:
+    if x.q.shape[0] == 0 and rule not in QUERY_FREE:
+        raise ValueError(
+            f"merge rule {rule!r} needs window queries and there are none: use one of {', '.join(sorted(QUERY_FREE))}"
+        )

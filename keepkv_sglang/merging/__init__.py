@@ -7,6 +7,8 @@ from importlib import import_module
 from keepkv_sglang.merging.base import MergeRule
 
 RULES = ("evict", "mean", "zip", "tangent", "least_squares")
+QUERY_FREE = frozenset({"evict", "mean"})
+"""Rules that also work with a window of no queries."""
 
 
 def get_rule(name: str) -> MergeRule:

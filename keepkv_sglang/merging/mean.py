@@ -6,7 +6,7 @@ from keepkv_sglang.merging.base import Clusters, Merged
 
 
 def mean(c: Clusters) -> Merged:
-    """k_r = sum w k / sum w, v_r = sum w v / sum w, p_r = sum p, with w = p s_hat.
+    """k_r = sum w k / sum w, v_r = sum w v / sum w, p_r = sum p, with w = p s_hat; w = p without queries.
 
     Differs from the paper: no ln rescale of the key (Eq. 7), no EMA (mean over the window), as in the
     released script. Differs from that script: s_hat from softmax-normalised attention, whose exp cannot

@@ -6,7 +6,9 @@ from importlib import import_module
 
 from keepkv_sglang.scoring.base import Scorer
 
-_SCORERS = ("snapkv", "keepkv")
+_SCORERS = ("snapkv", "keepkv", "keydiff")
+QUERY_AGNOSTIC = frozenset({"keydiff"})
+"""Scorers that read keys and votes only: for spans compressed while no request runs over them."""
 
 
 def get_scorer(name: str) -> Scorer:

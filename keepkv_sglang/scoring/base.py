@@ -14,6 +14,9 @@ import torch
 class Window:
     """Window queries of H kv heads against the n tokens of a span. Q = w * G: all q heads of the kv head.
 
+    w may be 0, when a span is compressed with no queries at hand: then q, position and log_z are empty, and
+    only k and lv say something.
+
     q        [H, Q, D]: queries times the softmax scale, window-major (row j * G + g)
     k, lv    [H, n, D], [H, n]: keys and log votes of the span
     position [w]: index in the span of each query's token; query j sees span tokens <= position[j]
@@ -82,8 +85,10 @@ class Window:
 
         Differs from the paper: softmax-normalised per query (so that exp cannot overflow; Eq. 8 takes the
         raw exp); and the numerator ignores the causal mask, so that the last tokens, which few window
-        queries may see, do not weigh zero in a merge.
+        queries may see, do not weigh zero in a merge. Without queries s_hat_i = 1: w_i = p_i.
         """
+        if self.q.shape[1] == 0:
+            return self.lv
         total = self.per_token(lambda block: self.attention(block).sum(dim=2))
         if trusted(total):
             total = total.log_()
@@ -101,7 +106,10 @@ class Window:
 
 
 class Scorer(Protocol):
-    """Higher scores are kept. A scorer is a function of the window and the pooling width alone."""
+    """Higher scores are kept. A scorer is a function of the window and the pooling width alone.
+
+    Those named in scoring.QUERY_AGNOSTIC read nothing but k and lv, and work with a window of no queries.
+    """
 
     def __call__(self, window: Window, pool_kernel: int) -> torch.Tensor:
         """Returns [H, n] scores in the window's dtype; -inf marks a token that no window query sees."""
@@ -125,8 +133,11 @@ def observe(
     block_tokens: int,
 ) -> Window:
     """Builds the Window. q [H, Q, D] already scaled, position [w], k [H, n, D], lv [H, n], log_z_ctx [H, Q]
-    (-inf without a context). Holds about two [H, block_tokens, Q] tensors at its peak."""
-    n, group = k.shape[1], q.shape[1] // position.shape[0]
+    (-inf without a context). Q may be 0. Holds about two [H, block_tokens, Q] tensors at its peak."""
+    n = k.shape[1]
+    if q.shape[1] == 0:
+        return Window(q, k, lv, position, log_z_ctx, n, None)
+    group = q.shape[1] // position.shape[0]
     first_hidden = int(position.min()) + 1
     log_z, x = log_z_ctx, None
     for block in _blocks(n, block_tokens):
