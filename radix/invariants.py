@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .span import KeyHash, Span
+from .span import Span
 from .tree import SpanTree
 
 SlotsOf = Callable[[Any], Iterable[int]]
@@ -101,30 +101,32 @@ def _place(span: Span) -> tuple[object, int, object]:
 
 
 def i6_evictable_is_queued(tree: SpanTree) -> None:
-    """I6: an unlocked childless span has one heap entry, of a time not after its own; others at most one.
+    """I6: an unlocked childless span has one heap entry that counts, with a key not above its own; others at most one.
 
-    So oldest() can always give back every unlocked slot, and a touch needs no heap operation.
+    So oldest() can always give back every unlocked slot, and in most orders a touch needs no heap operation.
     """
-    times: dict[int, int] = {}
-    for index, (time, serial, span) in enumerate(tree._heap):
-        _require(serial == span.serial and serial not in times, "I6: queued twice", span)
-        above = tree._heap[(index - 1) // 2][:2] if index else (0, 0)
-        _require(above <= (time, serial), "I6: no heap any more", span)
-        times[serial] = time
+    counting: set[int] = set()
+    heap = tree._heap
+    for index, (key, serial, span) in enumerate(heap):
+        _require(serial == span.serial, "I6: queued under another number", span)
+        _require(not index or heap[(index - 1) // 2][:2] <= (key, serial), "I6: no heap any more", span)
+        if key == span.queued:
+            _require(serial not in counting, "I6: queued twice", span)
+            counting.add(serial)
+    _require(len(heap) <= 2 * len(tree) + 64, f"I6: {len(heap)} entries for {len(tree)} spans")
     for span in tree.spans():
-        _require(span.queued == (span.serial in times), "I6: the queued flag is wrong", span)
+        _require((span.queued is not None) == (span.serial in counting), "I6: has no entry with its key", span)
+        _require(0 < span.created <= span.last_access <= tree._clock, "I6: used before its time", span)
         if span.evictable:
-            _require(span.queued, "I6: evictable but not queued", span)
-        if span.queued:
-            _require(times[span.serial] <= span.last_access <= tree._clock, "I6: queued too late", span)
+            _require(span.queued is not None, "I6: evictable but not queued", span)
+            _require(span.queued <= tree.key(span), "I6: queued too late", span)
 
 
 def i7_found_by_its_path(tree: SpanTree) -> None:
     """I7: matching a live span's own path finds these tokens, and its parent's index finds itself."""
     for span in tree.spans():
-        key = KeyHash(span.tokens)
         siblings = tree._tops[span.anchor][span.namespace] if span.parent is None else span.parent.children
-        indexed = siblings is not None and siblings.exact(span.tokens, key) is span
+        indexed = siblings is not None and siblings.exact(span.tokens) is span
         _require(indexed, "I7: not in the index", span)
         tokens = array("q", bytes(8 * span.anchor_len))  # the anchor's own tokens are not compared
         for link in span.path():

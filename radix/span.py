@@ -1,8 +1,8 @@
 """One compressed span, and the hashed index of spans below a parent.
 
 A span is atomic: a slot of it holds information of all its tokens, so showing it to a request that shares
-only some of them would leak one prompt into another. Hence a child is found by the hash of *all* its tokens,
-and every hit is confirmed token by token; a hash only ever saves work, it never decides.
+only some of them would leak one prompt into another. Hence a child is found by *all* its tokens, a long one by
+their hash, and what a match returns is confirmed token by token; a hash only ever saves work, it never decides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 HEAD_TOKENS = 32
-"""Children are grouped by the hash of this many first tokens: all unrelated branches cost one lookup."""
+"""Children are grouped by this many first tokens: all unrelated branches together cost one lookup."""
 
 _MASK = (1 << 64) - 1
 _BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse mod 2^64
@@ -62,8 +62,9 @@ class KeyHash:
 
     def __init__(self, tokens: array[int]) -> None:
         self._tokens = tokens
-        self._prefix: npt.NDArray[np.uint64] = np.zeros(1, dtype=np.uint64)
-        self._inverses = _INVERSE_POWERS.upto(1)
+        # Memory views, because reading one number of them is twice as fast as of an array of numpy.
+        self._prefix = _NO_SUMS
+        self._inverses = _NO_SUMS
         self._done = 0
 
     def of(self, start: int, count: int) -> int:
@@ -71,97 +72,105 @@ class KeyHash:
         end = start + count
         if end > self._done:
             self._extend(end)
-        prefix = self._prefix
-        difference = int(prefix[end]) - int(prefix[start])
-        return difference * int(self._inverses[start]) & _MASK
+        return (self._prefix[end] - self._prefix[start]) * self._inverses[start] & _MASK
 
     def _extend(self, end: int) -> None:
-        total = len(self._tokens)
-        end = min(total, max(end, 2 * self._done, 256))
+        done, total = self._done, len(self._tokens)
+        end = min(total, max(end, 2 * done, 256))
+        prefix = np.empty(end + 1, dtype=np.uint64)
+        prefix[: done + 1] = self._prefix
         # The view lives only here: while one exists, the caller's array could not be resized.
-        new = np.frombuffer(self._tokens, dtype=np.uint64)[self._done : end]
-        sums = np.cumsum(new * _POWERS.upto(end)[self._done : end], dtype=np.uint64)
-        self._prefix = np.concatenate((self._prefix, sums + self._prefix[-1]))
-        self._inverses = _INVERSE_POWERS.upto(end + 1)
+        new = np.frombuffer(self._tokens, dtype=np.uint64)[done:end] * _POWERS.upto(end)[done:end]
+        np.cumsum(new, out=prefix[done + 1 :])
+        prefix[done + 1 :] += prefix[done]
+        self._prefix = prefix.data
+        self._inverses = _INVERSE_POWERS.upto(end + 1).data
         self._done = end
 
 
-class ChildIndex:
-    """Spans below one parent: head length -> head hash -> token count -> full hash -> spans.
+_NO_SUMS = np.zeros(1, dtype=np.uint64).data
 
-    At most HEAD_TOKENS head lengths exist (shorter spans are their own head), so a lookup tries a bounded
-    number of heads, and then only the distinct lengths of the children that begin like the key.
+
+class ChildIndex:
+    """Spans below one parent. No two have the same tokens.
+
+    A span of up to HEAD_TOKENS tokens is found by these tokens: token count -> token bytes -> span. A longer one by
+    its first HEAD_TOKENS tokens, then its token count, then its hash: head bytes -> token count -> hash -> spans. So
+    a lookup tries a bounded number of short lengths, and then only the distinct lengths of the children that
+    begin like the key.
     """
 
-    __slots__ = ("_heads", "_size")
+    __slots__ = ("_long", "_short", "_size")
 
     def __init__(self) -> None:
-        self._heads: dict[int, dict[int, dict[int, dict[int, list[Span]]]]] = {}
+        self._short: dict[int, dict[bytes, Span]] = {}
+        self._long: dict[bytes, dict[int, dict[int, list[Span]]]] = {}
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def __iter__(self) -> Iterator[Span]:
-        for groups in self._heads.values():
-            for lengths in groups.values():
-                for hashes in lengths.values():
-                    for spans in hashes.values():
-                        yield from spans
+        for spans_of_length in self._short.values():
+            yield from spans_of_length.values()
+        for lengths in self._long.values():
+            for hashes in lengths.values():
+                for spans in hashes.values():
+                    yield from spans
 
-    def add(self, span: Span, key: KeyHash) -> None:
-        """Adds a span; `key` is the KeyHash of the span's own tokens."""
-        head = min(span.n, HEAD_TOKENS)
-        span.head_hash, span.full_hash = key.of(0, head), key.of(0, span.n)
-        lengths = self._heads.setdefault(head, {}).setdefault(span.head_hash, {})
-        lengths.setdefault(span.n, {}).setdefault(span.full_hash, []).append(span)
+    def add(self, span: Span) -> None:
+        """Adds a span whose tokens no child has."""
+        if span.n <= HEAD_TOKENS:
+            self._short.setdefault(span.n, {})[span.tokens.tobytes()] = span
+        else:
+            span.hash = KeyHash(span.tokens).of(0, span.n)
+            lengths = self._long.setdefault(span.tokens[:HEAD_TOKENS].tobytes(), {})
+            lengths.setdefault(span.n, {}).setdefault(span.hash, []).append(span)
         self._size += 1
 
     def discard(self, span: Span) -> None:
         """Removes a span that is in the index (KeyError or ValueError otherwise) and levels left empty."""
-        head = min(span.n, HEAD_TOKENS)
-        groups = self._heads[head]
-        lengths = groups[span.head_hash]
-        hashes = lengths[span.n]
-        spans = hashes[span.full_hash]
-        spans.remove(span)
+        if span.n <= HEAD_TOKENS:
+            del self._short[span.n][span.tokens.tobytes()]
+            if not self._short[span.n]:
+                del self._short[span.n]
+        else:
+            head = span.tokens[:HEAD_TOKENS].tobytes()
+            lengths = self._long[head]
+            hashes = lengths[span.n]
+            hashes[span.hash].remove(span)
+            if not hashes[span.hash]:
+                del hashes[span.hash]
+            if not hashes:
+                del lengths[span.n]
+            if not lengths:
+                del self._long[head]
         self._size -= 1
-        if not spans:
-            del hashes[span.full_hash]
-        if not hashes:
-            del lengths[span.n]
-        if not lengths:
-            del groups[span.head_hash]
-        if not groups:
-            del self._heads[head]
 
-    def matching(self, tokens: array[int], key: KeyHash, start: int, end: int) -> Iterator[Span]:
-        """Every child whose tokens are exactly tokens[start:start + child.n], with start + child.n <= end.
+    def candidates(self, tokens: array[int], key: KeyHash, start: int, end: int) -> list[Span]:
+        """Every child whose tokens are tokens[start:start + child.n], with start + child.n <= end.
 
-        No two children have the same tokens, so each length yields at most one.
+        And, where hashes collide, some of more than HEAD_TOKENS tokens that only look so: see `Span.follows`.
         """
         room = end - start
-        for head, groups in self._heads.items():
-            if head > room:
-                continue
-            head_hash = key.of(start, head)
-            lengths = groups.get(head_hash)
-            if lengths is None:
-                continue
-            for n, hashes in lengths.items():
-                if n > room:
-                    continue
-                for span in hashes.get(head_hash if n == head else key.of(start, n), ()):
-                    if span.tokens == tokens[start : start + n]:
-                        yield span
-                        break
+        found = []
+        for n, spans in self._short.items():
+            if n <= room and (span := spans.get(tokens[start : start + n].tobytes())) is not None:
+                found.append(span)
+        if self._long and room > HEAD_TOKENS:
+            lengths = self._long.get(tokens[start : start + HEAD_TOKENS].tobytes())
+            for n, hashes in lengths.items() if lengths else ():
+                if n <= room:
+                    found += hashes.get(key.of(start, n), ())
+        return found
 
-    def exact(self, tokens: array[int], key: KeyHash) -> Span | None:
+    def exact(self, tokens: array[int]) -> Span | None:
         """The child with exactly these tokens, or None."""
         n = len(tokens)
-        head = min(n, HEAD_TOKENS)
-        lengths = self._heads.get(head, {}).get(key.of(0, head), {})
-        for span in lengths.get(n, {}).get(key.of(0, n), ()):
+        if n <= HEAD_TOKENS:
+            return self._short.get(n, {}).get(tokens.tobytes())
+        hashes = self._long.get(tokens[:HEAD_TOKENS].tobytes(), {}).get(n)
+        for span in hashes.get(KeyHash(tokens).of(0, n), ()) if hashes else ():
             if span.tokens == tokens:
                 return span
         return None
@@ -178,14 +187,16 @@ class Span:
     raw         one slot per token (n == m): the uncompressed tail of a chain
     meta        opaque to the tree (the adapter's accounting)
     lock_ref    requests that use it or a span below it
-    last_access logical time of SpanTree.tick(); only ever grows
+    created     logical time (SpanTree.tick) of its insertion, last_access: of its last use
+    hits        1 for its insertion, 1 for each match since, 1 for each time it was inserted again
     dead        True once removed; a dead span never matches and owns nothing
     path_tokens P + the n of its chain, path_slots: P + the m of its chain
-    serial      order of creation, so that ties are the same on every tensor-parallel rank
+    serial      its number, so that ties are the same on every tensor-parallel rank
+    queued      key of its newest entry in the eviction heap, None without one
     """
 
     __slots__ = (
-        "anchor", "anchor_len", "children", "dead", "full_hash", "head_hash", "last_access", "lock_ref", "m",
+        "anchor", "anchor_len", "children", "created", "dead", "hash", "hits", "last_access", "lock_ref", "m",
         "meta", "n", "namespace", "parent", "path_slots", "path_tokens", "queued", "raw", "serial", "slots",
         "tokens",
     )  # fmt: skip
@@ -207,10 +218,11 @@ class Span:
         self.parent, self.anchor, self.anchor_len, self.namespace = parent, anchor, anchor_len, namespace
         self.tokens, self.slots, self.meta = tokens, slots, meta
         self.n, self.m, self.raw = len(tokens), m, raw
-        self.lock_ref, self.last_access, self.dead, self.serial = 0, 0, False, serial
+        self.lock_ref, self.dead, self.serial = 0, False, serial
+        self.created, self.last_access, self.hits = 0, 0, 1
         self.children: ChildIndex | None = None  # made with the first child: most spans never have one
-        self.head_hash = self.full_hash = 0
-        self.queued = False  # has an entry in the eviction heap, possibly with an outdated time
+        self.hash = 0  # ChildIndex's, of a long span
+        self.queued: Any = None
         self.path_tokens: int = self.n + (parent.path_tokens if parent else anchor_len)
         self.path_slots: int = m + (parent.path_slots if parent else anchor_len)
 
@@ -234,6 +246,16 @@ class Span:
     def path(self) -> list[Span]:
         """The chain from the top down, in the order of its slots in a row."""
         return list(self.chain())[::-1]
+
+    def follows(self, tokens: array[int]) -> bool:
+        """Whether tokens[P:path_tokens] really is the chain's, token by token: O(path_tokens - P)."""
+        end = self.path_tokens
+        for link in self.chain():
+            start = end - link.n
+            if link.tokens != tokens[start:end]:
+                return False
+            end = start
+        return True
 
     def __repr__(self) -> str:
         where = f"anchor={self.anchor!r}+{self.anchor_len}" if self.parent is None else f"parent=#{self.parent.serial}"

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+from .order import order_of
 from .span import ChildIndex, KeyHash, Span, as_tokens, children_first
 
 Anchor = Hashable
@@ -20,11 +21,16 @@ Anchor = Hashable
 class SpanTree:
     """Spans by (anchor, namespace), then by chain. Counts are in KV slots owned by spans, never the anchors'.
 
+    policy            SGLang's --radix-eviction-policy: lru, lfu, fifo, slru, mru or filo. priority and tlru have no
+                      meaning for spans and become lru; ValueError on any other name
+    key               the policy's key of a span, or of a `Usage` for what the adapter compares with one: the
+                      smaller one goes first
     evictable_slots   sum of m over spans with lock_ref == 0
     protected_slots   sum of m over spans with lock_ref > 0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, policy: str = "lru") -> None:
+        self.key = order_of(policy)
         self._clock = 0
         self._serial = 0
         self._forget_everything()
@@ -32,16 +38,16 @@ class SpanTree:
     def _forget_everything(self) -> None:
         self.evictable_slots = 0
         self.protected_slots = 0
-        self._live: dict[int, Span] = {}  # by serial, so in order of creation: parents before children
+        self._live: dict[int, Span] = {}  # by serial
         self._tops: dict[Anchor | None, dict[Hashable, ChildIndex]] = {}  # anchor -> namespace -> top spans
         self._anchor_lens: dict[Anchor | None, int] = {}
-        self._heap: list[tuple[int, int, Span]] = []  # (time, serial, span); the time may lag behind
+        self._heap: list[tuple[Any, int, Span]] = []  # (key, serial, span); the key may be outdated
 
     def __len__(self) -> int:
         return len(self._live)
 
     def spans(self) -> Iterator[Span]:
-        """Every live span, parents before children."""
+        """Every live span, the first inserted first (a span made by split() counts as new)."""
         return iter(self._live.values())
 
     def has_anchor(self, anchor: Anchor | None) -> bool:
@@ -55,11 +61,13 @@ class SpanTree:
         self._clock += 1
         return self._clock
 
-    def touch(self, span: Span) -> None:
-        """Marks the whole chain as used now. The heap is not told: oldest() corrects outdated entries."""
+    def touch(self, span: Span, hit: bool = False) -> None:
+        """Marks the whole chain as used now, and counts one hit on every span of it if asked. O(chain)."""
         now = self.tick()
         for link in span.chain():
             link.last_access = now
+            link.hits += hit
+        self._queue(span)  # the others have a child
 
     # -- reading and growing ----------------------------------------------------------------------
 
@@ -76,31 +84,26 @@ class SpanTree:
         anchors: (anchor, its length P) of the nodes on the prompt's uncompressed path; the caller vouches
         that tokens[:P] is the anchor's content, it is not compared again. (None, 0) stands for no anchor.
         Ties go to the larger P, then to more slots, then to the elder. `touch` marks the winner's chain as
-        used.
+        used and counts a hit; a caller that asks again for the same request passes False and calls `touch`, or
+        a waiting request would count as many.
 
         Cost: O(length looked at + distinct lengths of the children that begin like the key). Spans are
         atomic, so a shorter child may lead to the longer chain: every matching span is followed, each is
-        visited once.
+        visited once. Only the winner is compared token by token.
         """
         tokens = as_tokens(tokens)
         end = len(tokens) if limit is None else min(limit, len(tokens))
-        stack: list[tuple[int, ChildIndex]] = []
+        starts: list[tuple[int, ChildIndex]] = []
         for anchor, anchor_len in anchors:
             tops = self._tops.get(anchor, {}).get(namespace)
             if tops is not None:
                 assert self._anchor_lens[anchor] == anchor_len, f"anchor {anchor!r} changed its length"
-                stack.append((anchor_len, tops))
-        best: Span | None = None
-        key = KeyHash(tokens)
-        while stack:
-            start, index = stack.pop()
-            for span in index.matching(tokens, key, start, end):
-                if best is None or span.path_tokens > best.path_tokens or _rank(span) > _rank(best):
-                    best = span
-                if span.children:
-                    stack.append((span.path_tokens, span.children))
+                starts.append((anchor_len, tops))
+        best = _longest(starts, tokens, end, trust=True)
+        if best is not None and not best.follows(tokens):  # two of the chain's hashes collided
+            best = _longest(starts, tokens, end, trust=False)
         if best is not None and touch:
-            self.touch(best)
+            self.touch(best, hit=True)
         return best
 
     def insert(
@@ -122,7 +125,10 @@ class SpanTree:
         was added and the slots stay the caller's. Either way the chain is marked as used; a new span is
         unlocked. Same tokens means same key: m and raw are not compared, the first one stays. ValueError on
         a span that cannot be: no tokens, m outside 1..n, raw with m != n, a dead parent, a place other than
-        the parent's.
+        the parent's. Own tokens plus the chain's length.
+
+        Hits follow SGLang's hit_count, which counts a request once on each node that it passes over: 1 on a new
+        span or on the twin; the chain above is the request's own or was counted by its match.
         """
         own = array("q", tokens)
         if not own or not 1 <= m <= len(own) or (raw and m != len(own)):
@@ -137,7 +143,6 @@ class SpanTree:
             if (parent.anchor, parent.anchor_len, parent.namespace) != (anchor, anchor_len, namespace):
                 raise ValueError(f"anchor and namespace must be the parent's: {parent!r}, {anchor!r}")
 
-        key = KeyHash(own)
         siblings = parent.children if parent is not None else self._tops.get(anchor, {}).get(namespace)
         if siblings is None:
             siblings = ChildIndex()
@@ -146,7 +151,8 @@ class SpanTree:
             else:
                 self._tops.setdefault(anchor, {})[namespace] = siblings
                 self._anchor_lens[anchor] = anchor_len
-        elif (existing := siblings.exact(own, key)) is not None:
+        elif (existing := siblings.exact(own)) is not None:
+            existing.hits += 1
             self.touch(existing)
             return existing, False
 
@@ -163,12 +169,123 @@ class SpanTree:
             meta=meta,
             serial=self._serial,
         )
-        siblings.add(span, key)
+        siblings.add(span)
         self._live[span.serial] = span
         self.evictable_slots += m
+        span.created = self._clock + 1
         self.touch(span)
-        self._queue(span)
         return span, True
+
+    # -- changing ---------------------------------------------------------------------------------
+
+    def replace(self, span: Span, slots: Any, m: int) -> Any:
+        """Merges an unlocked span further: its n tokens are now in these m < span.m slots, and it is not raw.
+
+        Its children stay, and so do its age and hits. Returns the old `slots` for the caller to free; the new
+        ones are the tree's. What was matched before and not locked is outdated: path_slots of the span and of
+        all below it have shrunk. O(subtree). ValueError on m outside 1..span.m - 1.
+        """
+        assert not span.dead, f"replace of a dead span: {span!r}"
+        assert span.lock_ref == 0, f"replaced while locked: {span!r}"  # so all below it are unlocked too
+        if not 1 <= m < span.m:
+            raise ValueError(f"a merge leaves 1 to {span.m - 1} slots, not {m}: {span!r}")
+        old, span.slots = span.slots, slots
+        less = span.m - m
+        span.m, span.raw = m, False
+        self.evictable_slots -= less
+        for link in children_first([span]):
+            link.path_slots -= less
+        return old
+
+    def split(self, span: Span, at: int, upper_slots: Any, lower_slots: Any) -> tuple[Span, Span] | None:
+        """Cuts an unlocked raw span of n tokens after `at` of them; returns (upper, lower).
+
+        As in SGLang, lower is `span` itself with its children, and upper a new raw span above it, of the same
+        age and hits, `meta` None. The caller gives each its part of the slots. A match finds what it found
+        before, and now the first `at` tokens alone too. Returns None, nothing changed, if upper has a twin: a
+        sibling with exactly its tokens. O(n). ValueError on a span that is not raw and `at` outside 1..n - 1.
+        """
+        assert not span.dead, f"split of a dead span: {span!r}"
+        assert span.lock_ref == 0, f"split while locked: {span!r}"
+        if not span.raw or not 0 < at < span.n:
+            raise ValueError(f"only a raw span can be split, and inside: at {at}, {span!r}")
+        siblings = self._siblings(span)
+        first, rest = span.tokens[:at], span.tokens[at:]
+        if siblings.exact(first) is not None:
+            return None
+        siblings.discard(span)
+        self._serial += 1
+        upper = Span(
+            parent=span.parent,
+            anchor=span.anchor,
+            anchor_len=span.anchor_len,
+            namespace=span.namespace,
+            tokens=first,
+            slots=upper_slots,
+            m=at,
+            raw=True,
+            meta=None,
+            serial=self._serial,
+        )
+        upper.created, upper.last_access, upper.hits = span.created, span.last_access, span.hits
+        span.parent, span.tokens, span.slots = upper, rest, lower_slots
+        span.n = span.m = len(rest)
+        siblings.add(upper)
+        upper.children = ChildIndex()
+        upper.children.add(span)
+        self._live[upper.serial] = upper
+        return upper, span
+
+    def adopt(self, anchor: Anchor | None, namespace: Hashable, span: Span) -> list[Span]:
+        """The spans directly below the anchor become children of `span`, which stands for the same tokens.
+
+        For an anchor that was merged into a span: what hung below it survives. The caller vouches that the
+        anchor's content is the span's path. All moved spans must be unlocked; span may be locked. Afterwards
+        nothing of this namespace hangs below the anchor. Where span already has a child with the same tokens,
+        that one stays: the other's subtree is removed. Returns all that was removed, children first, for the
+        caller to free their slots. O(spans below the anchor + their tops' tokens). ValueError if span is of
+        another namespace or its path_tokens are not the anchor's length.
+        """
+        assert not span.dead, f"adopted by a dead span: {span!r}"
+        if anchor not in self._tops or namespace not in self._tops[anchor]:
+            return []
+        if span.namespace != namespace or span.path_tokens != self._anchor_lens[anchor]:
+            raise ValueError(f"anchor {anchor!r}+{self._anchor_lens[anchor]} in {namespace!r} is not {span!r}")
+        tops = list(self._tops[anchor][namespace])
+        for top in tops:  # all or nothing; a lock would go up, so all below them are unlocked too
+            assert top.lock_ref == 0, f"adopted while locked: {top!r}"
+        if span.children is None:
+            span.children = ChildIndex()
+        twins = [top for top in tops if span.children.exact(top.tokens) is not None]
+        removed = self._remove_all(children_first(twins))
+        less = span.path_tokens - span.path_slots
+        for top in tops:
+            if top.dead:
+                continue
+            self._unlist(top)
+            top.parent = span
+            span.children.add(top)
+            for link in children_first([top]):
+                link.anchor, link.anchor_len = span.anchor, span.anchor_len
+                link.path_slots -= less
+        return removed
+
+    def _siblings(self, span: Span) -> ChildIndex:
+        """The index that lists a live span."""
+        if span.parent is None:
+            return self._tops[span.anchor][span.namespace]
+        assert span.parent.children is not None
+        return span.parent.children
+
+    def _unlist(self, span: Span) -> None:
+        """Takes a span out of the index that lists it; an anchor without spans is forgotten."""
+        siblings = self._siblings(span)
+        siblings.discard(span)
+        if span.parent is None and not siblings:
+            namespaces = self._tops[span.anchor]
+            del namespaces[span.namespace]
+            if not namespaces:
+                del self._tops[span.anchor], self._anchor_lens[span.anchor]
 
     # -- locks ------------------------------------------------------------------------------------
 
@@ -196,20 +313,24 @@ class SpanTree:
     # -- shrinking --------------------------------------------------------------------------------
 
     def oldest(self) -> Span | None:
-        """The unlocked childless span with the smallest last_access; a peek, O(log n) amortised.
+        """The next to go: the unlocked childless span with the smallest key. A peek, O(log n) amortised.
 
-        A span has at most one heap entry. Its time is a lower bound, since last_access only grows: an entry
-        that lags is pushed down; one whose span is dead, locked or a parent is dropped and comes back by
-        _queue.
+        A span has one heap entry that counts, the one with the key `span.queued`; others of it are leftovers. Its
+        key is never above the span's own: keys of most orders only grow, and one that shrinks (mru) is queued
+        anew. So an entry that lags is pushed down; one whose span is dead, locked or a parent is dropped and
+        comes back by _queue.
         """
         heap = self._heap
         while heap:
-            time, serial, span = heap[0]
-            if not span.evictable:
+            key, serial, span = heap[0]
+            if key != span.queued:
                 heapq.heappop(heap)
-                span.queued = False
-            elif time != span.last_access:
-                heapq.heapreplace(heap, (span.last_access, serial, span))
+            elif not span.evictable:
+                heapq.heappop(heap)
+                span.queued = None
+            elif key != (now := self.key(span)):
+                span.queued = now
+                heapq.heapreplace(heap, (now, serial, span))
             else:
                 return span
         return None
@@ -219,24 +340,13 @@ class SpanTree:
         assert not span.dead, f"removed twice: {span!r}"
         assert span.lock_ref == 0, f"removed while locked: {span!r}"
         assert not span.children, f"removed before its children: {span!r}"
-        parent = span.parent
-        if parent is not None:
-            assert parent.children is not None
-            parent.children.discard(span)
-            self._queue(parent)
-        else:
-            namespaces = self._tops[span.anchor]
-            namespaces[span.namespace].discard(span)
-            if not namespaces[span.namespace]:
-                del namespaces[span.namespace]
-            if not namespaces:
-                del self._tops[span.anchor], self._anchor_lens[span.anchor]
+        self._unlist(span)
         del self._live[span.serial]
         self.evictable_slots -= span.m
-        span.dead = True
-        if len(self._heap) > 2 * len(self._live) + 64:  # mostly dead spans: let them go
-            self._heap = [(s.last_access, s.serial, s) for _, _, s in self._heap if not s.dead]
-            heapq.heapify(self._heap)
+        span.dead, span.queued = True, None
+        if span.parent is not None:
+            self._queue(span.parent)
+        self._sweep()
 
     def drop_subtree(self, span: Span) -> list[Span]:
         """Removes a span and all below it, all unlocked; returns them, children first."""
@@ -251,7 +361,7 @@ class SpanTree:
     def reset(self) -> None:
         """Forgets everything, locked or not; all spans are dead. Clock and serial go on: no stamp repeats."""
         for span in self._live.values():
-            span.dead, span.lock_ref, span.queued = True, 0, False
+            span.dead, span.lock_ref, span.queued = True, 0, None
         self._forget_everything()
 
     def _remove_all(self, spans: list[Span]) -> list[Span]:
@@ -262,12 +372,39 @@ class SpanTree:
         return spans
 
     def _queue(self, span: Span) -> None:
-        """Enters a span into the eviction heap if it may be evicted and is not there."""
-        if span.evictable and not span.queued:
-            span.queued = True
-            heapq.heappush(self._heap, (span.last_access, span.serial, span))
+        """Enters a span into the eviction heap if it may be evicted and has no entry that is low enough."""
+        if span.evictable:
+            key = self.key(span)
+            if span.queued is None or key < span.queued:
+                span.queued = key
+                heapq.heappush(self._heap, (key, span.serial, span))
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Once most entries of the heap are leftovers: lets them go. O(1) amortised."""
+        if len(self._heap) > 2 * len(self._live) + 64:
+            self._heap = [entry for entry in self._heap if entry[0] == entry[2].queued]
+            heapq.heapify(self._heap)
 
 
-def _rank(span: Span) -> tuple[int, int, int, int]:
-    """What match() prefers, most important first."""
-    return span.path_tokens, span.anchor_len, span.path_slots, -span.serial
+def _longest(starts: list[tuple[int, ChildIndex]], tokens: array[int], end: int, trust: bool) -> Span | None:
+    """What match() returns; it may be wrong where hashes collide, unless trust is False."""
+    key = KeyHash(tokens)
+    stack = list(starts)
+    best: Span | None = None
+    while stack:
+        start, index = stack.pop()
+        for span in index.candidates(tokens, key, start, end):
+            stop = span.path_tokens
+            if not trust and span.tokens != tokens[start:stop]:
+                continue
+            if best is None or stop > best.path_tokens or (stop == best.path_tokens and _rank(span) > _rank(best)):
+                best = span
+            if span.children:
+                stack.append((stop, span.children))
+    return best
+
+
+def _rank(span: Span) -> tuple[int, int, int]:
+    """What match() prefers among equally long ones, most important first."""
+    return span.anchor_len, span.path_slots, -span.serial
