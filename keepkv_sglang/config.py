@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 MERGE_RULES = ("least_squares", "tangent", "zip", "mean", "evict")
+PRESSURE_MODES = ("off", "merge")
+SERVER_ONLY = ("pressure", "pressure_free", "pressure_tokens")  # no request may choose these for its neighbours
 MAX_WINDOW = 256
 MAX_SLOTS = 1 << 30
+MIN_SPAN_TOKENS = 64
 # Bump when scoring, selection or merging change in a way that makes old entries mean something else.
 ALGORITHM_VERSION = 1
 
@@ -68,10 +71,30 @@ def _threshold(value: Any) -> float:
     return number
 
 
-def _merge(value: Any) -> str:
-    if value not in MERGE_RULES:
-        raise ConfigError(f"merge {value!r} is not known; use one of {', '.join(MERGE_RULES)}")
-    return value
+def _choice(name: str, known: tuple[str, ...]) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if value not in known:
+            raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
+        return value
+
+    return parse
+
+
+def _free_fraction(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 <= number <= 0.9:
+        raise ConfigError(f"pressure_free {value!r} is out of range; use a fraction of the pool from 0 to 0.9")
+    return number
+
+
+def _span_tokens(value: Any) -> int:
+    number = _whole("span_tokens", 0, 1 << 30)(value)
+    if 0 < number < MIN_SPAN_TOKENS:
+        raise ConfigError(f"span_tokens {value!r} is too small; use 0 (turns stay whole) or at least {MIN_SPAN_TOKENS}")
+    return number
 
 
 def _flag(value: Any) -> bool:
@@ -93,11 +116,20 @@ class KeepKVConfig:
     threshold: float = 0.6
     interval: int = 64
     min_tokens: int = 64
+    span_tokens: int = 0
+    pressure: str = "merge"
+    pressure_free: float = 0.1
+    pressure_tokens: int = 1024
 
     def __post_init__(self) -> None:
         for field in fields(self):
             # frozen: normalised values (0.2 from "0.2") are written once, here
             object.__setattr__(self, field.name, PARSERS[field.name](getattr(self, field.name)))
+        if 0 < self.span_tokens < self.min_tokens:
+            raise ConfigError(
+                f"span_tokens {self.span_tokens} is below min_tokens {self.min_tokens}: no entry would be compressed; "
+                "use a larger span_tokens or 0"
+            )
 
     def with_request(self, params: Mapping[str, Any] | None) -> KeepKVConfig:
         """This configuration with one request's ``custom_params["keepkv"]`` applied.
@@ -111,7 +143,10 @@ class KeepKVConfig:
             raise ConfigError(f'custom_params["keepkv"] must be an object such as {{"budget": 0.2}}, not {params!r}')
         unknown = sorted(str(key) for key in params if key not in PARSERS)
         if unknown:
-            raise ConfigError(f"keepkv: unknown key {', '.join(unknown)}; known keys: {', '.join(PARSERS)}")
+            raise ConfigError(f"keepkv: unknown key {', '.join(unknown)}; known keys: {', '.join(REQUEST_KEYS)}")
+        barred = sorted(key for key in params if key in SERVER_ONLY)
+        if barred:
+            raise ConfigError(f"keepkv: {', '.join(barred)} is a setting of the server; start it with the flag instead")
         wanted = {key: PARSERS[key](value) for key, value in params.items()}
         if not self.enabled:
             wanted["enabled"] = False
@@ -145,14 +180,20 @@ class KeepKVConfig:
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "enabled": _flag,
     "budget": parse_budget,
-    "merge": _merge,
+    "merge": _choice("merge", MERGE_RULES),
     "window": _whole("window", 1, MAX_WINDOW),
     "recent": _whole("recent", 0, 1 << 20),
     "sinks": _whole("sinks", 0, 1 << 20),
     "threshold": _threshold,
     "interval": _whole("interval", 2, 1 << 20),
     "min_tokens": _whole("min_tokens", 2, 1 << 30),
+    "span_tokens": _span_tokens,
+    "pressure": _choice("pressure", PRESSURE_MODES),
+    "pressure_free": _free_fraction,
+    "pressure_tokens": _whole("pressure_tokens", 64, 1 << 30),
 }
+
+REQUEST_KEYS = tuple(key for key in PARSERS if key not in SERVER_ONLY)
 
 HELP: dict[str, str] = {
     "enabled": "Merge cold KV-cache tokens under a per-request budget (KeepKV). Selects KeepKV's attention "
@@ -166,4 +207,10 @@ HELP: dict[str, str] = {
     "threshold": "Cosine similarity of keys above which a token is merged instead of dropped (-1 to 1).",
     "interval": "Generated tokens between two compressions of the reply (decode steps).",
     "min_tokens": "Turns with fewer tokens than this stay whole until the next turn (tokens).",
+    "span_tokens": "Cut long turns into cache entries of this many tokens, each scored by its own last queries and "
+    "reusable on its own; 0: a turn is one entry (tokens).",
+    "pressure": "merge: when free KV slots run low, cold cached prefixes that are still uncompressed are merged "
+    "between steps before anything is evicted; off: they are evicted.",
+    "pressure_free": "Free part of the pool below which cold prefixes are merged (fraction of all KV slots).",
+    "pressure_tokens": "Most tokens merged under pressure per scheduler step.",
 }

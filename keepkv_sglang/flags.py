@@ -11,7 +11,7 @@ import logging
 import sys
 from typing import Any
 
-from keepkv_sglang.config import HELP, MERGE_RULES, PARSERS, ConfigError, KeepKVConfig
+from keepkv_sglang.config import HELP, MERGE_RULES, PARSERS, PRESSURE_MODES, ConfigError, KeepKVConfig
 
 logger = logging.getLogger("keepkv")
 
@@ -19,6 +19,7 @@ ATTRIBUTE = "_keepkv"
 RADIX_BACKEND = "keepkv"
 CPU_BACKEND = "keepkv_cpu"
 ATTENTION_BACKENDS = (CPU_BACKEND,)
+CHOICES = {"merge": MERGE_RULES, "pressure": PRESSURE_MODES}
 
 
 def flag_name(field: str) -> str:
@@ -57,7 +58,7 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
             group.add_argument(name, action="store_true", help=text)
             continue
         default = getattr(defaults, field)
-        extra: dict[str, Any] = {"choices": MERGE_RULES} if field == "merge" else {}
+        extra: dict[str, Any] = {"choices": CHOICES[field]} if field in CHOICES else {}
         group.add_argument(
             name, type=_argparse_type(field), default=default, help=f"{text} Default: {default}.", **extra
         )

@@ -33,11 +33,15 @@ class Window:
 
 @dataclass
 class Planned:
-    """A span that is compressed once its tokens are computed: it ends before logical position `end`."""
+    """A span that is compressed once its tokens are computed: it ends before logical position `end`.
+
+    first: queries before this logical position never score it: they are the span's before, or were not computed now.
+    """
 
     end: int
-    window: Window | None
+    first: int
     is_prompt: bool
+    window: Window | None = None
 
 
 @dataclass
@@ -87,18 +91,39 @@ class RequestState:
         origin = self.reply_start if start >= self.reply_start else start
         return self.config.kept_slots(start - origin, end - origin)
 
+    def reply_growth(self, tokens: int) -> int:
+        """Most slots that `tokens` more generated tokens take: what their budget keeps, and one raw interval."""
+        if self.config.counts_slots:
+            kept = int(self.config.budget)
+        else:
+            kept = self.config.kept_slots(0, max(tokens, 1))
+        return min(tokens, kept + self.config.interval)
+
     def borders(self, start: int, end: int) -> list[tuple[int, bool]]:
         """Where spans end when tokens [start, end) are computed in one go: (logical end, is it the prompt's?).
 
         After a retraction that lost its entries the reply is computed again with the prompt; it is cut where decoding
         had cut it, so that the result does not depend on the retraction.
         """
-        cuts = [(self.reply_start, True)] if start < self.reply_start else []
+        cuts = [(end, True) for end in self.prompt_cuts(start)]
         position = max(start, self.reply_start) + self.config.interval
         while position <= end:
             cuts.append((position, False))
             position += self.config.interval
         return cuts
+
+    def prompt_cuts(self, start: int) -> list[int]:
+        """Ends of the prompt's spans from logical position `start` on: one, or one per span_tokens.
+
+        Counted from the end of what was matched, so two prompts that part later are cut alike before that. The last
+        piece is never shorter than min_tokens. A budget in slots merges everything together: it is not cut.
+        """
+        end, step = self.reply_start, self.config.span_tokens
+        if start >= end:
+            return []
+        if not step or self.config.counts_slots:
+            return [end]
+        return [*range(start + step, end - self.config.min_tokens + 1, step), end]
 
     def drop_windows(self) -> list[int]:
         """Arena rows of every window still held; the caller gives them back."""

@@ -19,7 +19,7 @@ from keepkv_sglang.votes import QueryArena, VoteStore
 
 logger = logging.getLogger("keepkv")
 
-ARENA_WINDOWS = 32  # windows of the default size that fit at once
+ARENA_WINDOWS = 64  # windows of the default size that fit at once
 ARENA_MAX_BYTES = 512 << 20
 STATE = "keepkv"  # attribute of SGLang's Req
 REQUEST_KEY = "keepkv"  # key in sampling_params.custom_params
@@ -75,7 +75,10 @@ class Runtime:
 
         q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
-        rows = ARENA_WINDOWS * max(self.config.window, 1)
+        windows = ARENA_WINDOWS
+        if self.config.span_tokens:  # a long prompt holds one window per piece until its last chunk
+            windows = max(windows, 2 * runner.model_config.context_len // self.config.span_tokens)
+        rows = windows * self.config.window
         rows = max(self.config.window, min(rows, ARENA_MAX_BYTES // row_bytes))
         self.arena = QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device)
 

@@ -38,27 +38,32 @@ def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
     start = tail[1]
     for end, is_prompt in state.borders(start, total):
         # Only tokens computed now have queries: never before the matched prefix, never before this span.
-        window = _reserve(rt, state, max(start, prefix), end) if is_prompt or rt.room_for_replies() else None
-        state.plan.append(Planned(end, window, is_prompt))
+        state.plan.append(Planned(end, max(start, prefix), is_prompt))
         start = end
 
 
 def on_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
-    """A chunk that does not end the prompt: compressed at its end only when the prompt cannot fit the pool.
+    """Tokens up to req.extend_end are about to run: plan what only this chunk decides, take arena rows.
 
-    Otherwise the size of chunks does not change results (decision 6).
+    A chunk that does not end a span is compressed at its end only when the prompt cannot fit the pool; otherwise the
+    size of chunks does not change results (decision 6).
     """
     end = req.extend_end
-    if not state.plan or end >= state.plan[0].end or not rt.too_long(req):
-        return
-    if end - state.tail_tokens < state.config.min_tokens:
-        return  # too short to merge: it grows with the next chunk
-    window = _reserve(rt, state, max(req.prefix_len, state.tail_tokens), end)
-    if window is not None:
-        state.plan.insert(0, Planned(end, window, is_prompt=True))
+    # Shorter than min_tokens: it grows with the next chunk.
+    early = state.plan and end < state.plan[0].end and end - state.tail_tokens >= state.config.min_tokens
+    if early and rt.too_long(req):
+        window = _reserve(rt, state, max(req.prefix_len, state.tail_tokens), end)
+        if window is not None:
+            state.plan.insert(0, Planned(end, req.prefix_len, is_prompt=True, window=window))
+    for planned in state.plan:
+        if planned.window is not None or end <= planned.end - state.config.window:
+            continue  # its queries come with a later chunk
+        if planned.is_prompt or rt.room_for_replies():
+            planned.window = _reserve(rt, state, max(planned.first, req.prefix_len), planned.end)
 
 
 def _reserve(rt: Runtime, state: RequestState, first: int, end: int) -> Window | None:
+    """Arena rows for the last queries before `end`, or None: there are none from `first` on, or the arena is full."""
     lo = max(first, end - state.config.window)
     if lo >= end:
         return None
@@ -109,13 +114,17 @@ def _capture_window(window: Window, start: int, end: int, out: tuple[list[int], 
     window.filled = hi - window.lo
 
 
-def compress_due(rt: Runtime, req: Any, state: RequestState) -> bool:
+def compress_due(rt: Runtime, req: Any, state: RequestState, *, between_chunks: bool = False) -> bool:
     """Compresses every span of the request that is complete. Returns True when the row became shorter.
+
+    Between chunks only prompts that cannot fit the pool: the others' later chunks see their whole prompt (decision 6).
 
     Callers guarantee that the row is settled: every slot up to kv_committed_len is computed or in flight, none
     allocated beyond it (SEAMS.md, "When it is safe to compress").
     """
     before = req.kv.kv_committed_len
+    if between_chunks and not rt.too_long(req):
+        return False
     _compress_plan(rt, req, state)
     if not state.plan and state.reply_window is not None:
         _compress_reply(rt, req, state)

@@ -52,6 +52,7 @@ HOOKS: tuple[Seam, ...] = (
     Seam("sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class", ("self",), "AFTER", f"{_H}.scheduler:after_get_output_streamer_class"),
     Seam("sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens", ("self", "req"), "AROUND", f"{_H}.admission:around_init_req_max_new_tokens"),
     Seam("sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class", ("self",), "AFTER", f"{_H}.admission:after_get_prefill_adder_class"),
+    Seam("sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill", ("self", "running_batch"), "BEFORE", f"{_H}.admission:before_get_new_batch_prefill"),
     Seam("sglang.srt.mem_cache.allocation._prefix_kv_indices", ("batch", "req"), "AROUND", f"{_H}.extend:around_prefix_kv_indices"),
     Seam("sglang.srt.mem_cache.allocation.alloc_for_extend", ("batch",), "AROUND", f"{_H}.extend:around_alloc_for_extend"),
     Seam("sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend", ("self",), "AFTER", f"{_H}.extend:after_prepare_for_extend"),
@@ -97,6 +98,9 @@ USES: tuple[Seam, ...] = (
     Seam("sglang.srt.entrypoints.http_server._create_error_response", ("e",)),
     Seam("sglang.srt.configs.model_config.ModelConfig.from_server_args", ("server_args",)),
     Seam("sglang.srt.managers.schedule_policy.PrefillAdder._check_prefill_budget", ("self", "req", "extend_input_len", "total_tokens")),
+    Seam("sglang.srt.managers.schedule_policy.PrefillAdder._update_prefill_budget", ("self", "prefix_len", "extend_input_len", "max_new_tokens")),
+    Seam("sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset", ("self", "req")),
+    Seam("sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req", ("self", "req")),
 )
 
 

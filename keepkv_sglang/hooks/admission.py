@@ -1,13 +1,17 @@
-"""Admission of prompts that are longer than the pool: compressed between chunks, they never need all their slots.
+"""Admission counts the slots that a request will really hold, so that concurrency grows with the saving.
 
-SGLang refuses a prompt longer than the pool at four places, all counting logical tokens. We raise the scheduler's
-limits to the context length, and refuse here what would not fit even compressed. Prompts that fit whole are admitted
-by SGLang's own rules, unchanged.
+A prompt holds all its slots until it has been computed and only its budget afterwards; a reply grows by its budget and
+one raw interval. SGLang's own estimate (prompt + max_new_tokens) is lowered to that, never raised.
+
+A prompt longer than the pool is compressed between chunks and never needs all its slots. SGLang refuses such prompts at
+four places, all counting logical tokens. We raise the scheduler's limits to the context length, and refuse here what
+would not fit even compressed.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from keepkv_sglang import runtime
@@ -47,6 +51,32 @@ def peak_slots(rt: runtime.Runtime, scheduler: Any, state: RequestState, req: An
     return anchor + held + config.min_tokens + chunk + config.interval
 
 
+def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
+    """Slots to reserve beyond the `extend` prompt tokens about to be computed, for `new_tokens` of reply.
+
+    The reply may use what the compression of the prompt gives back, which happens before the first decode step.
+    """
+    if state.admitted:  # a later chunk: the turn began before it
+        turn = len(req.full_untruncated_fill_ids) - state.tail_tokens
+    else:
+        turn = extend - max(0, first_message_end(req.origin_input_ids, rt.border) - req.prefix_len)
+    prompt, config = turn - 1, state.config  # the last prompt token belongs to the reply
+    if prompt < config.min_tokens:
+        return state.reply_growth(new_tokens)
+    if config.counts_slots:
+        kept = int(config.budget)
+    else:
+        kept = config.kept_slots(0, prompt) + (prompt // config.span_tokens if config.span_tokens else 0)
+    return max(0, state.reply_growth(new_tokens) - max(0, prompt - kept))
+
+
+def before_get_new_batch_prefill(self: Any, running_batch: Any) -> None:
+    """BEFORE Scheduler.get_new_batch_prefill: what compression gives back counts in this round's admission."""
+    from keepkv_sglang.hooks.scheduler import compress_batch
+
+    compress_batch(running_batch)
+
+
 def around_init_req_max_new_tokens(original: Any, self: Any, req: Any) -> None:
     """AROUND Scheduler.init_req_max_new_tokens: a prompt longer than the pool needs KeepKV, or is refused."""
     rt = runtime.active()
@@ -84,7 +114,7 @@ def _refuse(rt: runtime.Runtime, req: Any, state: RequestState | None) -> None:
 
 
 def after_get_prefill_adder_class(cls: Any, self: Any) -> Any:
-    """AFTER Scheduler.get_prefill_adder_class: counts a too long prompt with the slots it will really hold."""
+    """AFTER Scheduler.get_prefill_adder_class: requests count with the slots they will really hold."""
     config = runtime.configured()
     if config is None or not config.enabled:
         return cls
@@ -98,35 +128,56 @@ _adders: dict[Any, Any] = {}
 
 def _adder_class(cls: Any, scheduler: Any) -> Any:
     class KeepKVPrefillAdder(cls):
-        def _keepkv_state(self, req: Any) -> tuple[runtime.Runtime, RequestState] | None:
+        def _compressed(self, req: Any) -> tuple[runtime.Runtime, RequestState] | None:
             rt = runtime.active()
             state = rt.state_of(req) if rt is not None else None
-            return (rt, state) if rt is not None and state is not None and rt.too_long(req) else None
+            return (rt, state) if rt is not None and state is not None else None
+
+        def _get_running_request_total_token_offset(self, req: Any) -> float:
+            tokens = super()._get_running_request_total_token_offset(req)
+            found = self._compressed(req)
+            return min(tokens, found[1].reply_growth(math.ceil(tokens))) if found and tokens > 0 else tokens
+
+        def _update_prefill_budget(
+            self, prefix_len: int, extend_input_len: int, max_new_tokens: int, *args: Any, **kwargs: Any
+        ) -> None:
+            req = self.can_run_list[-1]  # SGLang appends first, then charges
+            found = self._compressed(req)
+            if found is not None:
+                max_new_tokens = min(max_new_tokens, later_slots(*found, req, extend_input_len, max_new_tokens))
+            super()._update_prefill_budget(prefix_len, extend_input_len, max_new_tokens, *args, **kwargs)
 
         def _others_run(self, req: Any) -> bool:
             running = self.running_batch.reqs if self.running_batch is not None else ()
             return any(other is not req and not other.finished() for other in [*running, *self.can_run_list])
 
         def _check_prefill_budget(self, req: Any, *, extend_input_len: int, total_tokens: int, **kwargs: Any) -> Any:
-            found = self._keepkv_state(req)
-            if found is not None:
-                rt, state = found
-                peak = peak_slots(rt, scheduler, state, req, extend_input_len)
-                total_tokens = min(total_tokens, total_tokens - extend_input_len + peak)
-                if not self._others_run(req) and total_tokens >= self.rem_total_tokens:
-                    # Alone in the server: what it may generate is cut by the pool anyway.
-                    total_tokens = peak + 1
-                    if total_tokens >= self.rem_total_tokens:
-                        logger.warning("request %s can never be admitted: a cached prefix leaves no room", req.rid)
-                        _refuse(rt, req, state)
+            found = self._compressed(req)
+            if found is not None and found[0].too_long(req):
+                total_tokens = self._too_long_total(*found, req, extend_input_len, total_tokens)
+            elif found is not None:
+                wanted = total_tokens - extend_input_len
+                later = later_slots(*found, req, extend_input_len, wanted) + self.per_req_token_overhead
+                total_tokens = extend_input_len + min(wanted, later)
             return super()._check_prefill_budget(
                 req, extend_input_len=extend_input_len, total_tokens=total_tokens, **kwargs
             )
 
+        def _too_long_total(self, rt: runtime.Runtime, state: RequestState, req: Any, extend: int, total: int) -> int:
+            peak = peak_slots(rt, scheduler, state, req, extend)
+            total = min(total, total - extend + peak)
+            if not self._others_run(req) and total >= self.rem_total_tokens:
+                # Alone in the server: what it may generate is cut by the pool anyway.
+                total = peak + 1
+                if total >= self.rem_total_tokens:
+                    logger.warning("request %s can never be admitted: a cached prefix leaves no room", req.rid)
+                    _refuse(rt, req, state)
+            return total
+
         def add_chunked_req(self, req: Any) -> Any:
             """A chunk that finds no slots waits for others to finish, or fails alone; SGLang would stop the server."""
-            found = self._keepkv_state(req)
-            if found is not None:
+            found = self._compressed(req)
+            if found is not None and found[0].too_long(req):
                 rt, _ = found
                 missing = len(req.full_untruncated_fill_ids) - req.prefix_len
                 chunk = min(missing, self.rem_chunk_tokens or missing)

@@ -23,15 +23,16 @@ def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 def before_update_running_batch(self: Any, batch: Any) -> None:
     """BEFORE Scheduler.update_running_batch: the saving counts in the decode memory check."""
-    _compress_batch(batch)
+    compress_batch(batch)
 
 
 def before_prepare_for_decode(self: Any) -> None:
     """BEFORE ScheduleBatch.prepare_for_decode: mixed chunks decode without update_running_batch."""
-    _compress_batch(self)
+    compress_batch(self)
 
 
-def _compress_batch(batch: Any) -> None:
+def compress_batch(batch: Any) -> None:
+    """Compresses what is due in a settled batch and rebinds its lengths. Cheap when nothing is due."""
     rt = runtime.active()
     if rt is None:
         return
@@ -60,7 +61,7 @@ def after_stash_chunked_request(_result: Any, self: Any, req: Any) -> None:
     rt = runtime.active()
     state = getattr(req, runtime.STATE, None)
     if rt is not None and state is not None and state.admitted and req.kv.holds_kv:
-        schedule.compress_due(rt, req, state)
+        schedule.compress_due(rt, req, state, between_chunks=True)
 
 
 def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
