@@ -106,14 +106,14 @@ def i6_evictable_is_queued(tree: SpanTree) -> None:
     So oldest() can always give back every unlocked slot, and in most orders a touch needs no heap operation.
     """
     counting: set[int] = set()
-    heap = tree._heap
+    heap = tree._heap.entries
     for index, (key, serial, span) in enumerate(heap):
         _require(serial == span.serial, "I6: queued under another number", span)
         _require(not index or heap[(index - 1) // 2][:2] <= (key, serial), "I6: no heap any more", span)
         if key == span.queued:
             _require(serial not in counting, "I6: queued twice", span)
             counting.add(serial)
-    _require(len(heap) <= 2 * len(tree) + 64, f"I6: {len(heap)} entries for {len(tree)} spans")
+    _require(len(counting) == tree._heap._counting, f"I6: {tree._heap._counting} entries count")
     for span in tree.spans():
         _require((span.queued is not None) == (span.serial in counting), "I6: has no entry with its key", span)
         _require(0 < span.created <= span.last_access <= tree._clock, "I6: used before its time", span)

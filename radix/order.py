@@ -1,4 +1,4 @@
-"""Eviction orders: what --radix-eviction-policy means for spans, and for SGLang's nodes beside them.
+"""Eviction orders: what --radix-eviction-policy means for spans, and for SGLang's nodes beside them; their heap.
 
 The smallest key goes first. A span and a `Usage` have the same three fields, so their keys compare: one order
 over both trees. Formulas as in SGLang 0.5.23 (srt/mem_cache/evict_policy.py), on a logical clock.
@@ -6,9 +6,12 @@ over both trees. Formulas as in SGLang 0.5.23 (srt/mem_cache/evict_policy.py), o
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from .span import Span
 
 
 class Used(Protocol):
@@ -59,3 +62,58 @@ def order_of(policy: str) -> Order:
     if name not in ORDERS:
         raise ValueError(f"no eviction policy {policy!r}: choose one of {', '.join([*ORDERS, *AS_LRU])}")
     return ORDERS[name]
+
+
+class EvictionHeap:
+    """The unlocked childless spans, the next to go first. Nothing scans: O(log n) amortised for all it does.
+
+    entries: (key, serial, span). The entry with the key `span.queued` counts, others of that span are leftovers. Its
+    key is never above the span's own: keys of most orders only grow, and one that shrinks (mru) is queued anew. So
+    `first` pushes down an entry that lags, and drops one whose span is locked or a parent; `add` brings it back.
+    """
+
+    def __init__(self, key: Order) -> None:
+        self.key = key
+        self.entries: list[tuple[Any, int, Span]] = []
+        self._counting = 0
+
+    def add(self, span: Span) -> None:
+        """Call it when a span may have become evictable, or was used: enters it if no entry is low enough."""
+        if not span.evictable:
+            return
+        key = self.key(span)
+        if span.queued is None or key < span.queued:
+            self._counting += span.queued is None
+            span.queued = key
+            heapq.heappush(self.entries, (key, span.serial, span))
+            self._sweep()
+
+    def first(self) -> Span | None:
+        """The evictable span with the smallest key; a peek."""
+        entries = self.entries
+        while entries:
+            key, serial, span = entries[0]
+            if key != span.queued:
+                heapq.heappop(entries)
+            elif not span.evictable:
+                heapq.heappop(entries)
+                span.queued = None
+                self._counting -= 1
+            elif key != (now := self.key(span)):
+                span.queued = now
+                heapq.heapreplace(entries, (now, serial, span))
+            else:
+                return span
+        return None
+
+    def discard(self, span: Span) -> None:
+        """Its entry, if any, becomes a leftover."""
+        self._counting -= span.queued is not None
+        span.queued = None
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Once most entries are leftovers, lets them go: they keep dead spans alive."""
+        if len(self.entries) > 2 * self._counting + 64:
+            self.entries = [entry for entry in self.entries if entry[0] == entry[2].queued]
+            heapq.heapify(self.entries)

@@ -7,12 +7,11 @@ one, it only says which span goes; whoever removes a span frees its slots. No sg
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
-from .order import order_of
+from .order import EvictionHeap, order_of
 from .span import ChildIndex, KeyHash, Span, as_tokens, children_first
 
 Anchor = Hashable
@@ -41,7 +40,7 @@ class SpanTree:
         self._live: dict[int, Span] = {}  # by serial
         self._tops: dict[Anchor | None, dict[Hashable, ChildIndex]] = {}  # anchor -> namespace -> top spans
         self._anchor_lens: dict[Anchor | None, int] = {}
-        self._heap: list[tuple[Any, int, Span]] = []  # (key, serial, span); the key may be outdated
+        self._heap = EvictionHeap(self.key)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -67,7 +66,7 @@ class SpanTree:
         for link in span.chain():
             link.last_access = now
             link.hits += hit
-        self._queue(span)  # the others have a child
+        self._heap.add(span)  # the others have a child
 
     # -- reading and growing ----------------------------------------------------------------------
 
@@ -308,32 +307,13 @@ class SpanTree:
             if link.lock_ref == 0:
                 self.protected_slots -= link.m
                 self.evictable_slots += link.m
-                self._queue(link)
+                self._heap.add(link)
 
     # -- shrinking --------------------------------------------------------------------------------
 
     def oldest(self) -> Span | None:
-        """The next to go: the unlocked childless span with the smallest key. A peek, O(log n) amortised.
-
-        A span has one heap entry that counts, the one with the key `span.queued`; others of it are leftovers. Its
-        key is never above the span's own: keys of most orders only grow, and one that shrinks (mru) is queued
-        anew. So an entry that lags is pushed down; one whose span is dead, locked or a parent is dropped and
-        comes back by _queue.
-        """
-        heap = self._heap
-        while heap:
-            key, serial, span = heap[0]
-            if key != span.queued:
-                heapq.heappop(heap)
-            elif not span.evictable:
-                heapq.heappop(heap)
-                span.queued = None
-            elif key != (now := self.key(span)):
-                span.queued = now
-                heapq.heapreplace(heap, (now, serial, span))
-            else:
-                return span
-        return None
+        """The next to go: the unlocked childless span with the smallest key. A peek, O(log n) amortised."""
+        return self._heap.first()
 
     def remove(self, span: Span) -> None:
         """Takes an unlocked childless span out of the tree; its slots are the caller's to free."""
@@ -343,10 +323,10 @@ class SpanTree:
         self._unlist(span)
         del self._live[span.serial]
         self.evictable_slots -= span.m
-        span.dead, span.queued = True, None
+        span.dead = True
+        self._heap.discard(span)
         if span.parent is not None:
-            self._queue(span.parent)
-        self._sweep()
+            self._heap.add(span.parent)
 
     def drop_subtree(self, span: Span) -> list[Span]:
         """Removes a span and all below it, all unlocked; returns them, children first."""
@@ -370,21 +350,6 @@ class SpanTree:
         for span in spans:
             self.remove(span)
         return spans
-
-    def _queue(self, span: Span) -> None:
-        """Enters a span into the eviction heap if it may be evicted and has no entry that is low enough."""
-        if span.evictable:
-            key = self.key(span)
-            if span.queued is None or key < span.queued:
-                span.queued = key
-                heapq.heappush(self._heap, (key, span.serial, span))
-                self._sweep()
-
-    def _sweep(self) -> None:
-        """Once most entries of the heap are leftovers: lets them go. O(1) amortised."""
-        if len(self._heap) > 2 * len(self._live) + 64:
-            self._heap = [entry for entry in self._heap if entry[0] == entry[2].queued]
-            heapq.heapify(self._heap)
 
 
 def _longest(starts: list[tuple[int, ChildIndex]], tokens: array[int], end: int, trust: bool) -> Span | None:

@@ -1,12 +1,13 @@
 """Random operations on SpanTree against a dictionary that does everything by brute force.
 
-KEEPKV_SOAK=1 runs 2,000 longer examples instead of 100.
+KEEPKV_SOAK=1 runs 2,000 longer examples of each machine instead of 100 (30 for the orders other than lru).
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -19,12 +20,16 @@ from keepkv_sglang.radix.span import HEAD_TOKENS, KeyHash, Span
 from keepkv_sglang.radix.tree import SpanTree
 
 SOAK = os.environ.get("KEEPKV_SOAK") == "1"
-SETTINGS = settings(
-    max_examples=2000 if SOAK else 100,
-    stateful_step_count=80 if SOAK else 40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+
+
+def at_most(examples: int) -> settings:
+    return settings(
+        max_examples=2000 if SOAK else examples,
+        stateful_step_count=80 if SOAK else 40,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
 
 # Anchors by their content. Few tokens and few lengths, so that branches overlap all the time; the long runs
 # are there to cross HEAD_TOKENS.
@@ -35,6 +40,16 @@ TOKENS = st.one_of(SHORT, SHORT, LONG, st.builds(tuple.__add__, LONG, SHORT))
 NAMESPACES = st.sampled_from(["a", "b"])
 PICK = st.integers(0, 10**6)
 
+# The orders once more, in the model's words.
+ORDERS: dict[str, Callable[[Entry], Any]] = {
+    "lru": lambda entry: entry.used,
+    "mru": lambda entry: -entry.used,
+    "fifo": lambda entry: entry.created,
+    "filo": lambda entry: -entry.created,
+    "lfu": lambda entry: (entry.hits, entry.used),
+    "slru": lambda entry: (min(entry.hits, 2), entry.used),
+}
+
 Key = tuple[Any, str, tuple[tuple[int, ...], ...]]  # anchor, namespace, the chain's tokens from the top
 
 
@@ -44,17 +59,21 @@ class Entry:
 
     span: Span
     m: int
-    born: int
+    raw: bool
+    created: int
     used: int
+    hits: int = 1
     locks: int = 0
 
 
 class TreeMachine(RuleBasedStateMachine):
     """One rule per operation; after each the tree must equal the model and keep I1 to I7."""
 
+    policy = "lru"
+
     def __init__(self) -> None:
         super().__init__()
-        self.tree = SpanTree()
+        self.tree = SpanTree(self.policy)
         self.model: dict[Key, Entry] = {}
         self.held: list[Key] = []  # one element per lock not yet undone
         self.clock = 0
@@ -79,12 +98,23 @@ class TreeMachine(RuleBasedStateMachine):
     def rank(self, key: Key) -> tuple[int, int, int, int]:
         slots = sum(self.model[link].m for link in self.chain(key))
         anchor_len = len(ANCHORS[key[0]])
-        return len(self.text(key)), anchor_len, anchor_len + slots, -self.model[key].born
+        return len(self.text(key)), anchor_len, anchor_len + slots, -self.model[key].span.serial
 
-    def use(self, key: Key) -> None:
+    def use(self, key: Key, hit: bool) -> None:
         self.clock += 1
         for link in self.chain(key):
             self.model[link].used = self.clock
+            self.model[link].hits += hit
+
+    def rename(self, key: Key, new: Key) -> None:
+        """A span hangs elsewhere now, and all below it."""
+        for old in self.below(key):
+            renamed = (*new[:2], new[2] + old[2][len(key[2]) :])
+            self.model[renamed] = entry = self.model.pop(old)
+            entry.span.meta = renamed
+
+    def fresh_slots(self, m: int) -> list[int]:
+        return [next(self.slot_ids) for _ in range(m)]
 
     def pick(self, keys: list[Key], index: int) -> Key:
         return keys[index % len(keys)]
@@ -106,23 +136,24 @@ class TreeMachine(RuleBasedStateMachine):
         anchor, namespace, path = key
         tokens = path[-1]
         m = len(tokens) if raw else min(m, len(tokens))
-        slots = [next(self.slot_ids) for _ in range(m)]
         span, new = self.tree.insert(
             parent=self.model[parent].span if parent else None,
             anchor=anchor,
             anchor_len=len(ANCHORS[anchor]),
             namespace=namespace,
             tokens=tokens,
-            slots=slots,
+            slots=self.fresh_slots(m),
             m=m,
             raw=raw,
             meta=key,
         )
         assert new == (key not in self.model)
         if new:
-            self.model[key] = Entry(span, m, born=span.serial, used=0)
+            self.model[key] = Entry(span, m, raw, created=self.clock + 1, used=0)
+        else:
+            self.model[key].hits += 1
         assert span is self.model[key].span
-        self.use(key)
+        self.use(key, hit=False)
 
     @initialize(anchor=st.sampled_from(list(ANCHORS)), tokens=TOKENS)
     def start(self, anchor: Any, tokens: tuple[int, ...]) -> None:
@@ -156,7 +187,7 @@ class TreeMachine(RuleBasedStateMachine):
         assert found is self.model[best].span
         assert (found.path_tokens, found.path_slots) == (len(self.text(best)), self.rank(best)[2])
         if touch:
-            self.use(best)
+            self.use(best, hit=True)
 
     @rule(namespace=NAMESPACES, pieces=st.lists(TOKENS, max_size=5), limit=st.none() | st.integers(0, 80))
     def match_anything(self, namespace: str, pieces: list[tuple[int, ...]], limit: int | None) -> None:
@@ -186,6 +217,67 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.unlock(self.model[key].span)
         for link in self.chain(key):
             self.model[link].locks -= 1
+
+    @precondition(lambda self: self.model)
+    @rule(index=PICK, hit=st.booleans())
+    def touch(self, index: int, hit: bool) -> None:
+        key = self.pick(list(self.model), index)
+        self.tree.touch(self.model[key].span, hit)
+        self.use(key, hit)
+
+    @precondition(lambda self: any(not entry.locks and entry.m > 1 for entry in self.model.values()))
+    @rule(index=PICK, m=PICK)
+    def compress(self, index: int, m: int) -> None:
+        key = self.pick([key for key, entry in self.model.items() if not entry.locks and entry.m > 1], index)
+        entry = self.model[key]
+        old, old_m = entry.span.slots, entry.m
+        entry.m, entry.raw = 1 + m % (old_m - 1), False
+        assert self.tree.replace(entry.span, self.fresh_slots(entry.m), entry.m) is old
+        assert len(old) == old_m
+
+    def splittable(self) -> list[Key]:
+        return [key for key, entry in self.model.items() if entry.raw and not entry.locks and entry.m > 1]
+
+    @precondition(lambda self: self.splittable())
+    @rule(index=PICK, at=PICK)
+    def split(self, index: int, at: int) -> None:
+        key = self.pick(self.splittable(), index)
+        entry, tokens = self.model[key], key[2][-1]
+        at = 1 + at % (len(tokens) - 1)
+        slots = entry.span.slots
+        pair = self.tree.split(entry.span, at, slots[:at], slots[at:])
+        upper_key = (*key[:2], (*key[2][:-1], tokens[:at]))
+        if upper_key in self.model:
+            assert pair is None
+            return
+        assert pair is not None
+        upper, lower = pair
+        assert lower is entry.span and upper.meta is None
+        upper.meta = upper_key
+        self.rename(key, (*upper_key[:2], (*upper_key[2], tokens[at:])))
+        self.model[upper_key] = replace(entry, span=upper, m=at)
+        entry.m -= at
+
+    @rule(anchor=st.sampled_from(["p", "pq", "r"]), namespace=NAMESPACES, index=PICK, m=PICK)
+    def adopt(self, anchor: Any, namespace: str, index: int, m: int) -> None:
+        content = ANCHORS[anchor]
+        self.insert(None, (None, namespace, (content,)), 1 + m % len(content), False)
+        same = [key for key in self.model if key[1] == namespace and self.text(key) == content]
+        home = self.pick(same, index)
+        tops = [key for key in self.model if key[:2] == (anchor, namespace) and len(key[2]) == 1]
+        if any(self.model[top].locks for top in tops):
+            try:
+                self.tree.adopt(anchor, namespace, self.model[home].span)
+            except AssertionError:
+                return  # and the invariants see that nothing has moved
+            raise AssertionError("adopted a locked span")
+        new_keys = {top: (*home[:2], home[2] + top[2]) for top in tops}
+        twins = [top for top, new in new_keys.items() if new in self.model]
+        gone = [key for twin in twins for key in self.below(twin)]
+        self.forget(gone, self.tree.adopt(anchor, namespace, self.model[home].span))
+        for top, new in new_keys.items():
+            if top not in twins:
+                self.rename(top, new)
 
     @precondition(lambda self: self.free_leaves())
     @rule(steps=st.integers(1, 6))
@@ -226,7 +318,7 @@ class TreeMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.model) > 5)
     @rule()
-    def reset(self) -> None:
+    def flush(self) -> None:
         spans = [entry.span for entry in self.model.values()]
         self.tree.reset()
         assert all(span.dead for span in spans)
@@ -250,7 +342,9 @@ class TreeMachine(RuleBasedStateMachine):
         assert live == {key: entry.span for key, entry in self.model.items()}
         assert len(self.tree) == len(self.model)
         for entry in self.model.values():
-            assert (entry.span.lock_ref, entry.span.last_access) == (entry.locks, entry.used)
+            span = entry.span
+            assert (span.lock_ref, span.m, span.raw) == (entry.locks, entry.m, entry.raw)
+            assert (span.created, span.last_access, span.hits) == (entry.created, entry.used, entry.hits)
         assert self.tree.evictable_slots == sum(entry.m for entry in self.model.values() if not entry.locks)
         assert self.tree.protected_slots == sum(entry.m for entry in self.model.values() if entry.locks)
         for anchor in ANCHORS:
@@ -258,10 +352,10 @@ class TreeMachine(RuleBasedStateMachine):
 
     @invariant()
     def oldest_is_the_models(self) -> None:
-        leaves = self.free_leaves()
-        expected = min(leaves, key=lambda key: self.model[key].used, default=None)
-        oldest = self.tree.oldest()
-        assert oldest is (self.model[expected].span if expected else None)
+        order = ORDERS[self.policy]
+        leaves = [self.model[key] for key in self.free_leaves()]
+        expected = min(leaves, key=lambda entry: (order(entry), entry.span.serial), default=None)
+        assert self.tree.oldest() is (expected.span if expected else None)
 
 
 class CollidingTreeMachine(TreeMachine):
@@ -276,7 +370,20 @@ class CollidingTreeMachine(TreeMachine):
         KeyHash.of = self.true_hash  # type: ignore[method-assign]
 
 
-TestTree = TreeMachine.TestCase
-TestTree.settings = SETTINGS
-TestCollidingTree = CollidingTreeMachine.TestCase
-TestCollidingTree.settings = SETTINGS
+def case(machine: type[TreeMachine], examples: int) -> Any:
+    test_case = machine.TestCase
+    test_case.settings = at_most(examples)
+    return test_case
+
+
+def ordered_by(policy: str) -> Any:
+    return case(type(f"{policy.capitalize()}TreeMachine", (TreeMachine,), {"policy": policy}), 30)
+
+
+TestTree = case(TreeMachine, 100)
+TestCollidingTree = case(CollidingTreeMachine, 100)
+TestLfuTree = ordered_by("lfu")
+TestFifoTree = ordered_by("fifo")
+TestSlruTree = ordered_by("slru")
+TestMruTree = ordered_by("mru")
+TestFiloTree = ordered_by("filo")
