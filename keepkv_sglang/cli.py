@@ -81,10 +81,25 @@ def _demo(args: argparse.Namespace) -> int:
     return demo.run(args)
 
 
+def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
+    from keepkv_sglang.simulate import command
+
+    command.add_arguments(parser)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from keepkv_sglang.simulate import command
+
+    return command.run(args)
+
+
 COMMANDS = [
     Command("model", "Make the demo model; the last line printed is its folder.", _model, _model_arguments),
     Command("check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check),
     Command("demo", "An agent on a real server, KeepKV beside full cache.", _demo, _demo_arguments),
+    Command(
+        "simulate", "Replay request traces through the prefix caches, without a model.", _simulate, _simulate_arguments
+    ),
     Command("version", "Print the version of keepkv-sglang.", _version),
 ]
 

@@ -1,0 +1,427 @@
+"""One server's memory without a model: SGLang's pools and tree, and for KeepKV the real runtime, schedule and hooks.
+
+Two things stand in for the server: the pool holds no layers, so merging a span's contents does nothing, and requests
+are driven by replay.py instead of SGLang's scheduler. Span borders, anchors, publishing, locks, eviction, query
+windows and slots are the server's own code on SGLang's own Req, allocator and radix cache.
+"""
+# ruff: noqa: TID251  (this file is the simulator's only contact with SGLang)
+
+from __future__ import annotations
+
+import inspect
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req
+from sglang.srt.mem_cache import allocation, common
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_context
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from keepkv_sglang import compressor, runtime, schedule
+from keepkv_sglang.anchor import MessageBorder
+from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.hooks import extend as extend_hooks
+from keepkv_sglang.hooks import scheduler as scheduler_hooks
+from keepkv_sglang.hooks.admission import peak_slots
+from keepkv_sglang.radix.cache import KeepKVRadixCache
+from keepkv_sglang.radix.invariants import check_tree
+from keepkv_sglang.votes import QueryArena, VoteStore
+
+from .traces import BORDER
+
+CHUNK_TOKENS = 8192  # SGLang's --chunked-prefill-size on most GPUs
+SCALED = ("window", "recent", "sinks", "interval", "min_tokens", "span_tokens")
+_CHECK_SPANS = 20_000  # above this the walk over every span's whole path takes minutes
+
+
+class HugeAllocator(TokenToKVPoolAllocator):
+    """For pools that never run out: SGLang's copies the whole free list with every free, this one when it is needed."""
+
+    free_pages: torch.Tensor
+
+    def clear(self) -> None:
+        super().clear()
+        self.pending: list[torch.Tensor] = []
+        self.pending_size = 0
+
+    def available_size(self) -> int:
+        return len(self.free_pages) + self.pending_size
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        if need_size > len(self.free_pages) and self.pending:
+            self.free_pages = torch.cat((self.free_pages, *self.pending))
+            self.pending, self.pending_size = [], 0
+        return super().alloc(need_size)
+
+    def free(self, free_index: torch.Tensor) -> None:
+        if free_index.numel():
+            self.pending.append(free_index.clone())
+            self.pending_size += len(free_index)
+
+
+class Stopwatch:
+    """Calls and seconds by operation. Only the outermost of nested calls of one operation counts."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, int] = {}
+        self.seconds: dict[str, float] = {}
+        self._open: set[str] = set()
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        self.calls[name] = self.calls.get(name, 0)
+        self.seconds[name] = self.seconds.get(name, 0.0)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if name in self._open:
+                return function(*args, **kwargs)
+            self._open.add(name)
+            began = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[name] += time.perf_counter() - began
+                self.calls[name] += 1
+                self._open.discard(name)
+
+        return timed
+
+    def microseconds(self) -> dict[str, float]:
+        return {name: 1e6 * self.seconds[name] / self.calls[name] for name in self.calls if self.calls[name]}
+
+
+class World:
+    """Pools and prefix cache of one server. All counts are in simulated tokens and slots.
+
+    config: None for stock SGLang, else a KeepKV configuration in real tokens; it is scaled here. rows: most requests
+    that run at once. Use it inside `with world.running():`, which makes it the process's runtime.
+    """
+
+    def __init__(
+        self,
+        config: KeepKVConfig | None,
+        slots: int,
+        scale: int,
+        longest: int,
+        rows: int,
+        chunk_tokens: int = CHUNK_TOKENS,
+        huge: bool = False,
+    ) -> None:
+        self.slots, self.scale = slots, scale
+        self.chunk = max(1, chunk_tokens // scale)
+        self.config = scaled(config, scale) if config is not None else None
+        allocator_class = HugeAllocator if huge else TokenToKVPoolAllocator
+        self.allocator = allocator_class(slots, torch.int64, "cpu", None, False)
+        self.rows = ReqToTokenPool(rows, longest + 1, "cpu", False)
+        params = CacheInitParams(
+            disable=False,
+            req_to_token_pool=self.rows,
+            token_to_kv_pool_allocator=self.allocator,
+            page_size=1,
+            tree_components=(ComponentType.FULL,),
+        )
+        self.rt: runtime.Runtime | None = None
+        self.tree: Any
+        with _sglang_context():
+            self.tree = (KeepKVRadixCache if config is not None else UnifiedRadixCache)(params)
+        self.stopwatch = Stopwatch()
+        self.evicted = 0
+        self.peak = 0
+        self.reserved = 0  # slots promised to replies of running requests
+        self.running_reqs: list[Any] = []
+        self._alloc_for_extend = inspect.unwrap(allocation.alloc_for_extend)
+        self._release = inspect.unwrap(common.release_kv_cache)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Times the tree's operations from outside, and counts what was evicted."""
+        tree, watch = self.tree, self.stopwatch
+        evict = tree._evict
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            result = evict(*args, **kwargs)
+            self.evicted += result.num_tokens_evicted
+            return result
+
+        tree._evict = watch.wrap("evict", counted)
+        tree.match_prefix = watch.wrap("match", tree.match_prefix)
+        tree.checkpoint_into_tree = watch.wrap("insert", tree.checkpoint_into_tree)
+        if self.config is not None:
+            tree.publish_span = watch.wrap("insert", tree.publish_span)
+
+    @contextmanager
+    def running(self) -> Iterator[World]:
+        """SGLang's context and KeepKV's runtime are this world's; both as before afterwards."""
+        before = runtime._runtime, compressor._merge_layers, allocation._prefix_kv_indices
+        threads = torch.get_num_threads()
+        with _sglang_context():
+            try:
+                torch.set_num_threads(1)  # slot lists are short: threads only wait for each other
+                runtime._runtime = None
+                if self.config is not None:
+                    self._start(self.config)
+                    original = inspect.unwrap(allocation._prefix_kv_indices)
+                    allocation._prefix_kv_indices = lambda batch, req: extend_hooks.around_prefix_kv_indices(
+                        original, batch, req
+                    )
+                    compressor._merge_layers = lambda *args, **kwargs: None
+                yield self
+            finally:
+                runtime._runtime, compressor._merge_layers, allocation._prefix_kv_indices = before
+                torch.set_num_threads(threads)
+
+    def _start(self, config: KeepKVConfig) -> None:
+        """What Runtime.attach_model_runner and attach_scheduler do, with no layers and no tokenizer."""
+        if self.rt is not None:
+            runtime._runtime = self.rt
+            return
+        rt = self.rt = runtime.start(config)
+        rt.scheduler = SimpleNamespace(chunked_prefill_size=self.chunk, enable_overlap=False, _engine_paused=False)
+        rt.tree, rt.allocator, rt.req_to_token_pool = self.tree, self.allocator, self.rows
+        rt.kv_pool = SimpleNamespace(layer_num=0, start_layer=0)
+        rt.votes = VoteStore(0, self.slots, 1, "cpu")
+        rt.arena = QueryArena(0, runtime.ARENA_WINDOWS * max(config.window, 1), 1, 1, torch.float32, "cpu")
+        rt.offsets = torch.zeros(self.rows.req_to_token.shape[0], dtype=torch.int64)
+        rt.border = MessageBorder(BORDER, 0)
+        rt.capacity = self.slots
+        rt.pool_limit = self.slots - 1
+
+    # -- one request --------------------------------------------------------------------------------------------------
+
+    def new_request(self, rid: str, prompt: array[int], reply: int, group: str = "") -> Any:
+        """SGLang's Req. Sets finished_reason when the server would refuse it: its prompt cannot fit the pool.
+
+        A reply that does not fit beside its prompt is cut, as by Scheduler.init_req_max_new_tokens.
+        """
+        req = Req(rid, "", prompt, SamplingParams(max_new_tokens=reply))
+        room = self.slots - len(prompt) - 2
+        state = self.rt.state_of(req) if self.rt is not None else None
+        if self.rt is not None and state is not None and self.rt.too_long(req):
+            room = self.slots - peak_slots(self.rt, self.rt.scheduler, state, req, len(prompt)) - 2
+        if room < 1:
+            req.finished_reason = FINISH_ABORT("longer than the pool")
+        req.sampling_params.max_new_tokens = max(0, min(reply, room))
+        return req
+
+    def admit(self, req: Any) -> bool:
+        """Matches the prompt and starts the row when it, its reply and the replies of others have room.
+
+        The rule of SGLang's PrefillAdder (with KeepKV's part for prompts longer than the pool), except that all of
+        the running requests' remaining reply tokens count, so nothing is ever retracted. On success the prompt's
+        slots are allocated up to its last chunk, which `prefilled` completes.
+        """
+        if not self.rows.available_size():
+            return False
+        req.init_next_round_input(self.tree)
+        req.lock = self.tree.lock(req.last_node)
+        tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
+        wanted = tokens + req.sampling_params.max_new_tokens + 1
+        state = self._state(req)
+        if self.rt is not None and state is not None and self.rt.too_long(req):
+            peak = peak_slots(self.rt, self.rt.scheduler, state, req, tokens)
+            wanted = min(wanted, wanted - tokens + peak)
+        if wanted >= self.free_or_evictable() - self.reserved:
+            self.tree.unlock(req.lock)
+            req.lock = None
+            return False
+        self.reserved += req.sampling_params.max_new_tokens
+        self.running_reqs.append(req)
+        return True
+
+    def prefill(self, req: Any) -> bool:
+        """Allocates the prompt's slots; a prompt that cannot be in the pool whole is compressed after each chunk.
+
+        Returns False when a chunk found no room: the request must be released.
+        """
+        end = len(req.full_untruncated_fill_ids)
+        state = self._state(req)
+        too_long = state is not None and self.rt is not None and self.rt.too_long(req)
+        step = self.chunk if too_long else end
+        while True:
+            stop = min(end, req.prefix_len + step)
+            if self.free_or_evictable() < stop - req.prefix_len:
+                return False
+            self._extend(req, stop)
+            if stop == end:
+                return True
+            common.checkpoint_kv_cache(req, self.tree)  # Scheduler.stash_chunked_request, and our hook behind it
+            self._compress(req)
+
+    def _extend(self, req: Any, stop: int) -> None:
+        first = req.prefix_len
+        req.extend_end = stop
+        batch = SimpleNamespace(
+            reqs=[req],
+            prefix_lens=[first],
+            extend_lens=[stop - first],
+            extend_num_tokens=stop - first,
+            seq_lens_cpu=torch.tensor([stop]),
+            seq_lens=torch.tensor([stop]),
+            device="cpu",
+            req_to_token_pool=self.rows,
+            tree_cache=self.tree,
+            hisparse_coordinator=None,
+            maybe_evict_swa=lambda: None,
+            is_dllm=lambda: False,
+        )
+        if self.rt is not None:
+            extend_hooks.around_alloc_for_extend(self._alloc_for_extend, batch)
+        else:
+            self._alloc_for_extend(batch)
+        self._capture(req, first, stop)
+        self._note_peak()
+
+    def prefilled(self, req: Any) -> None:
+        """The prompt is computed: publish it, and compress what is due."""
+        common.checkpoint_kv_cache(req, self.tree)
+        self._compress(req)
+
+    def finish(self, req: Any, reply: array[int]) -> None:
+        """Decodes the whole reply, compressing at every interval, and releases the row into the cache.
+
+        The last token of a reply is never run through the model, so it has no slot.
+        """
+        count = req.sampling_params.max_new_tokens
+        req.output_ids.extend(reply[:count])
+        left = max(0, count - 1)
+        while left:
+            step = min(left, self._until_due(req))
+            self._decode(req, step)
+            left -= step
+            if left:
+                self._compress(req)
+        self.reserved -= 1 if count else 0
+        self._end(req, FINISH_LENGTH(count))
+
+    def abort(self, req: Any) -> None:
+        """Releases a request in the middle of its prompt."""
+        self.reserved -= req.sampling_params.max_new_tokens
+        self._end(req, FINISH_ABORT("the pool is full in the middle of this prompt"))
+
+    def _end(self, req: Any, reason: Any) -> None:
+        req.finished_reason = reason
+        self.running_reqs.remove(req)
+        if not req.kv.holds_kv:  # nothing was allocated yet
+            self.tree.unlock(req.lock)
+            req.lock = None
+        elif self.rt is not None:
+            scheduler_hooks.around_release(self._release, req, self.tree, checkpoint=True)
+        else:
+            self._release(req, self.tree, checkpoint=True)
+
+    def _decode(self, req: Any, count: int) -> None:
+        kv = req.kv
+        self.reserved -= count
+        slots = allocation.alloc_token_slots(self.tree, count)
+        length = kv.kv_committed_len
+        self.rows.write((kv.req_pool_idx, slice(length, length + count)), slots.to(torch.int32))
+        kv.kv_allocated_len = kv.kv_committed_len = length + count
+        state = self._state(req)
+        if state is not None:
+            self._capture(req, length + state.offset, length + state.offset + count)
+        self._note_peak()
+
+    def _until_due(self, req: Any) -> int:
+        """Tokens until the next compression of the reply; a failed one is tried again after one window."""
+        state = self._state(req)
+        if state is None:
+            return 1 << 60
+        config = state.config
+        due = (state.plan[-1].end if state.plan else state.tail_tokens) + config.interval
+        missing = due - (req.kv.kv_committed_len + state.offset)
+        return missing if missing > 0 else min(config.window, config.interval)
+
+    def _state(self, req: Any) -> Any:
+        return self.rt.state_of(req) if self.rt is not None else None
+
+    def _capture(self, req: Any, start: int, end: int) -> None:
+        """The attention backend's part: which query windows these tokens fill. No queries are stored."""
+        state = self._state(req)
+        if state is not None and self.rt is not None:
+            schedule.capture(self.rt, state, start, end, ([], []), 0)
+
+    def _compress(self, req: Any) -> None:
+        state = self._state(req)
+        if state is not None and self.rt is not None and (state.plan or state.reply_window is not None):
+            self.rt.step_reserve = self.reserved
+            schedule.compress_due(self.rt, req, state)
+            self.rt.step_reserve = 0
+
+    # -- counts -------------------------------------------------------------------------------------------------------
+
+    def free_or_evictable(self) -> int:
+        return self.allocator.available_size() + self.tree.evictable_size()
+
+    def held(self) -> int:
+        """Slots that running requests own themselves."""
+        return sum(r.kv.kv_allocated_len - r.kv.cache_protected_len for r in self.running_reqs if r.kv.holds_kv)
+
+    def _note_peak(self) -> None:
+        self.peak = max(self.peak, self.slots - self.free_or_evictable())
+
+    def check(self) -> None:
+        """AssertionError unless every slot is free, cached or held by a running request, exactly once."""
+        parts = (
+            self.allocator.available_size(),
+            self.tree.evictable_size(),
+            self.tree.protected_size(),
+            self.held(),
+        )
+        assert sum(parts) == self.slots, f"free, evictable, protected, held {parts} are not {self.slots} slots"
+        if self.rt is not None and len(self.tree.spans) <= _CHECK_SPANS:
+            check_tree(self.tree.spans, slots_of=lambda slots: slots.tolist())
+        if self.rt is not None:
+            assert not self.rt.counters["mispublished"], "a span did not follow its prefix"
+
+    def flush(self) -> None:
+        """Evicts everything; AssertionError unless every slot comes back, each once. Only when nothing runs."""
+        assert not self.running_reqs and not self.reserved and not self.tree.protected_size(), self.reserved
+        self.tree._evict(EvictParams(num_tokens=self.slots))
+        free = self.allocator.alloc(self.slots)
+        assert free is not None and len(torch.unique(free)) == self.slots, "slots were lost or freed twice"
+        if self.rt is not None and self.rt.arena is not None:
+            assert self.rt.arena.free_rows == self.rt.arena.rows, "query windows were lost"
+
+
+def scaled(config: KeepKVConfig, scale: int) -> KeepKVConfig:
+    """The configuration with every length divided by `scale`; ranges are those of real tokens, so not checked."""
+    names = [field.name for field in fields(config)]
+    values = {name: getattr(config, name) for name in names}
+    for name in SCALED:
+        if values.get(name):
+            values[name] = max(2 if name in ("interval", "min_tokens") else 1, round(values[name] / scale))
+    result = object.__new__(KeepKVConfig)
+    for name, value in values.items():
+        object.__setattr__(result, name, value)
+    return result
+
+
+_context_depth = 0
+
+
+@contextmanager
+def _sglang_context() -> Iterator[None]:
+    """SGLang's cache code reads its global configuration: publish a default one while it runs."""
+    global _context_depth
+    if _context_depth:
+        yield
+        return
+    _context_depth += 1
+    override = get_context().override_server_args(attention_backend="torch_native")
+    override.install()
+    try:
+        yield
+    finally:
+        override.restore()
+        _context_depth -= 1
