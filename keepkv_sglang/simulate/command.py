@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=int, default=16, metavar="T", help="T real tokens are simulated as one (default: 16)")
     add("--limit", type=int, default=0, metavar="REQUESTS", help="only the first so many requests")
     add("--max-running", type=int, default=256, metavar="N", help="most requests that run at once (default: 256)")
+    add("--arena-rows", type=int, default=0, metavar="N",
+        help="query vectors that the arena holds (default: 0, no limit in bytes)")  # fmt: skip
     add("--prefill-rate", type=_positive, default=20_000.0, metavar="TOKENS",
         help="uncached prompt tokens per second, where the trace has no times (default: 20000)")  # fmt: skip
     add("--seconds-per-token", type=_positive, default=0.03, metavar="SECONDS",
@@ -96,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     results: list[Result] = []
     claims: list[search.Claim] = []
     with tqdm(total=0, unit=" requests", disable=None, file=sys.stderr) as bar:
-        options: dict[str, Any] = dict(timing=timing, max_running=args.max_running, tick=bar.update)
+        options: dict[str, Any] = dict(
+            timing=timing, max_running=args.max_running, arena_rows=args.arena_rows, tick=bar.update
+        )
 
         def planned(what: str, replays: int = 1) -> None:
             bar.set_description(what)
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         if args.half_ideal:
             compressing = [config for config in configs if config is not None]
             planned("half ideal", 2 * len(compressing) + 10)
-            claims = search.examine(work, compressing, timing, bar.update, args.max_running)
+            claims = search.examine(work, compressing, **options)
     print(f"{len(work.requests):,} requests, {sum(len(p) for p in work.prompts) * args.scale:,} prompt tokens, "
           f"scale {args.scale}")  # fmt: skip
     if results:
@@ -123,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
     if claims:
         print(report.table([claims[0].stock, *(claim.keepkv for claim in claims)]))
     if args.json is not None:
-        settings = {"traces": args.traces, "limit": args.limit, "scale": args.scale, "max_running": args.max_running}
+        settings = {"traces": args.traces, "limit": args.limit, "scale": args.scale, "max_running": args.max_running,
+                    "arena_rows": args.arena_rows}  # fmt: skip
         report.write_json(args.json, results, claims, settings | asdict(timing))
     if args.plot is not None:
         shown = [*results, claims[0].stock, *(claim.keepkv for claim in claims)] if claims else results

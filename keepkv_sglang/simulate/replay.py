@@ -38,6 +38,8 @@ class Result:
     recomputed_tokens: int = 0
     evicted_slots: int = 0
     compressions: int = 0
+    skipped_windows: int = 0
+    cut_replies: int = 0
     peak_slots: int = 0
     peak_requests: int = 0
     waited: int = 0
@@ -68,6 +70,7 @@ def replay(
     *,
     timing: Timing | None = None,
     max_running: int = 256,
+    arena_rows: int = 0,
     huge: bool = False,
     check_every: int = 0,
     tick: Tick = lambda: None,
@@ -75,7 +78,9 @@ def replay(
     """Replays a workload on a pool of `pool` real tokens; stock SGLang when config is None.
 
     Raises AssertionError when a slot is lost, at the end or after every `check_every` events.
-    tick: called once per request that ends. ValueError for a pool below one chunk's worth of anything.
+    max_running: most requests that run at once. arena_rows: limit of the arena for window queries in real tokens, 0
+    for none; the server's is 512 MiB, 2,048 rows for a model of 32 layers with 32 heads of 128 at 16 bit. huge: an
+    allocator for pools that never run out. tick: called once per request that ends. ValueError for a tiny pool.
     """
     import time
 
@@ -83,7 +88,9 @@ def replay(
 
     if pool // workload.scale < 16:
         raise ValueError(f"a pool of {pool} tokens is less than 16 slots at --scale {workload.scale}; use a larger one")
-    world = World(config, pool // workload.scale, workload.scale, workload.longest, max_running, huge=huge)
+    world = World(
+        config, pool // workload.scale, workload.scale, workload.longest, max_running, huge=huge, arena_rows=arena_rows
+    )
     began = time.perf_counter()
     with world.running():
         run = _Replay(world, workload, timing or Timing(), tick)
@@ -106,6 +113,8 @@ def replay(
         recomputed_tokens=run.recomputed * scale,
         evicted_slots=evicted * scale,
         compressions=int(world.rt.counters["compressions"]) if world.rt is not None else 0,
+        skipped_windows=int(world.rt.counters["skipped_no_window"]) if world.rt is not None else 0,
+        cut_replies=world.cut,
         peak_slots=world.peak * scale,
         peak_requests=run.peak_requests,
         waited=run.waited,
@@ -162,7 +171,7 @@ class _Replay:
         while self.waiting:
             index, req, since = self.waiting[0]
             if not self.world.admit(req):
-                if self.world.running_reqs:
+                if self.world.promised:
                     return
                 # Alone in the server and still without room: it never will have any.
                 self.waiting.popleft()

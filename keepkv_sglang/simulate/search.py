@@ -8,7 +8,7 @@ from typing import Any
 
 from keepkv_sglang.config import KeepKVConfig
 
-from .replay import Result, Timing, replay
+from .replay import Result, replay
 from .traces import Workload
 
 Replay = Callable[[int, KeepKVConfig | None], Result]
@@ -60,11 +60,8 @@ class Claim:
         )
 
 
-def examine(
-    workload: Workload, configs: list[KeepKVConfig], timing: Timing, tick: Callable[[], Any], max_running: int
-) -> list[Claim]:
-    """One claim per configuration."""
-    options: dict[str, Any] = dict(timing=timing, tick=tick, max_running=max_running)
+def examine(workload: Workload, configs: list[KeepKVConfig], **options: Any) -> list[Claim]:
+    """One claim per configuration. options: replay()'s."""
     ideal = ceiling(workload, None, **options)
     pool, stock = half_ideal_pool(workload, ideal.hit_rate, lambda p, c: replay(workload, p, c, **options))
     return [

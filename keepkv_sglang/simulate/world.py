@@ -34,7 +34,7 @@ from keepkv_sglang.anchor import MessageBorder
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.hooks import extend as extend_hooks
 from keepkv_sglang.hooks import scheduler as scheduler_hooks
-from keepkv_sglang.hooks.admission import peak_slots
+from keepkv_sglang.hooks.admission import later_slots, peak_slots
 from keepkv_sglang.radix.cache import KeepKVRadixCache
 from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.votes import QueryArena, VoteStore
@@ -117,9 +117,11 @@ class World:
         rows: int,
         chunk_tokens: int = CHUNK_TOKENS,
         huge: bool = False,
+        arena_rows: int = 0,
     ) -> None:
         self.slots, self.scale = slots, scale
         self.chunk = max(1, chunk_tokens // scale)
+        self.arena_rows = -(-arena_rows // scale)  # 0: as many as the server wants without a limit in bytes
         self.config = scaled(config, scale) if config is not None else None
         allocator_class = HugeAllocator if huge else TokenToKVPoolAllocator
         self.allocator = allocator_class(slots, torch.int64, "cpu", None, False)
@@ -138,8 +140,9 @@ class World:
         self.stopwatch = Stopwatch()
         self.evicted = 0
         self.peak = 0
-        self.reserved = 0  # slots promised to replies of running requests
-        self.running_reqs: list[Any] = []
+        self.promised: dict[Any, int] = {}  # running request -> slots that its reply may still take
+        self.reserved = 0  # their sum
+        self.cut = 0  # replies that ended early because a compression that admission counted on did not happen
         self._alloc_for_extend = inspect.unwrap(allocation.alloc_for_extend)
         self._release = inspect.unwrap(common.release_kv_cache)
         self._watch()
@@ -191,7 +194,11 @@ class World:
         rt.tree, rt.allocator, rt.req_to_token_pool = self.tree, self.allocator, self.rows
         rt.kv_pool = SimpleNamespace(layer_num=0, start_layer=0)
         rt.votes = VoteStore(0, self.slots, 1, "cpu")
-        rt.arena = QueryArena(0, runtime.ARENA_WINDOWS * max(config.window, 1), 1, 1, torch.float32, "cpu")
+        windows = runtime.ARENA_WINDOWS
+        if config.span_tokens:  # context_len is the longest request's here
+            windows = max(windows, 2 * self.rows.max_context_len // config.span_tokens)
+        self.arena_rows = min(windows * config.window, self.arena_rows or windows * config.window)
+        rt.arena = QueryArena(0, self.arena_rows, 1, 1, torch.float32, "cpu")
         rt.offsets = torch.zeros(self.rows.req_to_token.shape[0], dtype=torch.int64)
         rt.border = MessageBorder(BORDER, 0)
         rt.capacity = self.slots
@@ -215,29 +222,37 @@ class World:
         return req
 
     def admit(self, req: Any) -> bool:
-        """Matches the prompt and starts the row when it, its reply and the replies of others have room.
+        """Matches the prompt and locks the match when the prompt, its reply and the replies of others have room.
 
-        The rule of SGLang's PrefillAdder (with KeepKV's part for prompts longer than the pool), except that all of
-        the running requests' remaining reply tokens count, so nothing is ever retracted. On success the prompt's
-        slots are allocated up to its last chunk, which `prefilled` completes.
+        The rule of SGLang's PrefillAdder and KeepKV's part in it (hooks/admission.py), except that all of the running
+        requests' remaining reply tokens count (SGLang begins with 70 %), so nothing is ever retracted.
         """
         if not self.rows.available_size():
             return False
         req.init_next_round_input(self.tree)
         req.lock = self.tree.lock(req.last_node)
-        tokens = len(req.full_untruncated_fill_ids) - req.prefix_len
-        wanted = tokens + req.sampling_params.max_new_tokens + 1
+        extend = len(req.full_untruncated_fill_ids) - req.prefix_len
+        reply = req.sampling_params.max_new_tokens
+        later, wanted = reply, extend + reply + 1
         state = self._state(req)
-        if self.rt is not None and state is not None and self.rt.too_long(req):
-            peak = peak_slots(self.rt, self.rt.scheduler, state, req, tokens)
-            wanted = min(wanted, wanted - tokens + peak)
+        if self.rt is not None and state is not None:
+            if self.rt.too_long(req):
+                peak = peak_slots(self.rt, self.rt.scheduler, state, req, extend)
+                later = state.reply_growth(reply)
+                wanted = min(wanted, reply + 1 + peak) if self.promised else peak + 1
+            else:
+                later = min(reply, later_slots(self.rt, state, req, extend, reply))
+                wanted = extend + later + 1
         if wanted >= self.free_or_evictable() - self.reserved:
             self.tree.unlock(req.lock)
             req.lock = None
             return False
-        self.reserved += req.sampling_params.max_new_tokens
-        self.running_reqs.append(req)
+        self._promise(req, later)
         return True
+
+    def _promise(self, req: Any, slots: int) -> None:
+        self.reserved += slots - self.promised.get(req, 0)
+        self.promised[req] = slots
 
     def prefill(self, req: Any) -> bool:
         """Allocates the prompt's slots; a prompt that cannot be in the pool whole is compressed after each chunk.
@@ -250,13 +265,13 @@ class World:
         step = self.chunk if too_long else end
         while True:
             stop = min(end, req.prefix_len + step)
-            if self.free_or_evictable() < stop - req.prefix_len:
+            if self.free_or_evictable() - self.reserved < stop - req.prefix_len:
                 return False
             self._extend(req, stop)
             if stop == end:
                 return True
             common.checkpoint_kv_cache(req, self.tree)  # Scheduler.stash_chunked_request, and our hook behind it
-            self._compress(req)
+            self._compress(req, between_chunks=True)
 
     def _extend(self, req: Any, stop: int) -> None:
         first = req.prefix_len
@@ -286,6 +301,9 @@ class World:
         """The prompt is computed: publish it, and compress what is due."""
         common.checkpoint_kv_cache(req, self.tree)
         self._compress(req)
+        state = self._state(req)
+        if state is not None:
+            self._promise(req, state.reply_growth(req.sampling_params.max_new_tokens))
 
     def finish(self, req: Any, reply: array[int]) -> None:
         """Decodes the whole reply, compressing at every interval, and releases the row into the cache.
@@ -293,25 +311,28 @@ class World:
         The last token of a reply is never run through the model, so it has no slot.
         """
         count = req.sampling_params.max_new_tokens
-        req.output_ids.extend(reply[:count])
+        self._promise(req, 0)  # it is taken now
         left = max(0, count - 1)
         while left:
             step = min(left, self._until_due(req))
+            if self.free_or_evictable() < step:
+                self.cut += 1
+                count -= left
+                break
             self._decode(req, step)
             left -= step
             if left:
                 self._compress(req)
-        self.reserved -= 1 if count else 0
+        req.output_ids.extend(reply[:count])
         self._end(req, FINISH_LENGTH(count))
 
     def abort(self, req: Any) -> None:
         """Releases a request in the middle of its prompt."""
-        self.reserved -= req.sampling_params.max_new_tokens
         self._end(req, FINISH_ABORT("the pool is full in the middle of this prompt"))
 
     def _end(self, req: Any, reason: Any) -> None:
         req.finished_reason = reason
-        self.running_reqs.remove(req)
+        self.reserved -= self.promised.pop(req)
         if not req.kv.holds_kv:  # nothing was allocated yet
             self.tree.unlock(req.lock)
             req.lock = None
@@ -322,7 +343,6 @@ class World:
 
     def _decode(self, req: Any, count: int) -> None:
         kv = req.kv
-        self.reserved -= count
         slots = allocation.alloc_token_slots(self.tree, count)
         length = kv.kv_committed_len
         self.rows.write((kv.req_pool_idx, slice(length, length + count)), slots.to(torch.int32))
@@ -351,11 +371,11 @@ class World:
         if state is not None and self.rt is not None:
             schedule.capture(self.rt, state, start, end, ([], []), 0)
 
-    def _compress(self, req: Any) -> None:
+    def _compress(self, req: Any, between_chunks: bool = False) -> None:
         state = self._state(req)
         if state is not None and self.rt is not None and (state.plan or state.reply_window is not None):
             self.rt.step_reserve = self.reserved
-            schedule.compress_due(self.rt, req, state)
+            schedule.compress_due(self.rt, req, state, between_chunks=between_chunks)
             self.rt.step_reserve = 0
 
     # -- counts -------------------------------------------------------------------------------------------------------
@@ -365,7 +385,7 @@ class World:
 
     def held(self) -> int:
         """Slots that running requests own themselves."""
-        return sum(r.kv.kv_allocated_len - r.kv.cache_protected_len for r in self.running_reqs if r.kv.holds_kv)
+        return sum(r.kv.kv_allocated_len - r.kv.cache_protected_len for r in self.promised if r.kv.holds_kv)
 
     def _note_peak(self) -> None:
         self.peak = max(self.peak, self.slots - self.free_or_evictable())
@@ -386,7 +406,7 @@ class World:
 
     def flush(self) -> None:
         """Evicts everything; AssertionError unless every slot comes back, each once. Only when nothing runs."""
-        assert not self.running_reqs and not self.reserved and not self.tree.protected_size(), self.reserved
+        assert not self.promised and not self.reserved and not self.tree.protected_size(), self.reserved
         self.tree._evict(EvictParams(num_tokens=self.slots))
         free = self.allocator.alloc(self.slots)
         assert free is not None and len(torch.unique(free)) == self.slots, "slots were lost or freed twice"
