@@ -101,7 +101,7 @@ def _place(span: Span) -> tuple[object, int, object]:
 
 
 def i6_evictable_is_queued(tree: SpanTree) -> None:
-    """I6: an unlocked childless span has one heap entry that counts, with a key not above its own; others at most one.
+    """I6: an unlocked childless span has a heap entry that counts, with a key not above its own.
 
     So oldest() can always give back every unlocked slot, and in most orders a touch needs no heap operation.
     """
@@ -111,12 +111,11 @@ def i6_evictable_is_queued(tree: SpanTree) -> None:
         _require(serial == span.serial, "I6: queued under another number", span)
         _require(not index or heap[(index - 1) // 2][:2] <= (key, serial), "I6: no heap any more", span)
         if key == span.queued:
-            _require(serial not in counting, "I6: queued twice", span)
             counting.add(serial)
     _require(len(counting) == tree._heap._counting, f"I6: {tree._heap._counting} entries count")
     for span in tree.spans():
         _require((span.queued is not None) == (span.serial in counting), "I6: has no entry with its key", span)
-        _require(0 < span.created <= span.last_access <= tree._clock, "I6: used before its time", span)
+        _require(0 <= span.created <= span.last_access <= tree._clock, "I6: used before its time", span)
         if span.evictable:
             _require(span.queued is not None, "I6: evictable but not queued", span)
             _require(span.queued <= tree.key(span), "I6: queued too late", span)
@@ -138,3 +137,14 @@ def i7_found_by_its_path(tree: SpanTree) -> None:
         for link in found.path():
             text.extend(link.tokens)
         _require(text == tokens, f"I7: {found!r} has other tokens", span)
+
+
+def check_slots(total: int, owners: dict[str, Iterable[int]]) -> None:
+    """I9: every slot 1..total has exactly one owner. owners: name -> the slot ids it holds, the free list included."""
+    owner: dict[int, str] = {}
+    for name, slots in owners.items():
+        for slot in slots:
+            _require(1 <= slot <= total, f"I9: {name} holds slot {slot} of 1..{total}")
+            _require(slot not in owner, f"I9: slot {slot} belongs to {name} and to {owner.get(slot)}")
+            owner[slot] = name
+    _require(len(owner) == total, f"I9: {total - len(owner)} of {total} slots have no owner")

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
-from .order import EvictionHeap, order_of
+from .order import EvictionHeap, Usage, order_of
 from .span import ChildIndex, KeyHash, Span, as_tokens, children_first
 
 Anchor = Hashable
@@ -59,6 +59,16 @@ class SpanTree:
         """Advances the logical clock and returns it. The adapter stamps SGLang's nodes with it too."""
         self._clock += 1
         return self._clock
+
+    @property
+    def now(self) -> int:
+        """The clock: the time of the latest use of anything."""
+        return self._clock
+
+    def inherit(self, span: Span, usage: Usage) -> None:
+        """The span stands for something older: a node of SGLang's tree that was merged into it."""
+        span.created, span.last_access, span.hits = usage.created, usage.last_access, usage.hits
+        self._heap.add(span)
 
     def touch(self, span: Span, hit: bool = False) -> None:
         """Marks the whole chain as used now, and counts one hit on every span of it if asked. O(chain)."""

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from keepkv_sglang.radix.invariants import check_tree
+from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.span import HEAD_TOKENS, KeyHash, Span
 from keepkv_sglang.radix.tree import SpanTree
 
@@ -225,6 +226,15 @@ class TreeMachine(RuleBasedStateMachine):
         self.tree.touch(self.model[key].span, hit)
         self.use(key, hit)
 
+    @precondition(lambda self: self.model)
+    @rule(index=PICK, created=PICK, used=PICK, hits=st.integers(1, 4))
+    def inherit(self, index: int, created: int, used: int, hits: int) -> None:
+        entry = self.model[self.pick(list(self.model), index)]
+        entry.used, entry.hits = used % (self.clock + 1), hits
+        entry.created = created % (entry.used + 1)
+        usage = Usage(created=entry.created, last_access=entry.used, hits=entry.hits)
+        self.tree.inherit(entry.span, usage)
+
     @precondition(lambda self: any(not entry.locks and entry.m > 1 for entry in self.model.values()))
     @rule(index=PICK, m=PICK)
     def compress(self, index: int, m: int) -> None:
@@ -258,13 +268,16 @@ class TreeMachine(RuleBasedStateMachine):
         self.model[upper_key] = replace(entry, span=upper, m=at)
         entry.m -= at
 
-    @rule(anchor=st.sampled_from(["p", "pq", "r"]), namespace=NAMESPACES, index=PICK, m=PICK)
-    def adopt(self, anchor: Any, namespace: str, index: int, m: int) -> None:
+    @rule(anchor=st.sampled_from(["p", "pq", "r"]), namespace=NAMESPACES, index=PICK, m=PICK, twin=st.booleans())
+    def adopt(self, anchor: Any, namespace: str, index: int, m: int, twin: bool) -> None:
         content = ANCHORS[anchor]
         self.insert(None, (None, namespace, (content,)), 1 + m % len(content), False)
         same = [key for key in self.model if key[1] == namespace and self.text(key) == content]
         home = self.pick(same, index)
         tops = [key for key in self.model if key[:2] == (anchor, namespace) and len(key[2]) == 1]
+        if twin and tops:
+            again = (*home[:2], home[2] + self.pick(tops, index)[2])
+            self.insert(home, again, 1, False)
         if any(self.model[top].locks for top in tops):
             try:
                 self.tree.adopt(anchor, namespace, self.model[home].span)
