@@ -12,12 +12,14 @@ import os
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 BORDER = 0  # the token id that ends a first message; blocks count from 1
+MOST_FORKS = 2  # a retry or an edited turn leaves a conversation once
 _UNIQUE = 1 << 40  # ids from here on occur once
 
 
@@ -131,10 +133,14 @@ def _mooncake(row: dict[str, Any], size: int = 512) -> Request:
 def link(requests: list[Request]) -> list[Request]:
     """Finds the request that each one carries on: the longest earlier prompt that, with its reply, fits inside it.
 
-    Traces name prompts, not replies; an agent feeds its reply back. Each request is carried on once. Where earlier
-    prompts of several lengths end in the same block the trace does not say which one it was (a block that all share,
-    such as a system prompt): then none.
+    Traces name prompts, not replies; an agent feeds its reply back. Each request is carried on once. None where the
+    trace does not say which one it was: the last full block is one that many prompts share, such as a system prompt
+    (more than MOST_FORKS different blocks follow it), or earlier prompts of several lengths end in it.
     """
+    followers: dict[int, set[int]] = defaultdict(set)
+    for request in requests:
+        for block, after in pairwise(request.blocks):
+            followers[block].add(after)
     open_ends: dict[int, list[int]] = defaultdict(list)  # id of the last full block -> requests not yet carried on
     linked: list[Request] = []
     for index, request in enumerate(requests):
@@ -142,7 +148,7 @@ def link(requests: list[Request]) -> list[Request]:
         for block in reversed(request.blocks):
             fitting = [i for i in open_ends.get(block, ()) if requests[i].prompt + requests[i].reply <= request.prompt]
             if fitting:
-                if len({requests[i].prompt for i in fitting}) == 1:
+                if len(followers[block]) <= MOST_FORKS and len({requests[i].prompt for i in fitting}) == 1:
                     parent = fitting[-1]
                     open_ends[block].remove(parent)
                 break
