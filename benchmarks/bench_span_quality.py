@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from span_quality import CALIBRATION, FOLLOWING, Cache, Document, Layer, Probe, data_folder, documents, half_turn
+from span_quality import FOLLOWING, Cache, Document, Layer, Probe, data_folder, documents, half_turn
 from tqdm import tqdm
 
 from keepkv_sglang.config import KeepKVConfig
@@ -35,6 +35,7 @@ from keepkv_sglang.layer_compress import (
     merge_from_assignment,
     select,
 )
+from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
 
 COLD_TOKENS, CUT_TOKENS = 1024, 1536
 BUDGETS = (0.1, 0.2)
@@ -97,6 +98,7 @@ class Calibration:
 
     queries: list[torch.Tensor]
     moments: list[Moments]
+    product: dict[int, PseudoQueries]
 
     @staticmethod
     def of(probe: Probe) -> Calibration:
@@ -108,10 +110,17 @@ class Calibration:
         for q in queries:
             centred = q - q.mean(0)
             moments.append(Moments(q.mean(0), torch.einsum("thd,the->hde", centred, centred) / len(q)))
-        return Calibration(queries, moments)
+        rows = torch.tensor(calibration_rows(len(tokens), WINDOW))
+        cos, sin = probe.model.model.rotary_emb(layers[0].q, torch.arange(8192)[None])
+        half = cos.shape[2] // 2
+        table = torch.cat((cos[0, :, :half], sin[0, :, :half]), 1)
+        product = PseudoQueries(torch.stack([layer.q[rows] for layer in layers]), rows, table)
+        return Calibration(queries, moments, {WINDOW: product})
 
     def pseudo(self, probe: Probe, layer: int, start: int, count: int, step: int = 1) -> torch.Tensor:
         """[count, Hq, D]: queries spread evenly over the text, at positions start, start + step, ..."""
+        if step == 1:
+            return self.product[count].behind(layer, start)
         q = self.queries[layer]
         index = torch.arange(count) * len(q) // count
         return probe.rotate(q[index], start + step * torch.arange(count))
