@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from keepkv_sglang import record
+from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
 from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
 
 SCRATCH_BYTES = 64 << 20  # working memory of one layer's merge
+UNUSED_SCORER, UNUSED_MERGE = "keydiff", "mean"  # where there are no queries: measured, docs/log.md
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,46 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: Span, window
     rt.counters["slots_freed"] += span.slots - span.m
     rt.counters["seconds"] += time.perf_counter() - began
     return True
+
+
+def merge_unused(rt: Runtime, config: KeepKVConfig, source: torch.Tensor, target: torch.Tensor, first: bool) -> None:
+    """Merges cached slots that no request uses into fresh ones, in every layer, without queries.
+
+    source [n], target [m] int64 slots; m < n. first: the span begins at logical position 0 (sinks are kept). Writes K,
+    V and votes of `target` only.
+    """
+    assert rt.votes is not None
+    pool = rt.kv_pool
+    policy = SpanPolicy(
+        m=len(target),
+        merge=UNUSED_MERGE if config.merge != "evict" else "evict",
+        recent=config.recent,
+        sinks=config.sinks if first else 0,
+        threshold=config.threshold,
+        scorer=UNUSED_SCORER,
+    )
+    scheduler = rt.scheduler
+    with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
+        for index in range(pool.layer_num):
+            layer = rt.first_layer + index
+            keys, values = pool.get_key_buffer(layer), pool.get_value_buffer(layer)
+            votes = rt.votes.log_votes[index]
+            assert rt.arena is not None
+            result = compress_layer(
+                LayerInput(
+                    q=rt.arena.queries[index, :0],
+                    q_index=source[:0],
+                    k_ctx=keys[:0],
+                    lv_ctx=votes[:0],
+                    k=keys[source],
+                    v=values[source],
+                    lv=votes[source],
+                    scale=rt.scales.get(layer, 1.0),
+                ),
+                policy,
+                SCRATCH_BYTES,
+            )
+            keys[target], values[target], votes[target] = result.k, result.v, result.lv
 
 
 def _allocate(rt: Runtime, count: int) -> torch.Tensor | None:

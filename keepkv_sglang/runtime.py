@@ -8,6 +8,7 @@ in hooks/, ownership of cached slots in radix/cache.py.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -45,6 +46,9 @@ class Runtime:
         self.pool_limit = 1 << 62  # tokens from which a prompt cannot be in the pool uncompressed
         self.step_reserve = 0  # slots that the step being scheduled still has to allocate
         self.active_rows = 0
+        self.check_at_idle = os.environ.get("KEEPKV_CHECK") == "1"
+        self.checked_at = -1
+        self.merge_flops = self.prefill_flops = 0.0  # pressure.worth_merging
         # (query rows, arena rows) of the forward about to run; the attention backend takes it
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         self.counters = {
@@ -57,6 +61,9 @@ class Runtime:
             "entry_hits": 0,
             "retractions_published": 0,
             "mispublished": 0,
+            "pressure_merges": 0,
+            "pressure_tokens": 0,
+            "pressure_seconds": 0.0,
         }
 
     # -- start-up -----------------------------------------------------------------------------------------------------
@@ -70,6 +77,8 @@ class Runtime:
         self.first_layer, layers = pool.start_layer, pool.layer_num
         keys = pool.get_key_buffer(self.first_layer)
         slots, kv_heads, head_dim = keys.shape
+        self.merge_flops = 2.0 * layers * kv_heads * head_dim
+        self.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
         self.votes = VoteStore(layers, slots, kv_heads, keys.device)
         from sglang.srt.runtime_context import get_parallel
 

@@ -14,12 +14,18 @@ from typing import Any
 import torch
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, TreeLock
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from keepkv_sglang import runtime
-from keepkv_sglang.radix.span import Span
+from keepkv_sglang.radix.events import SpanEvents
+from keepkv_sglang.radix.invariants import check_slots, check_tree
+from keepkv_sglang.radix.nodes import NodeBook, Scope
+from keepkv_sglang.radix.order import Usage
+from keepkv_sglang.radix.span import Span, as_tokens
 from keepkv_sglang.radix.tree import SpanTree
+from keepkv_sglang.request import logical_tokens
 
 logger = logging.getLogger("keepkv")
 FULL = ComponentType.FULL
@@ -37,13 +43,31 @@ class KeepKVRadixCache(UnifiedRadixCache):
 
     is_keepkv = True
     spans: SpanTree
+    nodes: NodeBook
+
+    def __init__(self, params: Any) -> None:
+        self._params = params
+        self.events: SpanEvents | None = None
+        super().__init__(params)
+        if params.enable_kv_cache_events and not params.disable:
+            self.events = SpanEvents(
+                self.tree_core,
+                page_size=params.page_size,
+                dynamo_format=params.dynamo_kv_event_format,
+                lora_names=params.kv_event_lora_names,
+            )
 
     def reset(self) -> None:
         # Called by the parent's __init__ too, so the fields are made here.
-        self.spans = SpanTree()
-        self._node_times: dict[int, int] = {}  # NodeId -> SpanTree clock, for one eviction order over both trees
+        self.spans = SpanTree(self._params.eviction_policy)
+        self.nodes = NodeBook()  # of SGLang's tree: ages for one eviction order over both trees, tokens, locks
+        self._namespaces: dict[Scope, set[tuple[Any, ...]]] = {}
+        self._covered: dict[int, Span] = {}  # NodeId -> a span that holds the node's tokens too
         self._evict_goal: tuple[int, int | None, Any] | None = None
         super().reset()
+
+    def take_events(self) -> list[Any]:
+        return self.events.take() if self.events is not None else super().take_events()
 
     # -- matching -----------------------------------------------------------------------------------------------------
 
@@ -55,13 +79,20 @@ class KeepKVRadixCache(UnifiedRadixCache):
             return result
         if envs.SGLANG_RADIX_FORCE_MISS.get():
             return result  # SGLang turns it into a miss afterwards and knows nothing of our slot count
-        path = self._touch_path(result.last_device_node) if result.device_prefix_len else []
+        key = params.key
+        path = self.path_of(result.last_device_node) if result.device_prefix_len else ()
         state = rt.state_of(params.req) if params.req is not None else None
-        if state is None or not len(self.spans):
-            return result
-        anchors = [(None, 0)] + [(node_id, end) for node_id, end in path if self.spans.has_anchor(node_id)]
-        entry = self.spans.match(anchors, state.namespace, params.key.token_ids, len(params.key))
-        if entry is None or entry.path_tokens <= result.device_prefix_len:
+        entry = None
+        if state is not None and len(self.spans):
+            anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
+            entry = self.spans.match(anchors, state.namespace, key.token_ids, len(key), touch=False)
+            if entry is not None and entry.path_tokens <= result.device_prefix_len:
+                entry = None
+            if entry is not None:
+                self.spans.touch(entry)
+        # After the spans: an anchor is never older than what hangs below it.
+        self._touch(path, key.token_ids, _scope(params.req, key))
+        if entry is None:
             return result
         return result._replace(
             device_prefix_len=entry.path_tokens,
@@ -70,13 +101,30 @@ class KeepKVRadixCache(UnifiedRadixCache):
             cache_protected_len=entry.path_slots,
         )
 
-    def _touch_path(self, node_id: int) -> list[tuple[int, int]]:
-        """Stamps every node on the path as used now; returns (NodeId, logical end) from the top down."""
-        now = self.spans.tick()
-        infos = self.tree_core.collect_path_info([node_id])[0]
-        for info in infos:
-            self._node_times[info.node_id] = now
-        return [(info.node_id, info.path_end) for info in infos]
+    def path_of(self, node_id: int) -> tuple[Any, ...]:
+        """SGLang's TreePathNodeInfo of every node from the root's child down to node_id."""
+        return self.tree_core.collect_path_info([node_id])[0]
+
+    def _touch(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
+        if path:
+            steps = [(info.node_id, info.path_start, info.path_end) for info in path]
+            self.nodes.touch(steps, as_tokens(tokens), scope, self.spans.tick())
+
+    def _touch_of(self, req: Any) -> None:
+        """Stamps the path that the request holds in SGLang's tree."""
+        node: Any = req.last_node.anchor if isinstance(req.last_node, Span) else req.last_node
+        if node is not None and not self.is_root(node):
+            self._touch(self.path_of(node), req.full_untruncated_fill_ids, _scope(req, req))
+
+    def count_hit(self, node: Any) -> None:
+        """A request was admitted on this match, for eviction orders that count hits."""
+        if self.disable:
+            return
+        anchor: Any = node.anchor if isinstance(node, Span) else node
+        if isinstance(node, Span):
+            self.spans.touch(node, hit=True)
+        if anchor is not None and not self.is_root(anchor):
+            self.nodes.hit(info.node_id for info in self.path_of(anchor))
 
     def raw_tail_start(self, entry: Span) -> tuple[int, int]:
         """(slots, tokens) where the raw spans at the end of the chain begin: the next turn compresses them."""
@@ -102,6 +150,14 @@ class KeepKVRadixCache(UnifiedRadixCache):
             return
         self.spans.unlock(lock.node)
         super().unlock(lock.receipt)
+
+    def inc_lock_ref(self, node_id: Any, *args: Any, **kwargs: Any) -> Any:
+        self.nodes.lock(node_id)
+        return super().inc_lock_ref(node_id, *args, **kwargs)
+
+    def dec_lock_ref(self, node_id: Any, *args: Any, **kwargs: Any) -> Any:
+        self.nodes.unlock(node_id)
+        return super().dec_lock_ref(node_id, *args, **kwargs)
 
     def _move_lock(self, req: Any, node: Any, slots: int) -> None:
         """The new lock first, so that the path never becomes evictable in between."""
@@ -131,8 +187,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
         if self.disable or req.skip_radix_cache_insert or anchor_len <= req.kv.cache_protected_len:
             return
         self.checkpoint_into_tree(req, up_to=anchor_len)
-        if isinstance(req.last_node, int) and not self.is_root(req.last_node):
-            self._touch_path(req.last_node)
+        self._touch_of(req)
 
     def publish_span(
         self, req: Any, namespace: tuple[Any, ...], tokens: array, first: int, start: int, m: int, *, raw: bool
@@ -160,28 +215,61 @@ class KeepKVRadixCache(UnifiedRadixCache):
             runtime.current().counters["mispublished"] += 1
             return False
         slots = self.req_to_token_pool.req_to_token[kv.req_pool_idx, start : start + m].to(torch.int64)
-        span, created = self.spans.insert(
-            parent=parent,
-            anchor=anchor,
-            anchor_len=anchor_len,
-            namespace=namespace,
-            tokens=tokens,
-            slots=slots,
-            m=m,
-            raw=raw,
+        span, created = self.insert_span(
+            parent, anchor, anchor_len, namespace, logical_tokens(req)[: first + len(tokens)], len(tokens), slots, raw
         )
         if not created:
             if span.m != m:
                 return False
             self.req_to_token_pool.write((kv.req_pool_idx, slice(start, start + m)), span.slots.to(torch.int32))
             self.token_to_kv_pool_allocator.free(slots)
-        if anchor is not None:
-            self._touch_path(anchor)
         self._move_lock(req, span, start + m)
+        self._touch_of(req)
         rt = runtime.active()
         if rt is not None:
             rt.counters["published"] += created
         return True
+
+    def insert_span(
+        self,
+        parent: Span | None,
+        anchor: int | None,
+        anchor_len: int,
+        namespace: tuple[Any, ...],
+        prompt: array,
+        n: int,
+        slots: torch.Tensor,
+        raw: bool,
+    ) -> tuple[Span, bool]:
+        """Adds the last n tokens of `prompt`, held in `slots`; (span, True) or (the twin that is there, False)."""
+        span, created = self.spans.insert(
+            parent=parent,
+            anchor=anchor,
+            anchor_len=anchor_len,
+            namespace=namespace,
+            tokens=prompt[len(prompt) - n :],
+            slots=slots,
+            m=len(slots),
+            raw=raw,
+        )
+        scope: Scope = namespace[:3]
+        self._namespaces.setdefault(scope, set()).add(namespace)
+        if created and self.events is not None:
+            self.events.stored(span, prompt, *scope[:2])
+        if created and not raw:
+            below = self._match_core(prompt, scope)
+            if below.device_prefix_len > anchor_len:
+                self._find_covered(self.path_of(below.last_device_node), prompt, scope)
+        return span, created
+
+    def _find_covered(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
+        """Notes nodes of the path whose tokens are also in spans: they are young, but the first to be given up."""
+        for namespace in self._namespaces.get(scope, ()):
+            anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
+            entry = self.spans.match(anchors, namespace, tokens, touch=False)
+            for info in path:  # from the top down: popitem() then gives the lowest first
+                if entry is not None and entry.anchor_len <= info.path_start and info.path_end <= entry.path_tokens:
+                    self._covered[info.node_id] = entry
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Stock for requests that are never compressed; of the others only the anchor is published uncompressed.
@@ -192,10 +280,63 @@ class KeepKVRadixCache(UnifiedRadixCache):
         state = rt.state_of(req) if rt is not None else None
         if state is None:
             super().checkpoint(req, up_to=up_to, **kwargs)
-            if not self.disable and isinstance(req.last_node, int) and not self.is_root(req.last_node):
-                self._touch_path(req.last_node)
+            if not self.disable and not self.is_root(req.last_node):
+                self._touch_of(req)
+                self._find_covered(self.path_of(req.last_node), req.full_untruncated_fill_ids, _scope(req, req))
         elif state.admitted:
             self.publish_anchor(req, min(state.anchor_len, up_to))
+
+    # -- merging under pressure (pressure.py) -------------------------------------------------------------------------
+
+    def split_node(self, node_id: int, cut: int) -> None:
+        """Cuts an evictable leaf of SGLang's tree at logical position `cut`: afterwards node_id begins there."""
+        path = self.path_of(node_id)
+        node = self.nodes.get(node_id)
+        assert node is not None
+        self._match_core(self._prompt_of(path)[:cut], node.scope)
+        upper = self.path_of(node_id)[-2]
+        assert upper.path_end == cut, (upper, cut)
+        self.nodes.split(node_id, path[-1].path_start, cut, upper.node_id)
+
+    def _prompt_of(self, path: tuple[Any, ...]) -> array:
+        """All tokens of a path of SGLang's tree."""
+        prompt = array("q")
+        for info in path:
+            node = self.nodes.get(info.node_id)
+            assert node is not None, f"a node that no request was seen on: {info}"
+            prompt.extend(node.own(info.path_start))
+        return prompt
+
+    def _match_core(self, tokens: array, scope: Scope) -> MatchResult:
+        """SGLang's own match; it splits a node where the tokens end or part."""
+        key = RadixKey(tokens, scope[0], cache_salt=scope[1])
+        return super().match_prefix(MatchPrefixParams(key=key))
+
+    def replace_node(self, node_id: int, namespace: tuple[Any, ...], slots: torch.Tensor) -> None:
+        """An evictable leaf of SGLang's tree becomes a span of these slots; what hung below it hangs below the span.
+
+        Spans of other configurations below it are dropped with it: their key names the anchor's uncompressed tokens.
+        """
+        path = self.path_of(node_id)
+        node, start = self.nodes.get(node_id), path[-1].path_start
+        assert node is not None
+        anchor, prompt = path[-2].node_id if start else None, self._prompt_of(path)
+        n = len(prompt) - start
+        span, created = self.insert_span(None, anchor, start, namespace, prompt, n, slots, raw=False)
+        if created:
+            self.spans.inherit(span, node.usage)
+        else:
+            self.token_to_kv_pool_allocator.free(slots)
+        if self.spans.has_anchor(node_id):
+            self._drop(self.spans.adopt(node_id, namespace, span), {FULL: 0})
+        self.drop_leaf(node_id)
+
+    def drop_leaf(self, node_id: int) -> None:
+        """Evicts an evictable leaf; the node above may have become one."""
+        path = self.path_of(node_id)
+        self.evict_node(node_id, {FULL: 0})
+        if len(path) > 1:
+            self.nodes.put_back(path[-2].node_id)
 
     # -- paths --------------------------------------------------------------------------------------------------------
 
@@ -226,6 +367,28 @@ class KeepKVRadixCache(UnifiedRadixCache):
         ]
         return super().dfs_weight_order(plain)
 
+    def check(self) -> None:
+        """Every invariant of radix/README.md over both trees; AssertionError names the one that fails. Call it at idle.
+
+        Walks everything: for tests (KEEPKV_CHECK=1 does it whenever the server is idle), not for serving.
+        """
+        if self.disable:
+            return
+        check_tree(self.spans, lambda slots: slots.tolist())
+        for span in self.spans.spans():
+            if span.anchor is not None:
+                anchor: Any = span.anchor
+                info = self.path_of(anchor)[-1]  # KeyError: the anchor is gone
+                assert info.path_end == span.anchor_len, f"I8: anchor {info} of {span!r} ends elsewhere"
+        allocator = self.token_to_kv_pool_allocator
+        owners = {
+            "the free list": allocator.get_all_free_pages().tolist(),
+            "SGLang's tree": self.tree_core.all_values_flatten().tolist(),
+            "spans": [slot for span in self.spans.spans() for slot in span.slots.tolist()],
+        }
+        check_slots(int(allocator.size), owners)
+        assert not self.nodes.any_locked() and not self.spans.protected_slots, "I2: locked at idle"
+
     # -- sizes and eviction -------------------------------------------------------------------------------------------
 
     def evictable_size(self) -> int:
@@ -250,6 +413,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
         for span in dead:
             self.token_to_kv_pool_allocator.free(span.slots)
             tracker[FULL] += span.m
+            if self.events is not None:
+                self.events.removed(span)
 
     def _goal_reached(self, tracker: dict[ComponentType, int]) -> bool:
         assert self._evict_goal is not None
@@ -272,6 +437,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
         target = (available_size_targets or {}).get(FULL)
         self._evict_goal = (count, target[1] if target else None, allocation_reclaim_satisfied)
         try:
+            if count > 0:
+                self._evict_covered(tracker)
             super()._evict_components(
                 request_by_type,
                 tracker,
@@ -285,16 +452,46 @@ class KeepKVRadixCache(UnifiedRadixCache):
         finally:
             self._evict_goal = None
 
+    def _evict_covered(self, tracker: Any) -> None:
+        """Uncompressed copies of what spans hold go first; plain LRU would give up other requests' entries for them."""
+        in_use: dict[int, Span] = {}
+        while self._covered and not self._goal_reached(tracker):
+            node_id, entry = self._covered.popitem()
+            if entry.dead or self.nodes.get(node_id) is None or self.spans.has_anchor(node_id):
+                continue  # no longer true, or needed as an anchor
+            if self.evictable_leaf(node_id):
+                self.evict_node(node_id, tracker)
+            else:
+                in_use[node_id] = entry
+        self._covered.update(reversed(in_use.items()))
+
+    def evictable_leaf(self, node_id: int) -> bool:
+        """Whether this node of SGLang's tree may be evicted now. SGLang's core panics when asked for another."""
+        if self.nodes.get(node_id) is None or self.nodes.locked(node_id):
+            return False
+        return not self.path_of(node_id)[-1].num_children
+
+    def evict_node(self, node_id: int, tracker: Any) -> Any:
+        """Evicts a leaf of SGLang's tree with the spans below it, whatever its age."""
+        result = super()._evict_device_leaf(node_id, tracker)
+        if self.spans.has_anchor(node_id):
+            self._drop(self.spans.drop_anchor(node_id), tracker)
+        self.nodes.forget(node_id)
+        self._covered.pop(node_id, None)
+        return result
+
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
-        """One order over both trees: spans older than SGLang's victim go first; if they suffice it is spared."""
-        age = self._node_times.get(node_id, 0)
-        while (span := self.spans.oldest()) is not None and span.last_access <= age:
+        """One order over both trees: spans due before SGLang's victim go first; if they suffice it is spared."""
+        node = self.nodes.get(node_id)
+        key = self.spans.key(node.usage if node is not None else Usage())
+        while (span := self.spans.oldest()) is not None and self.spans.key(span) <= key:
             self.spans.remove(span)
             self._drop([span], tracker)
             if self._goal_reached(tracker):
                 return None
-        result = super()._evict_device_leaf(node_id, tracker)
-        if self.spans.has_anchor(node_id):
-            self._drop(self.spans.drop_anchor(node_id), tracker)
-        self._node_times.pop(node_id, None)
-        return result
+        return self.evict_node(node_id, tracker)
+
+
+def _scope(req: Any, key: Any) -> Scope:
+    """What must agree besides tokens; key: whatever carries extra_key and cache_salt."""
+    return key.extra_key, key.cache_salt, getattr(req, "lora_id", None)

@@ -38,6 +38,8 @@ def i1_slots_counted_once(tree: SpanTree) -> None:
     free = sum(span.m for span in tree.spans() if not span.lock_ref)
     held = sum(span.m for span in tree.spans() if span.lock_ref)
     _require(tree.evictable_slots == free, f"I1: {tree.evictable_slots} evictable_slots, spans hold {free}")
+    used = sum(span.last_access for span in tree.spans())
+    _require(tree._access_sum == used, f"I1: {tree._access_sum} as the sum of last_access, spans have {used}")
     _require(tree.protected_slots == held, f"I1: {tree.protected_slots} protected_slots, spans hold {held}")
 
 

@@ -38,6 +38,7 @@ class SpanTree:
         self.evictable_slots = 0
         self.protected_slots = 0
         self._live: dict[int, Span] = {}  # by serial
+        self._access_sum = 0  # of last_access
         self._tops: dict[Anchor | None, dict[Hashable, ChildIndex]] = {}  # anchor -> namespace -> top spans
         self._anchor_lens: dict[Anchor | None, int] = {}
         self._heap = EvictionHeap(self.key)
@@ -65,8 +66,14 @@ class SpanTree:
         """The clock: the time of the latest use of anything."""
         return self._clock
 
+    @property
+    def mean_age(self) -> float:
+        """Mean over the spans of the time since their last use, in ticks; 0 without spans. O(1)."""
+        return self._clock - self._access_sum / len(self._live) if self._live else 0.0
+
     def inherit(self, span: Span, usage: Usage) -> None:
         """The span stands for something older: a node of SGLang's tree that was merged into it."""
+        self._access_sum += usage.last_access - span.last_access
         span.created, span.last_access, span.hits = usage.created, usage.last_access, usage.hits
         self._heap.add(span)
 
@@ -74,6 +81,7 @@ class SpanTree:
         """Marks the whole chain as used now, and counts one hit on every span of it if asked. O(chain)."""
         now = self.tick()
         for link in span.chain():
+            self._access_sum += now - link.last_access
             link.last_access = now
             link.hits += hit
         self._heap.add(span)  # the others have a child
@@ -237,6 +245,7 @@ class SpanTree:
             serial=self._serial,
         )
         upper.created, upper.last_access, upper.hits = span.created, span.last_access, span.hits
+        self._access_sum += span.last_access
         span.parent, span.tokens, span.slots = upper, rest, lower_slots
         span.n = span.m = len(rest)
         siblings.add(upper)
@@ -332,6 +341,7 @@ class SpanTree:
         assert not span.children, f"removed before its children: {span!r}"
         self._unlist(span)
         del self._live[span.serial]
+        self._access_sum -= span.last_access
         self.evictable_slots -= span.m
         span.dead = True
         self._heap.discard(span)

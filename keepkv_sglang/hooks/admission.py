@@ -14,8 +14,9 @@ import logging
 import math
 from typing import Any
 
-from keepkv_sglang import runtime
+from keepkv_sglang import pressure, runtime
 from keepkv_sglang.anchor import first_message_end
+from keepkv_sglang.hooks.scheduler import compress_batch
 from keepkv_sglang.request import RequestState
 
 logger = logging.getLogger("keepkv")
@@ -72,9 +73,10 @@ def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int,
 
 def before_get_new_batch_prefill(self: Any, running_batch: Any) -> None:
     """BEFORE Scheduler.get_new_batch_prefill: what compression gives back counts in this round's admission."""
-    from keepkv_sglang.hooks.scheduler import compress_batch
-
-    compress_batch(running_batch)
+    rt = runtime.active()
+    if rt is not None:
+        compress_batch(running_batch)
+        pressure.relieve(rt)
 
 
 def around_init_req_max_new_tokens(original: Any, self: Any, req: Any) -> None:

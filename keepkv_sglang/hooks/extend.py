@@ -32,6 +32,8 @@ def around_alloc_for_extend(original: Any, batch: Any) -> Any:
     states = []
     for req in batch.reqs:
         state = rt.state_of(req)
+        if not req.kv.holds_kv:
+            rt.tree.count_hit(req.last_node)
         if state is not None and not req.kv.holds_kv:
             entry = req.last_node if isinstance(req.last_node, Span) and req.prefix_len else None
             schedule.on_extend(rt, req, state, entry)

@@ -83,6 +83,15 @@ def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool
     original(req, tree_cache, checkpoint=checkpoint)
 
 
+def after_on_idle(_result: Any, self: Any) -> None:
+    """AFTER Scheduler.on_idle: with KEEPKV_CHECK=1, every invariant of the cache, each time something has changed."""
+    rt = runtime.active()
+    if rt is None or not rt.check_at_idle or not self.is_fully_idle() or rt.checked_at == rt.tree.spans.now:
+        return
+    rt.checked_at = rt.tree.spans.now
+    rt.tree.check()
+
+
 def after_get_internal_state(result: Any, self: Any, *_args: Any, **_kwargs: Any) -> Any:
     """AFTER Scheduler.get_internal_state: our numbers in /server_info."""
     rt = runtime.active()

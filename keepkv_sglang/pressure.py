@@ -1,0 +1,125 @@
+"""Compress before evict: when free slots run low, cold uncompressed prefixes are merged between steps.
+
+SGLang's tree keeps uncompressed what KeepKV never compresses by itself: anchors (system prompts) and the prompts of
+requests that switched it off. Without this module they are evicted when memory is needed; here they become spans of the
+server's own configuration, at its budget, and later requests of that configuration find them. evict() itself only
+drops: a merge needs slots of its own and time, so it is done here, at most `pressure_tokens` tokens per step.
+
+No request runs over such a prefix, so there are no queries: keys score themselves (scoring/keydiff.py).
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from keepkv_sglang.compressor import merge_unused
+from keepkv_sglang.radix.nodes import Node
+from keepkv_sglang.runtime import Runtime
+
+MOST_LOOKED_AT = 16  # nodes per step that turn out not to be merged
+
+
+def relieve(rt: Runtime) -> None:
+    """Merges cold nodes of SGLang's tree until enough slots are free, within one step's budget. Call between steps.
+
+    A budget in slots is a request's, not a prefix's: a server started with one merges nothing here.
+    """
+    config, tree = rt.config, rt.tree
+    if config.pressure == "off" or not config.compresses or config.counts_slots or tree.disable:
+        return
+    wanted = int(config.pressure_free * rt.capacity) + _about_to_be_needed(rt)
+    left, looks = config.pressure_tokens, MOST_LOOKED_AT
+    while rt.allocator.available_size() < wanted and looks and left >= config.min_tokens:
+        found = tree.nodes.coldest()
+        if found is None:
+            break
+        node_id, node = found
+        if not is_cold(tree, node):
+            tree.nodes.put_back(node_id)
+            break
+        done = _merge_node(rt, node_id, node, left)
+        left -= done
+        looks -= done == 0
+
+
+def _about_to_be_needed(rt: Runtime) -> int:
+    """Slots that the next prefill may take: without them it would evict what could have been merged."""
+    scheduler = rt.scheduler
+    waiting = sum(len(req.origin_input_ids) for req in scheduler.waiting_queue[:MOST_LOOKED_AT])
+    if scheduler.chunked_req is not None:
+        waiting += len(scheduler.chunked_req.origin_input_ids)
+    return min(waiting, rt.chunk_tokens(scheduler) or scheduler.max_prefill_tokens)
+
+
+def is_cold(tree: Any, node: Node) -> bool:
+    """Not used for more than twice the mean age of the cache's spans: out of the working set.
+
+    Where n conversations take turns, ages spread evenly from 0 to one round and twice their mean is a whole round: what
+    takes part stays uncompressed.
+    """
+    return tree.spans.now - node.usage.last_access > 2 * tree.spans.mean_age
+
+
+def worth_merging(n: int, m: int, hits: int, merge_flops: float, prefill_flops: float) -> bool:
+    """The cheaper-than-recompute rule: merging n tokens into m slots costs less than it is expected to save.
+
+    merge_flops: per pair of dropped and kept token (all layers and kv heads); prefill_flops: per token. The search for
+    the nearest kept key compares (n - m) with m keys, so it grows with n^2; prefilling n tokens again grows with n. The
+    prefix is asked for again with probability (hits + 1) / (hits + 2): Laplace's rule, 1/2 for one never used again.
+    Counts only, no clock: tensor-parallel ranks must decide alike.
+    """
+    again = (hits + 1) / (hits + 2)
+    return m < n and merge_flops * (n - m) * m <= again * prefill_flops * n
+
+
+def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int:
+    """Merges up to `most` tokens at the node's end; returns how many, 0 if it stays as it is.
+
+    A longer node is cut and its end merged first; the rest is the next coldest. A node that is not merged leaves the
+    queue of cold nodes until it is used again, unlocked, or its last child is gone.
+    """
+    config, tree = rt.config, rt.tree
+    if not tree.evictable_leaf(node_id):
+        return 0
+    info = tree.path_of(node_id)[-1]
+    start, end = info.path_start, info.path_end
+    cut = start if end - start <= most else end - most
+    if start < cut < start + config.min_tokens:  # never leave a stump too short to merge
+        cut = start + config.min_tokens
+    n = end - cut
+    if n < config.min_tokens:
+        if start and not tree.spans.has_anchor(node_id):
+            tree.drop_leaf(node_id)  # a short end, such as a reply: it keeps the rest from being merged
+        return 0
+    m = config.kept_slots(0, n)
+    if not worth_merging(n, m, node.usage.hits, rt.merge_flops, rt.prefill_flops):
+        return 0
+    began = time.perf_counter()
+    target = _slots_beside(rt, node_id, m)
+    if target is None:
+        return 0
+    if cut > start:
+        tree.split_node(node_id, cut)
+    source = tree.path_device_indices(node_id)[cut:end]
+    merge_unused(rt, config, source, target, first=cut == 0)
+    tree.replace_node(node_id, (*node.scope, config.fingerprint()), target)
+    rt.counters["pressure_merges"] += 1
+    rt.counters["pressure_tokens"] += n
+    rt.counters["pressure_seconds"] += time.perf_counter() - began
+    return n
+
+
+def _slots_beside(rt: Runtime, node_id: int, count: int) -> Any:
+    """Fresh slots, int64 [count]; where none are free, entries that are next in line make room. None if there are none.
+
+    The node is locked meanwhile: what is about to be merged must not be evicted to make room for it.
+    """
+    lock = rt.tree.lock(node_id)
+    try:
+        if rt.allocator.available_size() < count:
+            rt.tree.evict_slots(count - rt.allocator.available_size())
+        slots = rt.allocator.alloc(count)
+    finally:
+        rt.tree.unlock(lock)
+    return None if slots is None else slots.long()
