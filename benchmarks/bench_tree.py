@@ -1,16 +1,27 @@
-"""SpanTree against SGLang's RadixCache on the same keys, in one process: `python benchmarks/bench_tree.py`.
+"""SpanTree against SGLang's own prefix caches, on the same keys in one process: `python benchmarks/bench_tree.py`.
 
-50,000 spans of 20 tokens: 250 unrelated keys of 4,000 tokens, each a chain of 200 spans. RadixCache gets the
-same keys grown 20 tokens at a time, so that it holds the same 50,000 nodes (building them takes a minute). A
-second table keeps each key as one span. Medians in microseconds per call over shuffled keys.
+1,000,000 tokens in 50,000 spans of 20 tokens: 250 unrelated keys of 4,000 tokens, each a chain of 200 spans. SGLang's
+caches get the same keys grown 20 tokens at a time, so that they hold the same 50,000 nodes (building takes minutes). A
+second table keeps each key as one span. Medians in microseconds per call over shuffled keys, so that what else runs
+on the machine disturbs little; still, compare the columns of one run only.
+
+Rows with * must be within 2x of RadixCache; the last line says PASS or FAIL, and so does the exit status. Eviction
+must not scan: with 10 times as many spans, evicting one may cost 3 times as much at most (a cold cache, a deeper heap).
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
+import os
+import platform
 import random
 import statistics
+import subprocess
 import sys
 import time
+import warnings
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,18 +29,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from keepkv_sglang.radix.order import ORDERS
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 
-KEYS, KEY_TOKENS = 250, 4000
+REPO = Path(__file__).resolve().parents[1]
+KEYS, KEY_TOKENS, SPAN_TOKENS = 250, 4000, 20
+EVICTED = 10_000
 VOCABULARY = 150_000
 NO_ANCHOR = [(None, 0)]
+LIMIT, SCAN_LIMIT = 2.0, 3.0
 Call = Callable[[Any], Any]
 
 
-def make_keys(rng: random.Random) -> list[array[int]]:
-    """KEYS random keys, unrelated from their first tokens on, as conversations are past the anchor."""
-    return [array("q", (rng.randrange(VOCABULARY) for _ in range(KEY_TOKENS))) for _ in range(KEYS)]
+def random_key(rng: random.Random, tokens: int = KEY_TOKENS) -> array[int]:
+    """Unrelated from its first token on, as conversations are past the anchor."""
+    return array("q", (rng.randrange(VOCABULARY) for _ in range(tokens)))
 
 
 def extend(tree: SpanTree, parent: Span | None, tokens: Sequence[int]) -> Span:
@@ -39,40 +54,61 @@ def extend(tree: SpanTree, parent: Span | None, tokens: Sequence[int]) -> Span:
     )[0]
 
 
-def build_ours(keys: list[array[int]], span_tokens: int) -> tuple[SpanTree, list[Span]]:
-    """The tree and the last span of each key."""
-    tree, leaves = SpanTree(), []
-    for key in keys:
-        span = None
-        for start in range(0, KEY_TOKENS, span_tokens):
-            span = extend(tree, span, key[start : start + span_tokens])
-        assert span is not None
-        leaves.append(span)
-    return tree, leaves
+def chain(tree: SpanTree, key: array[int], span_tokens: int) -> Span:
+    """The whole key as spans of span_tokens; returns the last one."""
+    span = None
+    for start in range(0, len(key), span_tokens):
+        span = extend(tree, span, key[start : start + span_tokens])
+    assert span is not None
+    return span
 
 
 class SGLang:
-    """RadixCache as SGLang builds it for simulation; values are slot tensors."""
+    """One of SGLang's caches without a server; values are slot tensors, and freed slots go nowhere."""
 
-    def __init__(self) -> None:
+    class Allocator:
+        device = "cpu"
+
+        def free(self, slots: Any) -> None: ...
+
+        def free_segment(self, slots: Any, start_pos: int = 0) -> None: ...
+
+    def __init__(self, unified: bool) -> None:
         import torch
-        from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+        from sglang.srt.mem_cache import base_prefix_cache as base
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
 
-        self._cache = RadixCache.create_simulated()
+        params = CacheInitParams(False, None, self.Allocator(), 1)  # type: ignore[arg-type]
+        if unified:
+            from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+            from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+            params.tree_components = (ComponentType.FULL,)
+            self._cache: Any = UnifiedRadixCache(params)
+        else:
+            self._cache = RadixCache(params)
         self._values = torch.arange(2 * KEY_TOKENS, dtype=torch.int64)
-        self._match, self._insert, self._key = MatchPrefixParams, InsertParams, RadixKey
+        self._base, self._key = base, RadixKey
 
     def insert(self, tokens: array[int]) -> None:
-        value = self._values[: len(tokens)]
-        self._cache.insert(self._insert(key=self._key(token_ids=tokens), value=value))
+        self._cache.insert(self._base.InsertParams(key=self._key(token_ids=tokens), value=self._values[: len(tokens)]))
+
+    def grow(self, key: array[int], step: int) -> None:
+        """The key in nodes of `step` tokens."""
+        for end in range(step, len(key) + 1, step):
+            self.insert(key[:end])
 
     def match(self, tokens: array[int]) -> int:
-        return int(self._cache.match_prefix(self._match(key=self._key(token_ids=tokens))).device_prefix_len)
+        params = self._base.MatchPrefixParams(key=self._key(token_ids=tokens))
+        return int(self._cache.match_prefix(params).device_prefix_len)
+
+    def evict(self, tokens: int) -> None:
+        self._cache.evict(self._base.EvictParams(num_tokens=tokens))
 
 
-def microseconds(call: Call, arguments: Sequence[Any]) -> float:
-    """Median time of call(argument)."""
+def median_us(call: Call, arguments: Sequence[Any]) -> float:
+    """Median time of call(argument) in microseconds."""
     times = []
     for argument in arguments:
         begin = time.perf_counter_ns()
@@ -81,20 +117,55 @@ def microseconds(call: Call, arguments: Sequence[Any]) -> float:
     return statistics.median(times) / 1000
 
 
-def run(span_tokens: int) -> None:
-    """Builds both trees and prints one table."""
+def mean_us(call: Callable[[], Any], count: int) -> float:
+    """Time of one call() that does `count` things, for each of them."""
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) / count * 1e6
+
+
+class Report:
+    """Rows as they come, and what they break."""
+
+    def __init__(self, have_sglang: bool) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.broken: list[str] = []
+        self._have_sglang = have_sglang
+        self._title = ""
+
+    def title(self, text: str) -> None:
+        self._title = text
+        print(f"\n{text}\n{'us per call':50}{'SpanTree':>10}{'RadixCache':>12}{'Unified':>10}{'ratio':>8}")
+
+    def row(self, name: str, ours: float, radix: float | None = None, unified: float | None = None) -> None:
+        """ratio: ours to RadixCache; a name with * is under the rule."""
+        ratio = ours / radix if radix else None
+        cells = (f"{value:{width}.1f}" if value is not None else " " * width for value, width in
+                 ((radix, 12), (unified, 10)))  # fmt: skip
+        print(f"{name:50}{ours:10.1f}{''.join(cells)}{f'{ratio:8.2f}' if ratio else ''}")
+        self.rows.append({"table": self._title, "row": name, "span_tree_us": ours, "radix_cache_us": radix,
+                          "unified_radix_cache_us": unified, "ratio": ratio})  # fmt: skip
+        if name.endswith("*") and ratio is not None and ratio > LIMIT:
+            self.broken.append(f"{name[:-1].strip()}: {ratio:.2f}x of RadixCache ({self._title})")
+
+
+def evict(tree: SpanTree, spans: int) -> None:
+    for _ in range(spans):
+        span = tree.oldest()
+        assert span is not None
+        tree.remove(span)
+
+
+def request_table(report: Report, span_tokens: int) -> None:
+    """What a request costs, on a tree of 1,000,000 tokens."""
     rng = random.Random(0)
-    keys = make_keys(rng)
-    tree, leaves = build_ours(keys, span_tokens)
-    try:
-        sglang: SGLang | None = SGLang()
-    except ImportError as error:
-        print(f"sglang is not here ({error}): our column only")
-        sglang = None
-    if sglang is not None:
+    keys = [random_key(rng) for _ in range(KEYS)]
+    tree = SpanTree()
+    leaves = [chain(tree, key, span_tokens) for key in keys]
+    theirs = [SGLang(unified=False), SGLang(unified=True)] if report._have_sglang else []
+    for cache in theirs:
         for key in keys:
-            for end in range(span_tokens, KEY_TOKENS + 1, span_tokens):
-                sglang.insert(key[:end])
+            cache.grow(key, span_tokens)
 
     order = [rng.randrange(KEYS) for _ in range(2000)]
     longer = [keys[i] + array("q", [VOCABULARY + n]) * 20 for n, i in enumerate(order)]
@@ -103,44 +174,137 @@ def run(span_tokens: int) -> None:
     shared = 2010 // span_tokens * span_tokens
     found = [tree.match(NO_ANCHOR, "", key) for key in (longer[0], changed[0], unknown[0])]
     assert [span.path_tokens if span else 0 for span in found] == [KEY_TOKENS, shared, 0]
-    assert sglang is None or sglang.match(longer[0]) == KEY_TOKENS
+    assert all(cache.match(longer[0]) == KEY_TOKENS for cache in theirs)
 
-    print(f"\n{len(tree):,} spans of {span_tokens} tokens, chains of {KEY_TOKENS // span_tokens}; us per call")
-    print(f"{'':46}{'SpanTree':>10}{'RadixCache':>12}")
+    report.title(f"{len(tree):,} spans of {span_tokens} tokens, chains of {KEY_TOKENS // span_tokens}")
 
-    def row(name: str, ours: Callable[[Any], Any], theirs: Callable[[Any], Any] | None, keys: Sequence[Any]) -> None:
-        our_time = microseconds(ours, keys)
-        their_time = f"{microseconds(theirs, keys):12.1f}" if theirs and sglang else ""
-        print(f"{name:46}{our_time:10.1f}{their_time}")
+    def row(name: str, ours: Call, others: Callable[[SGLang], Call] | None, arguments: Sequence[Any]) -> None:
+        report.row(name, median_us(ours, arguments), *(median_us(others(c), arguments) for c in theirs if others))
 
     def match(key: array[int]) -> Any:
         return tree.match(NO_ANCHOR, "", key)
 
-    their_match = sglang.match if sglang else None
-    row("match, all 4,000 tokens are there", match, their_match, longer)
-    row("match, changed after 2,010 tokens", match, their_match, changed)
-    row("match, unknown from the first token", match, their_match, unknown)
-    # Ours gets the parent from the match of the same request; RadixCache walks down the key again.
+    row("match, all 4,000 tokens are there *", match, lambda c: c.match, longer)
+    row("match, changed after 2,010 tokens *", match, lambda c: c.match, changed)
+    row("match, unknown from the first token *", match, lambda c: c.match, unknown)
+    # Ours gets the parent from the match of the same request; theirs walk down the key again.
+    numbers = range(len(order))
     row(
-        "insert of 20 tokens after the 4,000",
+        "insert of 20 tokens after the 4,000 *",
         lambda n: extend(tree, leaves[order[n]], longer[n][KEY_TOKENS:]),
-        (lambda n: sglang.insert(longer[n])) if sglang else None,
-        range(len(order)),
+        lambda c: lambda n: c.insert(longer[n]),
+        numbers,
     )
-    row(
-        "lock and unlock of a whole chain",
-        lambda n: (tree.lock(leaves[n]), tree.unlock(leaves[n])),
-        None,
-        order,
-    )
-    total = len(tree)
-    begin = time.perf_counter()
-    while (span := tree.oldest()) is not None:
-        tree.remove(span)
-    mean = (time.perf_counter() - begin) / total * 1e6
-    print(f"{f'oldest and remove, mean over all {total:,}':46}{mean:10.1f}")
+    new = [random_key(rng) for _ in range(200)]
+    row("insert of a new key, as one span *", lambda key: extend(tree, None, key), lambda c: c.insert, new)
+    row("insert of the same key again *", lambda key: extend(tree, None, key), lambda c: c.insert, new)
+    if span_tokens < KEY_TOKENS:
+        new = [random_key(rng) for _ in range(50)]
+        row(
+            "insert of a new key, in 200 steps of 20 tokens *",
+            lambda key: chain(tree, key, span_tokens),
+            lambda c: lambda key: c.grow(key, span_tokens),
+            new,
+        )
+        new = [random_key(rng) for _ in range(50)]
+        row("the same, against one insert of the whole key", lambda key: chain(tree, key, span_tokens),
+            lambda c: c.insert, new)  # fmt: skip
+        row("insert again, 200 spans against one insert", lambda key: chain(tree, key, span_tokens),
+            lambda c: c.insert, [keys[i] for i in order[:200]])  # fmt: skip
+    row("lock and unlock of a whole chain", lambda n: (tree.lock(leaves[n]), tree.unlock(leaves[n])), None, order)
+
+
+def eviction_table(report: Report) -> None:
+    """10,000 spans of 20 tokens go, of 50,000 without children: the case in which a scan would hurt most."""
+    rng = random.Random(1)
+    keys = [random_key(rng, SPAN_TOKENS) for _ in range(5 * EVICTED)]
+
+    def evicting(policy: str, spans: int, gone: int) -> float:
+        tree = SpanTree(policy)
+        for key in keys[:spans]:
+            extend(tree, None, key)
+        return mean_us(lambda: evict(tree, gone), gone)
+
+    def theirs(at_once: int) -> list[float]:
+        """Their caches, told to give `at_once` tokens until all 10,000 nodes are gone; us per node."""
+        if not report._have_sglang:
+            return []
+        times = []
+        for cache in (SGLang(unified=False), SGLang(unified=True)):
+            for key in keys:
+                cache.insert(key)
+            calls = max(1, min(100, EVICTED * SPAN_TOKENS // at_once))
+            nodes = calls * at_once // SPAN_TOKENS
+            times.append(mean_us(lambda c=cache, n=calls: [c.evict(at_once) for _ in range(n)], nodes))  # type: ignore[misc]
+        return times
+
+    report.title("50,000 spans without children; eviction of 10,000, us per span")
+    ours = {policy: evicting(policy, 5 * EVICTED, EVICTED) for policy in ORDERS}
+    report.row("lru, against one evict() of 200,000 tokens", ours["lru"], *theirs(EVICTED * SPAN_TOKENS))
+    report.row("lru, against evict() of 20 tokens each time", ours["lru"], *theirs(SPAN_TOKENS))
+    for policy in ORDERS:
+        if policy != "lru":
+            report.row(policy, ours[policy])
+    for policy in ORDERS:
+        grown = ours[policy] / evicting(policy, EVICTED // 2, EVICTED // 10)
+        if grown > SCAN_LIMIT:
+            report.broken.append(f"{policy}: evicting costs {grown:.1f} times as much with 10 times the spans")
+
+
+def nested_table(report: Report) -> None:
+    """Thousands of lengths below one parent that begin alike: the worst case of a match."""
+    rng = random.Random(2)
+    key = random_key(rng, 6000)
+    lengths = range(32, 5032)
+    report.title("match with 5,000 children of 32 to 5,031 tokens below one parent, all beginning alike")
+    for name, last, child in (
+        ("none of them is in the key", -1, False),
+        ("all of them are in the key", None, False),
+        ("all of them are in the key and have a child each", None, True),
+    ):
+        tree = SpanTree()
+        for n in lengths:
+            span = extend(tree, None, key[:n] if last is None else key[: n - 1] + array("q", [last]))
+            if child:
+                extend(tree, span, array("q", [-5, n]))
+        found = tree.match(NO_ANCHOR, "", key)
+        assert (found.path_tokens if found else 0) == (lengths[-1] if last is None else 0)
+        report.row(name, median_us(lambda k, t=tree: t.match(NO_ANCHOR, "", k), [key] * 20))  # type: ignore[misc]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="writes all rows there too")
+    out = parser.parse_args().json
+    warnings.filterwarnings("ignore")
+    try:
+        import sglang.srt.mem_cache.radix_cache  # noqa: F401
+
+        have_sglang = True
+    except ImportError as error:
+        print(f"sglang is not here ({error}): our column only, no rule")
+        have_sglang = False
+    report = Report(have_sglang)
+    for span_tokens in (SPAN_TOKENS, KEY_TOKENS):
+        request_table(report, span_tokens)
+    eviction_table(report)
+    nested_table(report)
+    print()
+    for line in report.broken:
+        print(f"broken: {line}")
+    passed = not report.broken
+    print(f"{'PASS' if passed else 'FAIL'}: rows with * within {LIMIT:g}x of RadixCache; no scan per evicted span")
+    if out is not None:
+        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True)
+        about = {
+            "commit": commit.stdout.strip(),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+            "load": os.getloadavg()[0],
+        }
+        out.write_text(json.dumps({**about, "passed": passed, "broken": report.broken, "rows": report.rows}, indent=1))
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    for span_tokens in (20, KEY_TOKENS):
-        run(span_tokens)
+    sys.exit(main())

@@ -17,6 +17,9 @@ import numpy.typing as npt
 HEAD_TOKENS = 32
 """Children are grouped by this many first tokens: all unrelated branches together cost one lookup."""
 
+MANY_LENGTHS = 32
+"""From so many lengths on, their hashes are computed by numpy at once."""
+
 _MASK = (1 << 64) - 1
 _BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse mod 2^64
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
@@ -73,6 +76,13 @@ class KeyHash:
         if end > self._done:
             self._extend(end)
         return (self._prefix[end] - self._prefix[start]) * self._inverses[start] & _MASK
+
+    def of_all(self, start: int, counts: npt.NDArray[np.int64]) -> list[int]:
+        """[of(start, count) for count in counts], a few times faster."""
+        self.of(start, int(counts.max()))
+        ends = np.asarray(self._prefix)[counts + start]
+        hashes: list[int] = ((ends - np.uint64(self._prefix[start])) * np.uint64(self._inverses[start])).tolist()
+        return hashes
 
     def _extend(self, end: int) -> None:
         done, total = self._done, len(self._tokens)
@@ -159,9 +169,18 @@ class ChildIndex:
                 found.append(span)
         if self._long and room > HEAD_TOKENS:
             lengths = self._long.get(tokens[start : start + HEAD_TOKENS].tobytes())
-            for n, hashes in lengths.items() if lengths else ():
-                if n <= room:
-                    found += hashes.get(key.of(start, n), ())
+            if lengths is None:
+                return found
+            if len(lengths) < MANY_LENGTHS:
+                for n, hashes in lengths.items():
+                    if n <= room:
+                        found += hashes.get(key.of(start, n), ())
+                return found
+            counts = np.fromiter(lengths, dtype=np.int64, count=len(lengths))
+            counts = counts[counts <= room]
+            if len(counts):
+                for n, hash in zip(counts.tolist(), key.of_all(start, counts), strict=True):
+                    found += lengths[n].get(hash, ())
         return found
 
     def exact(self, tokens: array[int]) -> Span | None:

@@ -6,6 +6,7 @@ from array import array
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 from spans import NO_ANCHOR, add
 
@@ -71,9 +72,25 @@ def test_the_longest_chain_wins_whichever_branch_it_is_on(tree: SpanTree, short:
 
 
 def test_every_length_from_1_to_100_is_found(tree: SpanTree) -> None:
+    """More than MANY_LENGTHS long ones, so also where numpy computes their hashes."""
     spans = {n: add(tree, range(n)) for n in range(100, 0, -1)}
     for n in range(1, 101):
         assert tree.match([NO_ANCHOR], "a", [*range(n), 999]) is spans[n]
+    for n in range(2, 101, 3):
+        tree.remove(spans[n])
+    for n in range(2, 100, 3):
+        assert tree.match([NO_ANCHOR], "a", range(n)) is spans[n - 1]
+        assert tree.match([NO_ANCHOR], "a", range(n + 1)) is spans[n + 1]
+
+
+def test_many_long_children_are_searched_below_a_parent_too(tree: SpanTree) -> None:
+    parent = add(tree, range(50), anchor=("x", 7))
+    spans = [add(tree, [*range(40), *range(n)], parent=parent) for n in range(1, 80)]
+    key = [0] * 7 + [*range(50), *range(40), *range(100)]
+    for limit in range(40, len(key) + 1, 7):
+        best = tree.match([("x", 7)], "a", key, limit=limit)
+        whole = [span for span in (parent, *spans) if span.path_tokens <= limit]
+        assert best is (whole[-1] if whole else None)
 
 
 def test_ties_go_to_the_larger_anchor_then_more_slots_then_the_elder(tree: SpanTree) -> None:
@@ -130,6 +147,9 @@ def test_the_hash_of_a_substring_depends_on_its_tokens_only() -> None:
     for before, after in product((0, 1, 255, 256, 5000), (0, 1000)):
         key = KeyHash(array("q", [7] * before) + piece + array("q", [9] * after))
         assert key.of(before, len(piece)) == KeyHash(piece).of(0, len(piece))
+    counts = np.array([5, 1, 300])
+    key = KeyHash(array("q", [4] * 11) + piece + array("q", [9] * 1000))
+    assert key.of_all(11, counts) == [key.of(11, n) for n in counts]
     base = KeyHash(array("q", [0, 1])).of(0, 2)
     assert KeyHash(piece).of(0, 5) == sum(token * base**i for i, token in enumerate(piece)) % 2**64
 
