@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from keepkv_sglang.simulate import command, search, traces
 from keepkv_sglang.simulate.replay import Result, Timing, replay
 from keepkv_sglang.simulate.traces import Request, Workload, data_folder, link, load, tokenize
 
-OPTIONS: dict[str, Any] = {f.name: "off" for f in fields(KeepKVConfig) if f.name == "pressure"}
-QUARTER = KeepKVConfig(enabled=True, budget=0.25, **OPTIONS)
+QUARTER = KeepKVConfig(enabled=True, budget=0.25, pressure="off")
 BLOCK = 64
 
 
@@ -74,8 +73,8 @@ def test_a_merged_turn_matches_whole_or_not_at_all() -> None:
     forked = work(request(0, range(1, 11), 2), request(5, (*range(1, 6), *range(50, 55)), 2))
     assert rates(replay(forked, 10_000, None)) == (320, 1280)
     assert rates(replay(forked, 10_000, QUARTER)) == (0, 1280)
-    if "span_tokens" in KeepKVConfig.__dataclass_fields__:  # pieces of 128 tokens: two of them end before 320
-        assert rates(replay(forked, 10_000, replace(QUARTER, span_tokens=128))) == (256, 1280)
+    # Pieces of 128 tokens: two of them end before 320.
+    assert rates(replay(forked, 10_000, replace(QUARTER, span_tokens=128))) == (256, 1280)
 
 
 def test_the_first_message_is_an_anchor() -> None:
@@ -141,7 +140,7 @@ def _mixed(scale: int = 1) -> Workload:
 
 
 @pytest.mark.parametrize("pool", [700, 2500, 6000])
-@pytest.mark.parametrize("config", [None, QUARTER, replace(QUARTER, budget=0.1), replace(QUARTER, budget=200)])
+@pytest.mark.parametrize("config", [None, QUARTER, replace(QUARTER, pressure="merge"), replace(QUARTER, budget=200)])
 def test_no_slot_is_lost_and_results_repeat(pool: int, config: KeepKVConfig | None) -> None:
     """World.check after every third event, World.flush at the end; equal but for times."""
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from keepkv_sglang.config import KeepKVConfig, parse_budget
+from keepkv_sglang.config import PRESSURE_MODES, KeepKVConfig, parse_budget
 
 
 def pool_size(text: str) -> int:
@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", choices=("stock", "keepkv", "both"), default="both", help="default: both")
     add("--span-tokens", type=int, action="append", metavar="S",
         help="length of cache entries, 0: whole turns; repeat (default: 0)")  # fmt: skip
+    add("--pressure", choices=PRESSURE_MODES, default="merge", help="what happens to cold uncompressed prefixes when "
+        "slots run low (default: merge)")  # fmt: skip
     add("--scale", type=int, default=16, metavar="T", help="T real tokens are simulated as one (default: 16)")
     add("--limit", type=int, default=0, metavar="REQUESTS", help="only the first so many requests")
     add("--max-running", type=int, default=256, metavar="N", help="most requests that run at once (default: 256)")
@@ -68,14 +70,11 @@ def _configs(args: argparse.Namespace) -> list[KeepKVConfig | None]:
     configs: list[KeepKVConfig | None] = [None] if args.policy != "keepkv" else []
     if args.policy == "stock":
         return configs
-    known = {field.name for field in fields(KeepKVConfig)}
     for span_tokens in args.span_tokens or [0]:
-        extra: dict[str, Any] = {"span_tokens": span_tokens} if span_tokens else {}
-        # Merging under pressure happens between steps of a server and looks at keys: it is not simulated.
-        extra |= {"pressure": "off"} if "pressure" in known else {}
-        if extra.keys() - known:
-            raise ValueError(f"this version has no {', '.join(sorted(extra.keys() - known))}; leave --span-tokens out")
-        configs += [KeepKVConfig(enabled=True, budget=budget, **extra) for budget in args.budget or [0.1]]
+        configs += [
+            KeepKVConfig(enabled=True, budget=budget, span_tokens=span_tokens, pressure=args.pressure)
+            for budget in args.budget or [0.1]
+        ]
     return configs
 
 
@@ -127,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
     if claims:
         print(report.table([claims[0].stock, *(claim.keepkv for claim in claims)]))
     if args.json is not None:
-        settings = {"traces": args.traces, "limit": args.limit, "scale": args.scale, "max_running": args.max_running,
-                    "arena_rows": args.arena_rows}  # fmt: skip
+        names = ("traces", "limit", "scale", "pressure", "max_running", "arena_rows")
+        settings = {name: getattr(args, name) for name in names}
         report.write_json(args.json, results, claims, settings | asdict(timing))
     if args.plot is not None:
         shown = [*results, claims[0].stock, *(claim.keepkv for claim in claims)] if claims else results

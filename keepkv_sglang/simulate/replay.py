@@ -143,10 +143,13 @@ class _Replay:
         self.waited_seconds = 0.0
 
     def go(self, check_every: int) -> None:
-        count = 0
+        count, before = 0, 0.0
         while self.events:
             now, kind, index = heapq.heappop(self.events)
             (self._done, self._prefilled, self._arrive)[kind](index, now)
+            steps = 1 + int((now - before) / self.timing.seconds_per_token)
+            self.world.relieve([req for _, req, _ in self.waiting], steps)
+            before = now
             self._admit(now)
             count += 1
             if check_every and count % check_every == 0:

@@ -29,7 +29,7 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from keepkv_sglang import compressor, runtime, schedule
+from keepkv_sglang import compressor, pressure, runtime, schedule
 from keepkv_sglang.anchor import MessageBorder
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.hooks import extend as extend_hooks
@@ -42,7 +42,8 @@ from keepkv_sglang.votes import QueryArena, VoteStore
 from .traces import BORDER
 
 CHUNK_TOKENS = 8192  # SGLang's --chunked-prefill-size on most GPUs
-SCALED = ("window", "recent", "sinks", "interval", "min_tokens", "span_tokens")
+SCALED = ("window", "recent", "sinks", "interval", "min_tokens", "span_tokens", "pressure_tokens")
+MERGE_FLOPS, PREFILL_FLOPS = 2.0 * 32 * 8 * 128, 2.0 * 8e9  # pressure.worth_merging for an 8B Llama
 _CHECK_SPANS = 20_000  # above this the walk over every span's whole path takes minutes
 
 
@@ -190,7 +191,16 @@ class World:
             runtime._runtime = self.rt
             return
         rt = self.rt = runtime.start(config)
-        rt.scheduler = SimpleNamespace(chunked_prefill_size=self.chunk, enable_overlap=False, _engine_paused=False)
+        rt.scheduler = SimpleNamespace(
+            chunked_prefill_size=self.chunk,
+            enable_overlap=False,
+            _engine_paused=False,
+            waiting_queue=[],
+            chunked_req=None,
+            max_prefill_tokens=self.chunk,
+        )
+        # Per pair of tokens and per token: a simulated pair stands for scale^2 real ones, a token for scale.
+        rt.merge_flops, rt.prefill_flops = MERGE_FLOPS * self.scale, PREFILL_FLOPS
         rt.tree, rt.allocator, rt.req_to_token_pool = self.tree, self.allocator, self.rows
         rt.kv_pool = SimpleNamespace(layer_num=0, start_layer=0)
         rt.votes = VoteStore(0, self.slots, 1, "cpu")
@@ -203,6 +213,17 @@ class World:
         rt.border = MessageBorder(BORDER, 0)
         rt.capacity = self.slots
         rt.pool_limit = self.slots - 1
+
+    def relieve(self, waiting: list[Any], steps: int) -> None:
+        """Merges cold prefixes under pressure, as the server does in each of the scheduler steps that went by."""
+        if self.rt is None:
+            return
+        self.rt.scheduler.waiting_queue = waiting
+        for _ in range(steps):
+            before = self.rt.counters["pressure_merges"]
+            pressure.relieve(self.rt)
+            if self.rt.counters["pressure_merges"] == before:
+                break
 
     # -- one request --------------------------------------------------------------------------------------------------
 
