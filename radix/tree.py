@@ -80,10 +80,12 @@ class SpanTree:
     def touch(self, span: Span, hit: bool = False) -> None:
         """Marks the whole chain as used now, and counts one hit on every span of it if asked. O(chain)."""
         now = self.tick()
+        later = 0
         for link in span.chain():
-            self._access_sum += now - link.last_access
+            later += now - link.last_access
             link.last_access = now
             link.hits += hit
+        self._access_sum += later
         self._heap.add(span)  # the others have a child
 
     # -- reading and growing ----------------------------------------------------------------------
