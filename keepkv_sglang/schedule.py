@@ -37,6 +37,8 @@ def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
     state.begin_row(anchor_len=anchor, prefix_tokens=tokens, prefix_slots=slots, tail=tail)
     start = tail[1]
     for end, is_prompt in state.borders(start, total):
+        if end <= prefix and end < state.reply_start:
+            continue  # inside what was matched: there it need not be a border of a cached span, and no queries come
         # Only tokens computed now have queries: never before the matched prefix, never before this span.
         state.plan.append(Planned(end, max(start, prefix), is_prompt))
         start = end

@@ -77,6 +77,14 @@ def test_a_merged_turn_matches_whole_or_not_at_all() -> None:
     assert rates(replay(forked, 10_000, replace(QUARTER, span_tokens=128))) == (256, 1280)
 
 
+def test_a_raw_tail_longer_than_a_piece_is_not_cut_inside() -> None:
+    """Turn 1 stays raw as two spans of 63 and 58 tokens; turn 2's pieces of 64 must not begin in the second."""
+    config = replace(QUARTER, span_tokens=64)
+    result = replay(work(request(0, (1,), 58), request(5, range(1, 6), 5)), 5000, config, check_every=1)
+    assert rates(result) == (64 + 57, 64 + 320)
+    assert result.compressions == 3  # up to 128 with the raw tail, to 192, and the rest
+
+
 def test_the_first_message_is_an_anchor() -> None:
     forked = [
         request(0, range(1, 11), 2, first_message=192),
