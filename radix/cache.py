@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -367,10 +368,11 @@ class KeepKVRadixCache(UnifiedRadixCache):
         ]
         return super().dfs_weight_order(plain)
 
-    def check(self) -> None:
-        """Every invariant of radix/README.md over both trees; AssertionError names the one that fails. Call it at idle.
+    def check(self, running: Iterable[int] | None = None) -> None:
+        """Every invariant of radix/README.md over both trees; AssertionError names the one that fails.
 
-        Walks everything: for tests (KEEPKV_CHECK=1 does it whenever the server is idle), not for serving.
+        running: slots that running requests own; None: nothing runs, so nothing may be locked either. Walks everything:
+        for tests (KEEPKV_CHECK=1 does it whenever the server is idle), not for serving.
         """
         if self.disable:
             return
@@ -386,8 +388,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
             "SGLang's tree": self.tree_core.all_values_flatten().tolist(),
             "spans": [slot for span in self.spans.spans() for slot in span.slots.tolist()],
         }
-        check_slots(int(allocator.size), owners)
-        assert not self.nodes.any_locked() and not self.spans.protected_slots, "I2: locked at idle"
+        check_slots(int(allocator.size), {**owners, "running requests": running or ()})
+        assert running is not None or not (self.nodes.any_locked() or self.spans.protected_slots), "I2: locked at idle"
 
     # -- sizes and eviction -------------------------------------------------------------------------------------------
 

@@ -6,12 +6,16 @@ import random
 import uuid
 from typing import Any
 
+import msgspec
+import zmq
+
 from keepkv_sglang.server_process import ServerProcess
 
 # SGLang's own checks, all of them: idle and busy accounting, double free and use after free.
 STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    "KEEPKV_CHECK": "1",  # ours too: every invariant of radix/README.md whenever the server is idle
     # Two OpenMP threads on a machine that does other things wait for each other; sleeping costs less.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
@@ -61,6 +65,47 @@ def numbers(server: ServerProcess) -> dict[str, Any]:
     assert state["active_rows"] == 0 and state["memory"]["arena_free_rows"] == state["memory"]["arena_rows"], state
     assert state["counters"]["mispublished"] == 0
     return state
+
+
+class Router:
+    """What a cache-aware router learns from a server's KV events: which block hashes it holds."""
+
+    def __init__(self, port: int) -> None:
+        self.blocks: dict[int, tuple[int | None, int]] = {}  # hash -> (hash of the block before, token)
+        self.cleared = 0
+        self._socket = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._socket.connect(f"tcp://127.0.0.1:{port}")
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+    def listen(self, quiet_ms: int = 300) -> None:
+        """Takes in everything that was published, until nothing came for a while."""
+        while self._socket.poll(quiet_ms):
+            for event in msgspec.msgpack.decode(self._socket.recv_multipart()[2])[1]:
+                self._apply(event)
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        if event["type"] == "AllBlocksCleared":
+            self.blocks.clear()
+            self.cleared += 1
+        elif event["type"] == "BlockStored":
+            parent = event.get("parent_block_hash")
+            assert event["block_size"] == 1 and (parent is None or parent in self.blocks), "stored below nothing"
+            for block, token in zip(event["block_hashes"], event["token_ids"], strict=True):
+                self.blocks[block] = (parent, token)
+                parent = block
+        else:
+            for block in event["block_hashes"]:
+                del self.blocks[block]  # KeyError: removed twice
+
+    def cached(self, ids: list[int]) -> int:
+        """How many of these tokens the server holds, by SGLang's own hashes."""
+        from sglang.srt.mem_cache.utils import get_hash_str, hash_str_to_int64
+
+        held = [hash_str_to_int64(value) in self.blocks for value in get_hash_str(ids, None, page_size=1)]
+        return [*held, False].index(False)
 
 
 def flush(server: ServerProcess) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 
 import pytest
-from client import BORDER, body, flush, generate, numbers, tokens
+from client import BORDER, Router, body, flush, generate, numbers, tokens
 from replay import events_of
 
 pytestmark = pytest.mark.server
@@ -77,17 +79,30 @@ def test_forced_retraction_matches_float64(launch, record, oracle, text_tokens, 
 
 
 @pytest.fixture(scope="module")
-def small(launch):
-    """Through `sglang serve`, 700 slots, chunks of 128, mixed chunk."""
+def router():
+    """Subscribes where the server `small` will publish its KV events."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    router = Router(port)
+    router.port = port
+    yield router
+    router.close()
+
+
+@pytest.fixture(scope="module")
+def small(launch, router):
+    """Through `sglang serve`, 700 slots, chunks of 128, mixed chunk, KV events."""
     import shutil
     import sys
     from pathlib import Path
 
+    endpoint = {"publisher": "zmq", "endpoint": f"tcp://127.0.0.1:{router.port}", "bind": True}
     sglang = str(Path(sys.executable).with_name("sglang"))
     assert shutil.which(sglang)
     return launch(
         *("--enable-keepkv", "--keepkv-budget", "0.1", "--max-total-tokens", "700", "--chunked-prefill-size", "128"),
-        "--enable-mixed-chunk",
+        *("--enable-mixed-chunk", "--kv-events-config", json.dumps(endpoint)),
         command=(sglang, "serve"),
     )
 
@@ -103,6 +118,59 @@ def test_second_turn_hits_where_the_uncompressed_prompts_do_not_fit(small):
         answer = generate(small, [*history, BORDER, *tokens(80, 120 + agent), BORDER, *tokens(4, 110)], 12)
         assert answer.keepkv["cached_compressed_tokens"] > 400, agent
         assert answer.cached >= answer.keepkv["cached_compressed_tokens"] + 61
+
+
+def test_kv_events_tell_a_router_what_is_cached(small, router):
+    """Compressed or not: what the router counts is what the next request finds, before and after evictions."""
+    flush(small)
+    router.listen(1000)
+    assert router.cleared and not router.blocks
+    prompts = [tokens(240, 140 + n) for n in range(12)]  # 12 x (24 + the reply's raw 12): the first ones are evicted
+    for prompt in prompts:
+        answer = generate(small, prompt, 12)
+        router.listen()
+        assert router.cached(prompt + answer.ids) == len(prompt) + 11  # the last token has no slot
+    generate(small, prompts[11], 4, {"enabled": False})  # the same tokens a second time, uncompressed
+    router.listen()
+    held = []
+    for prompt in reversed(prompts):
+        expected = min(router.cached(prompt), len(prompt) - 1)
+        assert generate(small, prompt, 12).cached == expected
+        held.append(expected)
+        router.listen()
+    assert held[0] == 239 and held.count(0) >= 1, held
+    flush(small)
+    router.listen(1000)
+    assert not router.blocks
+
+
+def test_cold_uncompressed_prefix_is_merged_before_it_is_evicted(small):
+    """What a request without KeepKV left behind is merged once nothing has used it for long; only others find it."""
+    flush(small)
+    off = {"enabled": False}
+    prompt, merges = tokens(300, 160), numbers(small)["counters"]["pressure_merges"]
+    generate(small, prompt, 2, off)
+    for seed in range(30):
+        generate(small, tokens(100, 170 + seed), 2)
+    state = numbers(small)
+    assert state["counters"]["pressure_merges"] > merges
+    answer = generate(small, prompt, 2)
+    merged, kept = answer.keepkv["cached_compressed_tokens"], answer.cached - answer.keepkv["cached_compressed_tokens"]
+    assert merged >= 100 and merged % 128 in (0, 299 % 128)  # nodes end where SGLang's chunks ended
+    assert answer.keepkv["slots_held"] <= kept + (301 - kept) / 10 + 5
+    assert generate(small, prompt, 2, off).cached == kept
+
+
+def test_long_turn_cut_into_entries_is_shared_in_part(small):
+    """span_tokens 128: two prompts that part after 300 tokens share two entries; whole turns share nothing."""
+    flush(small)
+    common = tokens(300, 210)
+    for cut, cached in (({"span_tokens": 128}, 256), (None, 0)):
+        generate(small, common + tokens(100, 211), 4, cut)
+        answer = generate(small, common + tokens(100, 212), 4, cut)
+        assert answer.cached == cached
+        assert answer.keepkv["cached_compressed_tokens"] == cached
+        assert answer.keepkv["slots_held"] <= 40 + 3 + 4
 
 
 def test_prompt_longer_than_the_pool(small):

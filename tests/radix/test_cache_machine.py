@@ -1,0 +1,239 @@
+"""Random requests on the whole cache manager (SGLang's tree, its pools, our tree, schedule and compressor; no model).
+
+Each slot remembers the longest text that its content may know of. A request must never be shown a slot that knows of
+anything but the request's own tokens: neither a neighbour's prompt nor what came later in another conversation.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from itertools import count, pairwise
+from typing import Any, ClassVar
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from keepkv_sglang import compressor, pressure
+from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.simulate.traces import BORDER
+from keepkv_sglang.simulate.world import World
+
+SOAK = os.environ.get("KEEPKV_SOAK") == "1"
+SETTINGS = settings(
+    max_examples=2000 if SOAK else 60,
+    stateful_step_count=60 if SOAK else 30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+SLOTS = 320
+# Few messages, so that conversations share beginnings; one is a prefix of another, one longer than a third of the pool.
+MESSAGES = [tuple(range(10 * n, 10 * n + length)) for n, length in enumerate((9, 24, 31, 70), start=1)]
+MESSAGES.append(MESSAGES[3][:40])
+PICK = st.integers(0, 10**6)
+OFF = {"enabled": False}
+KINDS = st.sampled_from([None] * 8 + [OFF, OFF, {"budget": 0.6}, {"budget": 20}, {"span_tokens": 64}])
+REQUEST = {
+    "history": st.integers(0, 4),  # 0: a new conversation, n: the n-th last one goes on
+    "messages": st.lists(st.sampled_from(MESSAGES), min_size=1, max_size=2),
+    "kind": KINDS,
+    "extra_key": st.sampled_from([None] * 7 + ["tenant"]),
+    "reply": st.integers(1, 30),
+}
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """One rule per moment of a request's life."""
+
+    CONFIG: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = KeepKVConfig(
+            enabled=True,
+            **{"budget": 0.3, "window": 4, "recent": 2, "sinks": 1, "interval": 8, "min_tokens": 6}
+            | {"pressure_free": 0.4, "pressure_tokens": 64}
+            | self.CONFIG,
+        )
+        self.world = World(config, slots=SLOTS, scale=1, longest=2000, rows=6, chunk_tokens=48)
+        self.context = self.world.running()
+        self.context.__enter__()
+        self.rt = self.world.rt
+        assert self.rt is not None
+        self.knows: dict[int, tuple[Any, ...]] = {}  # slot -> (extra key, *the text its content may know of)
+        self.texts: dict[Any, tuple[int, ...]] = {}  # running request -> all its tokens, the reply included
+        self.fresh: list[Any] = []  # admitted, prompt not computed
+        self.decoding: list[Any] = []
+        self.finished: list[tuple[int, ...]] = []
+        self.rids = count()
+        compressor._merge_layers = self.merge_layers
+        self.merge_unused, pressure.merge_unused = pressure.merge_unused, self.merged_unused
+        extend, decode = self.world._extend, self.world._decode
+        self.world._extend = lambda req, stop: self.written(req, extend, req, stop)  # type: ignore[method-assign]
+        self.world._decode = lambda req, n: self.written(req, decode, req, n)  # type: ignore[method-assign]
+
+    def teardown(self) -> None:
+        for req in [*self.fresh, *self.decoding]:
+            self.world.abort(req)
+        self.world.flush()
+        pressure.merge_unused = self.merge_unused
+        self.context.__exit__(None, None, None)
+
+    # -- what slots know ----------------------------------------------------------------------------------------------
+
+    def text(self, req: Any, end: int) -> tuple[Any, ...]:
+        return (req.extra_key, *self.texts[req][:end])
+
+    def row(self, req: Any) -> list[int]:
+        return self.world.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].tolist()
+
+    def offset(self, req: Any) -> int:
+        state = self.rt.state_of(req)
+        return state.offset if state is not None else 0
+
+    def written(self, req: Any, function: Any, *args: Any) -> None:
+        before = req.kv.kv_committed_len if req.kv.holds_kv else None
+        function(*args)
+        row = self.row(req)
+        first = before if before is not None else len(row) + self.offset(req) - (req.extend_end - req.prefix_len)
+        first = first - (self.offset(req) if before is None else 0)
+        for place in range(first, len(row)):
+            self.knows[row[place]] = self.text(req, place + self.offset(req) + 1)
+        self.sees_only_itself(req, row)
+
+    def sees_only_itself(self, req: Any, row: list[int]) -> None:
+        own = self.text(req, len(self.texts[req]))
+        assert len(set(row)) == len(row)
+        for slot in row:
+            assert own[: len(self.knows[slot])] == self.knows[slot], f"slot {slot} knows more than {req.rid}"
+
+    def merge_layers(self, rt: Any, req: Any, state: Any, span: Any, window: Any, row: Any, target: Any) -> None:
+        self.sees_only_itself(req, row.tolist())
+        for slot in target.tolist():
+            self.knows[slot] = self.text(req, span.end)
+
+    def merged_unused(self, rt: Any, config: Any, source: Any, target: Any, first: bool) -> None:
+        texts = [self.knows[slot] for slot in source.tolist()]
+        assert all(longer[: len(text)] == text for text, longer in pairwise(texts))
+        assert len(texts[-1]) - len(texts[0]) == len(texts) - 1, "one slot per token"
+        assert first == (len(texts[0]) == 2)
+        for slot in target.tolist():
+            self.knows[slot] = texts[-1]
+
+    # -- a request ----------------------------------------------------------------------------------------------------
+
+    @rule(**REQUEST)
+    def whole_request(self, **values: Any) -> None:
+        req = self.start(**values)
+        if req is not None:
+            self.computed(len(self.fresh) - 1)
+            self.finish(len(self.decoding) - 1)
+
+    @rule(**REQUEST)
+    def arrive(self, **values: Any) -> None:
+        self.start(**values)
+
+    def start(self, history: int, messages: Any, kind: Any, extra_key: str | None, reply: int) -> Any:
+        """Admits a request and computes its prompt; None if it was refused, has no room, or failed in mid-prompt."""
+        prompt = self.finished[-history] if 0 < history <= len(self.finished) else ()
+        for message in messages:
+            prompt = (*prompt, *message, BORDER)
+        custom = {"keepkv": kind} if kind else None
+        sampling = SamplingParams(max_new_tokens=reply, custom_params=custom)
+        req = Req(f"r{next(self.rids)}", "", array("q", prompt), sampling, extra_key=extra_key)
+        tokens = array("q", prompt)
+        req.origin_input_ids = tokens
+        state = self.rt.state_of(req)
+        if len(prompt) >= SLOTS - reply - 2 and (state is None or len(prompt) > 900):
+            return None  # refused by the server
+        self.texts[req] = (*prompt, *range(1000 + reply, 1000 + 2 * reply))
+        if not self.world.admit(req):
+            del self.texts[req]
+            return None
+        node = req.last_node
+        if req.prefix_len:
+            matched = self.world.tree.path_device_indices(node).tolist()
+            self.sees_only_itself(req, matched)
+            assert all(len(self.knows[slot]) - 1 <= req.prefix_len for slot in matched), "knows of the future"
+        if not self.world.prefill(req):
+            self.world.abort(req)
+            return None
+        self.fresh.append(req)
+        return req
+
+    @precondition(lambda self: self.fresh)
+    @rule(index=PICK)
+    def computed(self, index: int) -> None:
+        req = self.fresh.pop(index % len(self.fresh))
+        self.world.prefilled(req)
+        self.decoding.append(req)
+
+    @precondition(lambda self: self.decoding)
+    @rule(index=PICK)
+    def finish(self, index: int) -> None:
+        req = self.decoding.pop(index % len(self.decoding))
+        prompt = len(req.origin_input_ids)
+        self.world.finish(req, array("q", self.texts[req][prompt:]))
+        if len(self.texts[req]) < 600:
+            self.finished.append(self.texts[req])
+
+    @precondition(lambda self: self.fresh or self.decoding)
+    @rule(index=PICK)
+    def abort(self, index: int) -> None:
+        running = [*self.fresh, *self.decoding]
+        req = running[index % len(running)]
+        (self.fresh if req in self.fresh else self.decoding).remove(req)
+        self.world.abort(req)
+
+    # -- the cache ----------------------------------------------------------------------------------------------------
+
+    @rule(slots=st.integers(1, SLOTS))
+    def evict(self, slots: int) -> None:
+        before = self.world.free_or_evictable(), self.world.allocator.available_size()
+        self.world.tree.evict_slots(slots)
+        assert self.world.free_or_evictable() == before[0]
+        freed = self.world.allocator.available_size() - before[1]
+        assert freed >= min(slots, before[0] - before[1]), "evictable slots were not given up"
+
+    @rule(waiting=st.integers(0, 100))
+    def relieve(self, waiting: int) -> None:
+        """Merging under pressure never evicts a prefix that fits afterwards, and changes no total."""
+        merges = self.rt.counters["pressure_tokens"]
+        self.rt.scheduler.waiting_queue = [type("Waiting", (), {"origin_input_ids": range(waiting)})]
+        pressure.relieve(self.rt)
+        assert self.rt.counters["pressure_tokens"] - merges <= self.rt.config.pressure_tokens
+
+    @precondition(lambda self: not self.fresh and not self.decoding)
+    @rule()
+    def flush(self) -> None:
+        self.world.allocator.clear()
+        self.world.rows.clear()
+        self.world.tree.reset()
+        assert self.world.allocator.available_size() == SLOTS
+
+    @invariant()
+    def every_slot_has_one_owner(self) -> None:
+        self.world.check()
+        running = [*self.fresh, *self.decoding]
+        private = [slot for req in running for slot in self.row(req)[req.kv.cache_protected_len :]]
+        self.world.tree.check(running=private if running else None)
+
+
+class SpanTokens(CacheMachine):
+    CONFIG: ClassVar[dict[str, Any]] = {"span_tokens": 64, "min_tokens": 12}
+
+
+class Slots(CacheMachine):
+    CONFIG: ClassVar[dict[str, Any]] = {"budget": 24}
+
+
+TestCache = CacheMachine.TestCase
+TestCache.settings = SETTINGS
+TestSpanTokens = SpanTokens.TestCase
+TestSpanTokens.settings = SETTINGS
+TestSlots = Slots.TestCase
+TestSlots.settings = SETTINGS
