@@ -21,7 +21,6 @@ from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
 
 SCRATCH_BYTES = 64 << 20  # working memory of one layer's merge
-UNUSED_SCORER, UNUSED_MERGE = "keydiff", "mean"  # where there are no queries: measured, docs/log.md
 
 
 @dataclass(frozen=True)
@@ -80,21 +79,23 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: Span, window
     return True
 
 
-def merge_unused(rt: Runtime, config: KeepKVConfig, source: torch.Tensor, target: torch.Tensor, first: bool) -> None:
-    """Merges cached slots that no request uses into fresh ones, in every layer, without queries.
+def merge_unused(rt: Runtime, config: KeepKVConfig, path: torch.Tensor, start: int, target: torch.Tensor) -> None:
+    """Merges cached slots that no request uses into fresh ones, in every layer.
 
-    source [n], target [m] int64 slots; m < n. first: the span begins at logical position 0 (sinks are kept). Writes K,
-    V and votes of `target` only.
+    path [end] int64: the slots of an uncompressed prefix, one per token; [start, end) are merged into `target` [m]
+    int64, m < end - start. Writes K, V and votes of `target` only. Scored with the calibration's queries behind the
+    prefix; without a calibration by the keys alone, and then tokens are only kept or dropped.
     """
-    assert rt.votes is not None
-    pool = rt.kv_pool
+    assert rt.votes is not None and rt.arena is not None
+    pool, context, source = rt.kv_pool, path[:start], path[start:]
+    queries = rt.calibration.queries if rt.calibration is not None else None
     policy = SpanPolicy(
         m=len(target),
-        merge=UNUSED_MERGE if config.merge != "evict" else "evict",
+        merge=config.merge if queries is not None else "evict",
         recent=config.recent,
-        sinks=config.sinks if first else 0,
+        sinks=config.sinks if start == 0 else 0,
         threshold=config.threshold,
-        scorer=UNUSED_SCORER,
+        scorer="snapkv" if queries is not None else "keydiff",
     )
     scheduler = rt.scheduler
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
@@ -102,17 +103,17 @@ def merge_unused(rt: Runtime, config: KeepKVConfig, source: torch.Tensor, target
             layer = rt.first_layer + index
             keys, values = pool.get_key_buffer(layer), pool.get_value_buffer(layer)
             votes = rt.votes.log_votes[index]
-            assert rt.arena is not None
+            q = queries.behind(index, len(path)) if queries is not None else rt.arena.queries[index, :0]
             result = compress_layer(
                 LayerInput(
-                    q=rt.arena.queries[index, :0],
-                    q_index=source[:0],
-                    k_ctx=keys[:0],
-                    lv_ctx=votes[:0],
+                    q=q,
+                    q_index=torch.full((len(q),), len(source) - 1, dtype=torch.int64, device=q.device),
+                    k_ctx=keys[context],
+                    lv_ctx=votes[context],
                     k=keys[source],
                     v=values[source],
                     lv=votes[source],
-                    scale=rt.scales.get(layer, 1.0),
+                    scale=rt.scales[layer],
                 ),
                 policy,
                 SCRATCH_BYTES,

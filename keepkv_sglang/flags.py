@@ -11,6 +11,7 @@ import logging
 import sys
 from typing import Any
 
+from keepkv_sglang.calibrate import WARMUP
 from keepkv_sglang.config import HELP, MERGE_RULES, PARSERS, PRESSURE_MODES, ConfigError, KeepKVConfig
 
 logger = logging.getLogger("keepkv")
@@ -89,6 +90,8 @@ def _choose_backends(values: dict[str, Any]) -> None:
             f"--radix-cache-backend {values['radix_cache_backend']} cannot hold compressed prefixes; leave it out"
         )
     values["radix_cache_backend"] = RADIX_BACKEND
+    if values.get("keepkv_pressure", KeepKVConfig().pressure) != "off":
+        values["warmups"] = ",".join(filter(None, [values.get("warmups"), WARMUP]))
 
 
 def _default_device() -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepkv_sglang import flags, seams
+from keepkv_sglang import calibrate, flags, seams
 
 
 def register() -> None:
     """Registers flags, hooks, the attention backend and the radix-cache backend with SGLang."""
+    from sglang.srt.entrypoints import warmup
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
@@ -25,6 +26,7 @@ def register() -> None:
     if flags.CPU_BACKEND not in ATTENTION_BACKEND_CHOICES:
         add_attention_backend_choices([flags.CPU_BACKEND])
         register_attention_backend(flags.CPU_BACKEND)(_cpu_backend)
+    warmup.warmup(calibrate.WARMUP)(calibrate.warm_up)
     if flags.RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(flags.RADIX_BACKEND, _radix_cache)
 

@@ -5,7 +5,7 @@ requests that switched it off. Without this module they are evicted when memory 
 server's own configuration, at its budget, and later requests of that configuration find them. evict() itself only
 drops: a merge needs slots of its own and time, so it is done here, at most `pressure_tokens` tokens per step.
 
-No request runs over such a prefix, so there are no queries: keys score themselves (scoring/keydiff.py).
+No request runs over such a prefix, so it has no queries: those of a fixed text stand in for them (calibrate.py).
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int:
         return 0
     if cut > start:
         tree.split_node(node_id, cut)
-    source = tree.path_device_indices(node_id)[cut:end]
-    merge_unused(rt, config, source, target, first=cut == 0)
+    merge_unused(rt, config, tree.path_device_indices(node_id), cut, target)
     tree.replace_node(node_id, (*node.scope, config.fingerprint()), target)
     rt.counters["pressure_merges"] += 1
     rt.counters["pressure_tokens"] += n

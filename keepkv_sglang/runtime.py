@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from keepkv_sglang.anchor import MessageBorder, message_border
+from keepkv_sglang.calibrate import Calibration
 from keepkv_sglang.config import ConfigError, KeepKVConfig
 from keepkv_sglang.request import RequestState
 from keepkv_sglang.votes import QueryArena, VoteStore
@@ -42,6 +43,8 @@ class Runtime:
         self.scales: dict[int, float] = {}
         self.first_layer = 0
         self.border: MessageBorder | None = None
+        self.calibration: Calibration | None = None
+        self.model: Any = None
         self.capacity = 0  # slots of the pool
         self.pool_limit = 1 << 62  # tokens from which a prompt cannot be in the pool uncompressed
         self.step_reserve = 0  # slots that the step being scheduled still has to allocate
@@ -77,6 +80,7 @@ class Runtime:
         self.first_layer, layers = pool.start_layer, pool.layer_num
         keys = pool.get_key_buffer(self.first_layer)
         slots, kv_heads, head_dim = keys.shape
+        self.model = runner.model
         self.merge_flops = 2.0 * layers * kv_heads * head_dim
         self.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
         self.votes = VoteStore(layers, slots, kv_heads, keys.device)
@@ -107,7 +111,10 @@ class Runtime:
         raise_limits(self, scheduler)
         table = self.req_to_token_pool.req_to_token
         self.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
-        self.border = message_border(getattr(scheduler, "tokenizer", None))
+        tokenizer = getattr(scheduler, "tokenizer", None)
+        self.border = message_border(tokenizer)
+        if self.config.pressure != "off":
+            self.calibration = Calibration.of(tokenizer, self.model)
         memory = self.memory()
         logger.info(
             "KeepKV is on: %s; votes %.1f MiB (%.2f %% of a 16-bit KV pool), arena %.1f MiB, message border %s",
@@ -197,10 +204,12 @@ class Runtime:
         assert self.votes is not None and self.arena is not None and self.offsets is not None
         keys = self.kv_pool.get_key_buffer(self.first_layer)
         pool16 = 2 * 2 * keys.numel() * self.kv_pool.layer_num
-        persistent = self.votes.nbytes + self.offsets.numel() * 8
+        calibration = self.calibration.nbytes if self.calibration is not None else 0
+        persistent = self.votes.nbytes + self.offsets.numel() * 8 + calibration
         return {
             "votes_bytes": self.votes.nbytes,
             "offsets_bytes": self.offsets.numel() * 8,
+            "calibration_bytes": calibration,
             "persistent_share_of_16_bit_pool": persistent / pool16,
             "arena_bytes": self.arena.nbytes,
             "arena_rows": self.arena.rows,

@@ -67,6 +67,9 @@ _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 USES: tuple[Seam, ...] = (
     Seam("sglang.srt.plugins.hook_registry.HookRegistry.register", ("cls", "target", "hook", "hook_type")),
     Seam("sglang.srt.entrypoints.engine.Engine.server_args_class"),
+    Seam("sglang.srt.entrypoints.warmup.warmup", ("name",)),
+    Seam("sglang.srt.managers.tokenizer_manager.TokenizerManager.flush_cache", ("self", "timeout_s")),
+    Seam("sglang.srt.layers.rotary_embedding.base.RotaryEmbedding._compute_cos_sin_cache", ("self",)),
     Seam("sglang.srt.layers.attention.attention_registry.register_attention_backend", ("name",)),
     Seam("sglang.srt.server_args.add_attention_backend_choices"),
     Seam("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),

@@ -82,15 +82,19 @@ def _capture(rt: runtime.Runtime, batch: Any, forward_batch: Any, decode: bool) 
     """(query rows, arena rows) int64 on the device, or None when this forward keeps no queries."""
     wanted: tuple[list[int], list[int]] = ([], [])
     counts = [1] * len(batch.reqs) if decode else batch.extend_lens
+    calibration = rt.calibration if not decode else None
     lengths = None
     at = 0
     for index, (req, count) in enumerate(zip(batch.reqs, counts, strict=False)):
         state = getattr(req, runtime.STATE, None)
+        if lengths is None:
+            lengths = batch.seq_lens_cpu.tolist()
         if state is not None and state.admitted:
-            if lengths is None:
-                lengths = batch.seq_lens_cpu.tolist()
             end = lengths[index] + state.offset
             schedule.capture(rt, state, end - count, end, wanted, at)
+        elif state is None and calibration is not None and calibration.wants(req):
+            assert rt.arena is not None
+            calibration.capture(rt.arena, lengths[index] - count, lengths[index], wanted, at)
         at += count
     if not wanted[0]:
         return None

@@ -80,6 +80,9 @@ def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool
         schedule.finish(rt, req, state, publish, retracted)
         rt.counters["retractions_published"] += retracted and publish
         rt.forget_row(req)
+    if rt is not None and state is None and rt.calibration is not None and rt.calibration.wants(req):
+        assert rt.arena is not None
+        rt.calibration.finish(rt.arena)
     original(req, tree_cache, checkpoint=checkpoint)
 
 

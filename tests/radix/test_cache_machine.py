@@ -116,11 +116,11 @@ class CacheMachine(RuleBasedStateMachine):
         for slot in target.tolist():
             self.knows[slot] = self.text(req, span.end)
 
-    def merged_unused(self, rt: Any, config: Any, source: Any, target: Any, first: bool) -> None:
-        texts = [self.knows[slot] for slot in source.tolist()]
+    def merged_unused(self, rt: Any, config: Any, path: Any, start: int, target: Any) -> None:
+        texts = [self.knows[slot] for slot in path.tolist()]
         assert all(longer[: len(text)] == text for text, longer in pairwise(texts))
         assert len(texts[-1]) - len(texts[0]) == len(texts) - 1, "one slot per token"
-        assert first == (len(texts[0]) == 2)
+        assert len(texts[0]) == 2 and start < len(texts) - len(target)
         for slot in target.tolist():
             self.knows[slot] = texts[-1]
 

@@ -148,7 +148,7 @@ def test_cold_uncompressed_prefix_is_merged_before_it_is_evicted(small):
     """What a request without KeepKV left behind is merged once nothing has used it for long; only others find it."""
     flush(small)
     off = {"enabled": False}
-    prompt, merges = tokens(300, 160), numbers(small)["counters"]["pressure_merges"]
+    prompt, merges = tokens(340, 160), numbers(small)["counters"]["pressure_merges"]
     generate(small, prompt, 2, off)
     for seed in range(30):
         generate(small, tokens(100, 170 + seed), 2)
@@ -156,8 +156,8 @@ def test_cold_uncompressed_prefix_is_merged_before_it_is_evicted(small):
     assert state["counters"]["pressure_merges"] > merges
     answer = generate(small, prompt, 2)
     merged, kept = answer.keepkv["cached_compressed_tokens"], answer.cached - answer.keepkv["cached_compressed_tokens"]
-    assert merged >= 100 and merged % 128 in (0, 299 % 128)  # nodes end where SGLang's chunks ended
-    assert answer.keepkv["slots_held"] <= kept + (301 - kept) / 10 + 5
+    assert merged in (128, 256) and kept in (0, 128)  # nodes end where SGLang's chunks ended
+    assert answer.keepkv["slots_held"] <= kept + (341 - kept) / 10 + 5
     assert generate(small, prompt, 2, off).cached == kept
 
 
