@@ -23,7 +23,8 @@ def half_ideal_pool(workload: Workload, ideal: float, run: Replay, precision: fl
     """The pool (real tokens) at which stock's hit rate is half of `ideal`, and its replay there.
 
     Bisection over the logarithm of the pool until the interval is `precision` wide; the upper end is taken, so the hit
-    rate is at least the half. It may lie below the longest prompts: stock refuses those, which counts as no hits.
+    rate is at least the half. It may lie below the longest prompts: stock refuses those, which counts as no hits. The
+    hit rate need not grow steadily there, so this is one such pool, not always the only one.
     """
     low, high = 64 * workload.scale, (workload.total + 1000) * workload.scale
     best = None
