@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint soak bench-kernels bench-budget1 clean distclean
+.PHONY: help demo test test-fast env model lint soak bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -36,13 +36,22 @@ model: env ## the demo model as a Hugging Face folder in .cache (quick when it e
 	@$(BIN)/keepkv model
 
 soak: env model ## the long runs that make test leaves out
-	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py --timeout 7200 $(PYTEST_ARGS)
+	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)
 
 bench-kernels: env ## attention kernels against SGLang's torch_native
 	$(BIN)/python benchmarks/bench_attention.py
 
 bench-budget1: env model ## stock SGLang against KeepKV at budget 1, side by side
 	$(BIN)/python benchmarks/bench_budget1.py
+
+bench-agents: env model ## six agents in a small pool: stock SGLang, KeepKV, KeepKV at budget 1
+	$(BIN)/python benchmarks/bench_agents.py
+
+bench-tree: env ## a million cached tokens: our tree against SGLang's RadixCache
+	$(BIN)/python benchmarks/bench_tree.py
+
+bench-span-quality: env model ## quality of merging without queries, and of cutting long turns (needs ../shared/data)
+	$(BIN)/python benchmarks/bench_span_quality.py
 
 clean: ## caches and build output; keeps .venv and the model
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

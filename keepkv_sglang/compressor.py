@@ -27,7 +27,8 @@ SCRATCH_BYTES = 64 << 20  # working memory of one layer's merge
 class Span:
     """Slots [start, start + slots) of a request's row that become m slots.
 
-    end: logical position after the span's last token; tokens: how many tokens the slots stand for.
+    end: logical position after the span's last token; tokens: how many tokens the slots stand for. followed: the next
+    span of the same prompt is computed already, so the recent tokens of this one need no protection (docs/log.md).
     """
 
     start: int
@@ -35,6 +36,7 @@ class Span:
     tokens: int
     end: int
     m: int
+    followed: bool = False
 
 
 def compress_span(rt: Runtime, req: Any, state: RequestState, span: Span, window: Window) -> bool:
@@ -79,11 +81,13 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: Span, window
     return True
 
 
-def merge_unused(rt: Runtime, config: KeepKVConfig, path: torch.Tensor, start: int, target: torch.Tensor) -> None:
+def merge_unused(
+    rt: Runtime, config: KeepKVConfig, path: torch.Tensor, start: int, end: int, target: torch.Tensor
+) -> None:
     """Merges cached slots that no request uses into fresh ones, in every layer.
 
-    path [end] int64: the slots of an uncompressed prefix, one per token; [start, end) are merged into `target` [m]
-    int64, m < end - start. Writes K, V and votes of `target` only. Scored with the calibration's queries behind the
+    path [p] int64: the slots of a cached prefix of `end` tokens; [start, p), one per token, are merged into `target`
+    [m] int64, m < p - start. Writes K, V and votes of `target` only. Scored with the calibration's queries behind the
     prefix; without a calibration by the keys alone, and then tokens are only kept or dropped.
     """
     assert rt.votes is not None and rt.arena is not None
@@ -103,7 +107,7 @@ def merge_unused(rt: Runtime, config: KeepKVConfig, path: torch.Tensor, start: i
             layer = rt.first_layer + index
             keys, values = pool.get_key_buffer(layer), pool.get_value_buffer(layer)
             votes = rt.votes.log_votes[index]
-            q = queries.behind(index, len(path)) if queries is not None else rt.arena.queries[index, :0]
+            q = queries.behind(index, end) if queries is not None else rt.arena.queries[index, :0]
             result = compress_layer(
                 LayerInput(
                     q=q,
@@ -150,7 +154,7 @@ def _merge_layers(
     policy = SpanPolicy(
         m=span.m,
         merge=config.merge,
-        recent=config.recent,
+        recent=0 if span.followed else config.recent,
         sinks=config.sinks if span.start == 0 else 0,
         threshold=config.threshold,
     )

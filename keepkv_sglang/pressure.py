@@ -11,17 +11,21 @@ No request runs over such a prefix, so it has no queries: those of a fixed text 
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import Any
 
 from keepkv_sglang.compressor import merge_unused
 from keepkv_sglang.radix.nodes import Node
+from keepkv_sglang.radix.span import Span
+from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime import Runtime
 
 MOST_LOOKED_AT = 16  # nodes per step that turn out not to be merged
 
 
 def relieve(rt: Runtime) -> None:
-    """Merges cold nodes of SGLang's tree until enough slots are free, within one step's budget. Call between steps.
+    """Merges cold nodes of SGLang's tree, then cold raw spans of ours, until enough slots are free or one step's budget
+    is spent. Call between steps.
 
     A budget in slots is a request's, not a prefix's: a server started with one merges nothing here.
     """
@@ -35,12 +39,21 @@ def relieve(rt: Runtime) -> None:
         if found is None:
             break
         node_id, node = found
-        if not is_cold(tree, node):
+        if not is_cold(tree.spans, node.usage.last_access):
             tree.nodes.put_back(node_id)
             break
         done = _merge_node(rt, node_id, node, left)
         left -= done
         looks -= done == 0
+    for serial in list(islice(tree.raw_spans, looks)):
+        if rt.allocator.available_size() >= wanted or left < config.min_tokens:
+            break
+        span = tree.raw_spans.pop(serial)
+        if span.dead or not span.raw or span.n < config.min_tokens or span.namespace[-1] != config.fingerprint():
+            continue  # forgotten
+        left -= _merge_raw_span(rt, span, left)
+        if span.raw:
+            tree.raw_spans[serial] = span  # behind the others: looked at again after them
 
 
 def _about_to_be_needed(rt: Runtime) -> int:
@@ -52,13 +65,13 @@ def _about_to_be_needed(rt: Runtime) -> int:
     return min(waiting, rt.chunk_tokens(scheduler) or scheduler.max_prefill_tokens)
 
 
-def is_cold(tree: Any, node: Node) -> bool:
+def is_cold(spans: SpanTree, last_access: int) -> bool:
     """Not used for more than twice the mean age of the cache's spans: out of the working set.
 
     Where n conversations take turns, ages spread evenly from 0 to one round and twice their mean is a whole round: what
     takes part stays uncompressed.
     """
-    return tree.spans.now - node.usage.last_access > 2 * tree.spans.mean_age
+    return spans.now - last_access > 2 * spans.mean_age
 
 
 def worth_merging(n: int, m: int, hits: int, merge_flops: float, prefill_flops: float) -> bool:
@@ -101,20 +114,50 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int:
         return 0
     if cut > start:
         tree.split_node(node_id, cut)
-    merge_unused(rt, config, tree.path_device_indices(node_id), cut, target)
+    merge_unused(rt, config, tree.path_device_indices(node_id), cut, end, target)
     tree.replace_node(node_id, (*node.scope, config.fingerprint()), target)
-    rt.counters["pressure_merges"] += 1
-    rt.counters["pressure_tokens"] += n
-    rt.counters["pressure_seconds"] += time.perf_counter() - began
+    _count(rt, n, began)
     return n
 
 
-def _slots_beside(rt: Runtime, node_id: int, count: int) -> Any:
+def _merge_raw_span(rt: Runtime, span: Span, most: int) -> int:
+    """Merges up to `most` tokens at the end of a raw span of the server's configuration; returns how many.
+
+    Raw spans are turns that found no room for their queries, and turns below min_tokens; those stay as they are.
+    """
+    config, tree = rt.config, rt.tree
+    n = min(span.n, most)
+    m = config.kept_slots(0, n)
+    if span.lock_ref or not is_cold(tree.spans, span.last_access):
+        return 0
+    if not worth_merging(n, m, span.hits, rt.merge_flops, rt.prefill_flops):
+        return 0
+    began = time.perf_counter()
+    target = _slots_beside(rt, span, m)
+    if target is None:
+        return 0
+    if n < span.n and not tree.split_span(span, span.n - n):
+        rt.allocator.free(target)
+        return 0
+    path = tree.path_device_indices(span)
+    merge_unused(rt, config, path, len(path) - n, span.path_tokens, target)
+    rt.allocator.free(tree.spans.replace(span, target, m))
+    _count(rt, n, began)
+    return n
+
+
+def _count(rt: Runtime, tokens: int, began: float) -> None:
+    rt.counters["pressure_merges"] += 1
+    rt.counters["pressure_tokens"] += tokens
+    rt.counters["pressure_seconds"] += time.perf_counter() - began
+
+
+def _slots_beside(rt: Runtime, node: int | Span, count: int) -> Any:
     """Fresh slots, int64 [count]; where none are free, entries that are next in line make room. None if there are none.
 
-    The node is locked meanwhile: what is about to be merged must not be evicted to make room for it.
+    The node or span is locked meanwhile: what is about to be merged must not be evicted to make room for it.
     """
-    lock = rt.tree.lock(node_id)
+    lock = rt.tree.lock(node)
     try:
         if rt.allocator.available_size() < count:
             rt.tree.evict_slots(count - rt.allocator.available_size())

@@ -154,7 +154,9 @@ def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Plann
     if short or m >= slots or window is None or window.filled == 0:
         _close_raw(rt, req, state, planned.end)
     else:
-        span = Span(start_slots, slots, tokens, planned.end, m)
+        computed = req.kv.kv_committed_len + state.offset
+        followed = planned.is_prompt and planned.end < min(state.reply_start, computed)
+        span = Span(start_slots, slots, tokens, planned.end, m, followed)
         if not compress_span(rt, req, state, span, window):
             return False
         _commit(rt, req, state, span, planned.is_prompt)

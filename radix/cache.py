@@ -16,20 +16,17 @@ import torch
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResult, TreeLock
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from keepkv_sglang import runtime
 from keepkv_sglang.radix.events import SpanEvents
+from keepkv_sglang.radix.eviction import FULL, JointEviction
 from keepkv_sglang.radix.invariants import check_slots, check_tree
 from keepkv_sglang.radix.nodes import NodeBook, Scope
-from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.span import Span, as_tokens
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.request import logical_tokens
 
 logger = logging.getLogger("keepkv")
-FULL = ComponentType.FULL
 
 
 def create(ctx: Any) -> Any:
@@ -39,12 +36,10 @@ def create(ctx: Any) -> Any:
     return create_unified_radix_cache(ctx, cache_class=KeepKVRadixCache)
 
 
-class KeepKVRadixCache(UnifiedRadixCache):
+class KeepKVRadixCache(JointEviction):
     """UnifiedRadixCache whose handles may also be spans: last_node, lock and paths accept a NodeId or a Span."""
 
     is_keepkv = True
-    spans: SpanTree
-    nodes: NodeBook
 
     def __init__(self, params: Any) -> None:
         self._params = params
@@ -53,7 +48,6 @@ class KeepKVRadixCache(UnifiedRadixCache):
         if params.enable_kv_cache_events and not params.disable:
             self.events = SpanEvents(
                 self.tree_core,
-                page_size=params.page_size,
                 dynamo_format=params.dynamo_kv_event_format,
                 lora_names=params.kv_event_lora_names,
             )
@@ -63,8 +57,9 @@ class KeepKVRadixCache(UnifiedRadixCache):
         self.spans = SpanTree(self._params.eviction_policy)
         self.nodes = NodeBook()  # of SGLang's tree: ages for one eviction order over both trees, tokens, locks
         self._namespaces: dict[Scope, set[tuple[Any, ...]]] = {}
-        self._covered: dict[int, Span] = {}  # NodeId -> a span that holds the node's tokens too
-        self._evict_goal: tuple[int, int | None, Any] | None = None
+        self.covered = {}
+        self.raw_spans: dict[int, Span] = {}  # by serial: what pressure.py may still merge; forgotten lazily
+        self.evict_goal = None
         super().reset()
 
     def take_events(self) -> list[Any]:
@@ -101,10 +96,6 @@ class KeepKVRadixCache(UnifiedRadixCache):
             host_hit_length=0,
             cache_protected_len=entry.path_slots,
         )
-
-    def path_of(self, node_id: int) -> tuple[Any, ...]:
-        """SGLang's TreePathNodeInfo of every node from the root's child down to node_id."""
-        return self.tree_core.collect_path_info([node_id])[0]
 
     def _touch(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
         if path:
@@ -255,6 +246,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
         )
         scope: Scope = namespace[:3]
         self._namespaces.setdefault(scope, set()).add(namespace)
+        if created and raw:
+            self.raw_spans[span.serial] = span
         if created and self.events is not None:
             self.events.stored(span, prompt, *scope[:2])
         if created and not raw:
@@ -270,7 +263,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
             entry = self.spans.match(anchors, namespace, tokens, touch=False)
             for info in path:  # from the top down: popitem() then gives the lowest first
                 if entry is not None and entry.anchor_len <= info.path_start and info.path_end <= entry.path_tokens:
-                    self._covered[info.node_id] = entry
+                    self.covered[info.node_id] = entry
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Stock for requests that are never compressed; of the others only the anchor is published uncompressed.
@@ -298,6 +291,16 @@ class KeepKVRadixCache(UnifiedRadixCache):
         upper = self.path_of(node_id)[-2]
         assert upper.path_end == cut, (upper, cut)
         self.nodes.split(node_id, path[-1].path_start, cut, upper.node_id)
+
+    def split_span(self, span: Span, at: int) -> bool:
+        """Cuts an unlocked raw span after `at` tokens; False where the upper part is there already."""
+        parts = self.spans.split(span, at, span.slots[:at], span.slots[at:])
+        if parts is None:
+            return False
+        self.raw_spans[parts[0].serial] = parts[0]
+        if self.events is not None:
+            self.events.split(*parts)
+        return True
 
     def _prompt_of(self, path: tuple[Any, ...]) -> array:
         """All tokens of a path of SGLang's tree."""
@@ -329,15 +332,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
         else:
             self.token_to_kv_pool_allocator.free(slots)
         if self.spans.has_anchor(node_id):
-            self._drop(self.spans.adopt(node_id, namespace, span), {FULL: 0})
+            self.drop_spans(self.spans.adopt(node_id, namespace, span), {FULL: 0})
         self.drop_leaf(node_id)
-
-    def drop_leaf(self, node_id: int) -> None:
-        """Evicts an evictable leaf; the node above may have become one."""
-        path = self.path_of(node_id)
-        self.evict_node(node_id, {FULL: 0})
-        if len(path) > 1:
-            self.nodes.put_back(path[-2].node_id)
 
     # -- paths --------------------------------------------------------------------------------------------------------
 
@@ -390,108 +386,6 @@ class KeepKVRadixCache(UnifiedRadixCache):
         }
         check_slots(int(allocator.size), {**owners, "running requests": running or ()})
         assert running is not None or not (self.nodes.any_locked() or self.spans.protected_slots), "I2: locked at idle"
-
-    # -- sizes and eviction -------------------------------------------------------------------------------------------
-
-    def evictable_size(self) -> int:
-        return super().evictable_size() + self.spans.evictable_slots
-
-    def full_evictable_size(self) -> int:
-        return super().full_evictable_size() + self.spans.evictable_slots
-
-    def protected_size(self) -> int:
-        return super().protected_size() + self.spans.protected_slots
-
-    def full_protected_size(self) -> int:
-        return super().full_protected_size() + self.spans.protected_slots
-
-    def evict_slots(self, count: int) -> None:
-        """Makes room for a compression; drops the coldest entries, never merges here (decision 9)."""
-        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-
-        self.evict(EvictParams(num_tokens=count))
-
-    def _drop(self, dead: list[Span], tracker: dict[ComponentType, int]) -> None:
-        for span in dead:
-            self.token_to_kv_pool_allocator.free(span.slots)
-            tracker[FULL] += span.m
-            if self.events is not None:
-                self.events.removed(span)
-
-    def _goal_reached(self, tracker: dict[ComponentType, int]) -> bool:
-        assert self._evict_goal is not None
-        count, available, satisfied = self._evict_goal
-        if satisfied is not None:
-            return satisfied()
-        if available is not None:
-            return self._component_available_size(FULL) >= available
-        return tracker[FULL] >= count
-
-    def _evict_components(
-        self,
-        request_by_type: Any,
-        tracker: Any,
-        available_size_targets: Any = None,
-        *,
-        allocation_reclaim_satisfied: Any = None,
-    ) -> None:
-        count = request_by_type[FULL]
-        target = (available_size_targets or {}).get(FULL)
-        self._evict_goal = (count, target[1] if target else None, allocation_reclaim_satisfied)
-        try:
-            if count > 0:
-                self._evict_covered(tracker)
-            super()._evict_components(
-                request_by_type,
-                tracker,
-                available_size_targets,
-                allocation_reclaim_satisfied=allocation_reclaim_satisfied,
-            )
-            # SGLang's tree has no victim left, but spans may: below locked anchors, or without any.
-            while count > 0 and not self._goal_reached(tracker) and (span := self.spans.oldest()) is not None:
-                self.spans.remove(span)
-                self._drop([span], tracker)
-        finally:
-            self._evict_goal = None
-
-    def _evict_covered(self, tracker: Any) -> None:
-        """Uncompressed copies of what spans hold go first; plain LRU would give up other requests' entries for them."""
-        in_use: dict[int, Span] = {}
-        while self._covered and not self._goal_reached(tracker):
-            node_id, entry = self._covered.popitem()
-            if entry.dead or self.nodes.get(node_id) is None or self.spans.has_anchor(node_id):
-                continue  # no longer true, or needed as an anchor
-            if self.evictable_leaf(node_id):
-                self.evict_node(node_id, tracker)
-            else:
-                in_use[node_id] = entry
-        self._covered.update(reversed(in_use.items()))
-
-    def evictable_leaf(self, node_id: int) -> bool:
-        """Whether this node of SGLang's tree may be evicted now. SGLang's core panics when asked for another."""
-        if self.nodes.get(node_id) is None or self.nodes.locked(node_id):
-            return False
-        return not self.path_of(node_id)[-1].num_children
-
-    def evict_node(self, node_id: int, tracker: Any) -> Any:
-        """Evicts a leaf of SGLang's tree with the spans below it, whatever its age."""
-        result = super()._evict_device_leaf(node_id, tracker)
-        if self.spans.has_anchor(node_id):
-            self._drop(self.spans.drop_anchor(node_id), tracker)
-        self.nodes.forget(node_id)
-        self._covered.pop(node_id, None)
-        return result
-
-    def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
-        """One order over both trees: spans due before SGLang's victim go first; if they suffice it is spared."""
-        node = self.nodes.get(node_id)
-        key = self.spans.key(node.usage if node is not None else Usage())
-        while (span := self.spans.oldest()) is not None and self.spans.key(span) <= key:
-            self.spans.remove(span)
-            self._drop([span], tracker)
-            if self._goal_reached(tracker):
-                return None
-        return self.evict_node(node_id, tracker)
 
 
 def _scope(req: Any, key: Any) -> Scope:

@@ -1,7 +1,7 @@
 """KV events for compressed spans, in SGLang's own format, so that a cache-aware router sees compressed prefixes.
 
 A router only asks which tokens a server has, so a span is announced like uncompressed tokens: one block per token,
-hashed by SGLang's own code from the first token of the prompt on. The same tokens may be cached twice (uncompressed and
+hashed as SGLang does from the first token of the prompt on. The same tokens may be cached twice (uncompressed and
 in spans of several configurations): a block is reported removed when its last copy is gone.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -19,23 +20,44 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from keepkv_sglang.radix.span import Span
 
 
+def token_hashes(tokens: array[int], before: str | None) -> list[str]:
+    """SGLang's SHA-256 chain of hashes for blocks of one token, as hex: hash(previous digest + uint32 of the token).
+
+    before: the hash of the token in front of the first. SGLang's own function (get_hash_str) compiles C++ on
+    its first call, which would stop the scheduler for many seconds.
+    """
+    digest, hashes = bytes.fromhex(before) if before else b"", []
+    for token in tokens:
+        digest = sha256(digest + token.to_bytes(4, "little")).digest()
+        hashes.append(digest.hex())
+    return hashes
+
+
+def first_hash(cache_salt: str | None) -> str | None:
+    """What a namespace's chains begin with, as in SGLang's compute_node_event_hash_values."""
+    return sha256(b"sglang-cache-salt-v1\0" + cache_salt.encode()).hexdigest() if cache_salt is not None else None
+
+
 @dataclass(slots=True)
 class EventNode:
-    """What SGLang's recorder reads of a tree node; it keeps its hashes in it."""
+    """What SGLang's recorder reads of a tree node. hash_value: one hash per token of key."""
 
     parent: EventNode | None
     key: RadixKey
-    hash_value: list[str] | None = None
-    event_hash_value: list[str] | None = None
+    hash_value: list[str]
+
+    @property
+    def event_hash_value(self) -> list[str]:
+        return self.hash_value
 
 
 class SpanEvents:
     """The queue of a cache's events: those of SGLang's tree, and ours between them, in order of time."""
 
-    def __init__(self, core: Any, *, page_size: int, dynamo_format: bool, lora_names: Any) -> None:
+    def __init__(self, core: Any, *, dynamo_format: bool, lora_names: Any) -> None:
         self._core = core
         self._recorder = KVCacheEventRecorder(
-            enabled=True, page_size=page_size, dynamo_format=dynamo_format, lora_names=lora_names
+            enabled=True, page_size=1, dynamo_format=dynamo_format, lora_names=lora_names
         )
         self._queue: list[Any] = []
         self._copies: Counter[int] = Counter()  # block hash -> copies in both trees
@@ -46,15 +68,23 @@ class SpanEvents:
             parent = span.parent.meta
         else:
             root = EventNode(None, RadixKey(array("q"), extra_key, cache_salt=cache_salt), [])
-            parent = root
-            if span.anchor_len:
-                key = RadixKey(prompt[: span.anchor_len], extra_key, cache_salt=cache_salt)
-                parent = EventNode(root, key)
-                self._recorder._node_event_hash_values(parent)
-        span.meta = EventNode(parent, RadixKey(span.tokens, extra_key, cache_salt=cache_salt))
+            anchor = prompt[: span.anchor_len]
+            hashes = token_hashes(anchor, first_hash(cache_salt))
+            parent = EventNode(root, RadixKey(anchor, extra_key, cache_salt=cache_salt), hashes) if anchor else root
+        before = parent.hash_value[-1] if parent.hash_value else first_hash(cache_salt)
+        key = RadixKey(span.tokens, extra_key, cache_salt=cache_salt)
+        span.meta = EventNode(parent, key, token_hashes(span.tokens, before))
         self._pull()
         self._recorder.record_store(span.meta)
         self._take(self._recorder.take())
+
+    def split(self, upper: Span, lower: Span) -> None:
+        """A span was cut: no block changes, but each part must know its own. Children hold on to the lower's node."""
+        node, at = lower.meta, upper.n
+        extra_key, salt = node.key.extra_key, node.key.cache_salt
+        upper.meta = EventNode(node.parent, RadixKey(upper.tokens, extra_key, cache_salt=salt), node.hash_value[:at])
+        node.parent, node.key = upper.meta, RadixKey(lower.tokens, extra_key, cache_salt=salt)
+        node.hash_value = node.hash_value[at:]
 
     def removed(self, span: Span) -> None:
         """A span is gone."""

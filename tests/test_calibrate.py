@@ -111,14 +111,14 @@ def test_merge_is_the_compressors_with_queries_behind_the_prefix(calibrated, sta
     untouched = torch.ones(SLOTS, dtype=torch.bool)
     untouched[target] = False
     keys, values = world.keys.clone(), world.values.clone()
-    merge_unused(world, config, path, start, target)
+    merge_unused(world, config, path, start, 60, target)
     source, calibration = path[start:], world.calibration.queries
     for layer in range(LAYERS):
         policy = SpanPolicy(
             m=8, recent=3, sinks=2 if start == 0 else 0, threshold=0.1,
             **({"merge": "least_squares"} if calibrated else {"merge": "evict", "scorer": "keydiff"}),
         )  # fmt: skip
-        q = calibration.behind(layer, 52) if calibrated else torch.empty(0, Q_HEADS, DIM)
+        q = calibration.behind(layer, 60) if calibrated else torch.empty(0, Q_HEADS, DIM)
         expected = compress_layer(
             LayerInput(
                 q=q,

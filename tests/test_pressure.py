@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from types import SimpleNamespace
 
 import pytest
 
@@ -32,11 +31,9 @@ def test_cold_is_older_than_twice_the_mean_age():
     for _ in range(6):
         tree.tick()
     assert tree.now == 10 and tree.mean_age == 7.5
-    cache = SimpleNamespace(spans=tree)
-    assert not is_cold(cache, SimpleNamespace(usage=Usage(last_access=-5)))
-    assert is_cold(cache, SimpleNamespace(usage=Usage(last_access=-6)))
+    assert not is_cold(tree, -5) and is_cold(tree, -6)
     tree.reset()
-    assert is_cold(cache, SimpleNamespace(usage=Usage(last_access=9))), "nothing compressed: every prefix is cold"
+    assert is_cold(tree, 9), "nothing compressed: every prefix is cold"
 
 
 def test_a_split_keeps_the_lower_nodes_id_and_both_their_tokens():

@@ -24,7 +24,7 @@ from keepkv_sglang.simulate.world import World
 
 SOAK = os.environ.get("KEEPKV_SOAK") == "1"
 SETTINGS = settings(
-    max_examples=2000 if SOAK else 60,
+    max_examples=2000 if SOAK else 40,
     stateful_step_count=60 if SOAK else 30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
@@ -50,6 +50,7 @@ class CacheMachine(RuleBasedStateMachine):
     """One rule per moment of a request's life."""
 
     CONFIG: ClassVar[dict[str, Any]] = {}
+    ARENA_ROWS = 0  # as the server's
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +60,9 @@ class CacheMachine(RuleBasedStateMachine):
             | {"pressure_free": 0.4, "pressure_tokens": 64}
             | self.CONFIG,
         )
-        self.world = World(config, slots=SLOTS, scale=1, longest=2000, rows=6, chunk_tokens=48)
+        self.world = World(
+            config, slots=SLOTS, scale=1, longest=2000, rows=6, chunk_tokens=48, arena_rows=self.ARENA_ROWS
+        )
         self.context = self.world.running()
         self.context.__enter__()
         self.rt = self.world.rt
@@ -71,6 +74,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.finished: list[tuple[int, ...]] = []
         self.rids = count()
         compressor._merge_layers = self.merge_layers
+        self.is_cold = pressure.is_cold
         self.merge_unused, pressure.merge_unused = pressure.merge_unused, self.merged_unused
         extend, decode = self.world._extend, self.world._decode
         self.world._extend = lambda req, stop: self.written(req, extend, req, stop)  # type: ignore[method-assign]
@@ -80,7 +84,7 @@ class CacheMachine(RuleBasedStateMachine):
         for req in [*self.fresh, *self.decoding]:
             self.world.abort(req)
         self.world.flush()
-        pressure.merge_unused = self.merge_unused
+        pressure.merge_unused, pressure.is_cold = self.merge_unused, self.is_cold
         self.context.__exit__(None, None, None)
 
     # -- what slots know ----------------------------------------------------------------------------------------------
@@ -116,11 +120,12 @@ class CacheMachine(RuleBasedStateMachine):
         for slot in target.tolist():
             self.knows[slot] = self.text(req, span.end)
 
-    def merged_unused(self, rt: Any, config: Any, path: Any, start: int, target: Any) -> None:
-        texts = [self.knows[slot] for slot in path.tolist()]
+    def merged_unused(self, rt: Any, config: Any, path: Any, start: int, end: int, target: Any) -> None:
+        assert 0 <= start < len(path) - len(target)
+        texts = [self.knows[slot] for slot in path.tolist()[start:]]
         assert all(longer[: len(text)] == text for text, longer in pairwise(texts))
         assert len(texts[-1]) - len(texts[0]) == len(texts) - 1, "one slot per token"
-        assert len(texts[0]) == 2 and start < len(texts) - len(target)
+        assert len(texts[-1]) - 1 == end
         for slot in target.tolist():
             self.knows[slot] = texts[-1]
 
@@ -191,7 +196,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     # -- the cache ----------------------------------------------------------------------------------------------------
 
-    @rule(slots=st.integers(1, SLOTS))
+    @rule(slots=st.integers(1, 80))
     def evict(self, slots: int) -> None:
         before = self.world.free_or_evictable(), self.world.allocator.available_size()
         self.world.tree.evict_slots(slots)
@@ -199,20 +204,22 @@ class CacheMachine(RuleBasedStateMachine):
         freed = self.world.allocator.available_size() - before[1]
         assert freed >= min(slots, before[0] - before[1]), "evictable slots were not given up"
 
-    @rule(waiting=st.integers(0, 100))
-    def relieve(self, waiting: int) -> None:
+    @rule(waiting=st.integers(0, SLOTS), all_cold=st.booleans())
+    def relieve(self, waiting: int, all_cold: bool) -> None:
         """Merging under pressure never evicts a prefix that fits afterwards, and changes no total."""
         merges = self.rt.counters["pressure_tokens"]
         self.rt.scheduler.waiting_queue = [type("Waiting", (), {"origin_input_ids": range(waiting)})]
+        pressure.is_cold = (lambda spans, last_access: True) if all_cold else self.is_cold
         pressure.relieve(self.rt)
         assert self.rt.counters["pressure_tokens"] - merges <= self.rt.config.pressure_tokens
 
-    @precondition(lambda self: not self.fresh and not self.decoding)
+    @precondition(lambda self: not self.fresh and not self.decoding and len(self.finished) > 5)
     @rule()
     def flush(self) -> None:
         self.world.allocator.clear()
         self.world.rows.clear()
         self.world.tree.reset()
+        self.finished.clear()
         assert self.world.allocator.available_size() == SLOTS
 
     @invariant()
@@ -231,9 +238,17 @@ class Slots(CacheMachine):
     CONFIG: ClassVar[dict[str, Any]] = {"budget": 24}
 
 
+class Starved(CacheMachine):
+    """Room for one query window: most turns stay raw, until pressure merges them."""
+
+    ARENA_ROWS = 5
+
+
 TestCache = CacheMachine.TestCase
 TestCache.settings = SETTINGS
 TestSpanTokens = SpanTokens.TestCase
 TestSpanTokens.settings = SETTINGS
 TestSlots = Slots.TestCase
 TestSlots.settings = SETTINGS
+TestStarved = Starved.TestCase
+TestStarved.settings = SETTINGS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import uuid
 from typing import Any
@@ -101,11 +102,13 @@ class Router:
                 del self.blocks[block]  # KeyError: removed twice
 
     def cached(self, ids: list[int]) -> int:
-        """How many of these tokens the server holds, by SGLang's own hashes."""
-        from sglang.srt.mem_cache.utils import get_hash_str, hash_str_to_int64
-
-        held = [hash_str_to_int64(value) in self.blocks for value in get_hash_str(ids, None, page_size=1)]
-        return [*held, False].index(False)
+        """How many of these tokens the server holds: blocks of one token, each hash a SHA-256 of the one before."""
+        digest = b""
+        for count, token in enumerate(ids):
+            digest = hashlib.sha256(digest + token.to_bytes(4, "little")).digest()
+            if int.from_bytes(digest[:8], "big", signed=True) not in self.blocks:
+                return count
+        return len(ids)
 
 
 def flush(server: ServerProcess) -> None:
