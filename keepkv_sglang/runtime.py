@@ -64,6 +64,7 @@ class Runtime:
             "entry_hits": 0,
             "retractions_published": 0,
             "mispublished": 0,
+            "most_running": 0,  # requests in one decode batch
             "pressure_merges": 0,
             "pressure_tokens": 0,
             "pressure_seconds": 0.0,

@@ -37,6 +37,7 @@ def compress_batch(batch: Any) -> None:
     if rt is None:
         return
     shorter: dict[int, int] = {}
+    rt.counters["most_running"] = max(rt.counters["most_running"], len(batch.reqs))
     rt.step_reserve = len(batch.reqs)
     for index, req in enumerate(batch.reqs):
         state = getattr(req, runtime.STATE, None)

@@ -185,6 +185,20 @@ def test_prompt_longer_than_the_pool(small):
         assert status == 400 and "2500 tokens" in error["error"]["message"], error
 
 
+def test_admission_counts_what_requests_will_hold(small):
+    """6 x (100 + 400 tokens) in 700 slots: stock admits one at a time, as KeepKV at budget 0.9 does."""
+    flush(small)
+    assert numbers(small)["counters"]["most_running"] <= 3, "earlier tests of this server ran few at once"
+    threads = [threading.Thread(target=generate, args=(small, tokens(100, 220 + n), 400)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    state = numbers(small)
+    assert state["counters"]["most_running"] == 6
+    assert state["counters"]["retractions_published"] == 0
+
+
 def test_requests_at_once_in_a_small_pool(small):
     """Eight requests with decode phases, mixed chunks, evictions: all finish, the accounting holds."""
     flush(small)
