@@ -37,6 +37,7 @@ model: env ## the demo model as a Hugging Face folder in .cache (quick when it e
 
 soak: env model ## the long runs that make test leaves out
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m soak --timeout 1800 $(PYTEST_ARGS)
 
 bench-kernels: env ## attention kernels against SGLang's torch_native
 	$(BIN)/python benchmarks/bench_attention.py

@@ -2,8 +2,8 @@
 
 SGLang runs `warm_up` before it listens: the text goes through the server as an ordinary prompt, and the scheduler
 process, which knows it by its tokens, keeps 32 of its queries for good (scoring/pseudo.py says what for). No client's
-queries are ever kept: no tenant shapes another's cache. Where this cannot run (sgl.Engine, no tokenizer, several kinds
-of rotary embedding), keys score themselves (scoring/keydiff.py).
+queries are ever kept: no tenant shapes another's cache. A weight update does not renew them. Where this cannot run
+(sgl.Engine, no tokenizer, several kinds of rotary embedding), keys score themselves (scoring/keydiff.py).
 """
 
 from __future__ import annotations
@@ -42,16 +42,15 @@ class Calibration:
             logger.info("no calibration: %s", "no tokenizer" if tokenizer is None else f"{len(rotary)} rotary modules")
             return None
         (module,) = rotary.values()
-        # Computed anew: the module's own copy may be rounded to 16 bit.
-        table = module._compute_cos_sin_cache().to(module.cos_sin_cache.device)
+        table = module.cos_sin_cache
+        if table.dtype != torch.float32:  # rounded to the model's type
+            table = module._compute_cos_sin_cache().to(table.device)
         return Calibration(tokenizer.encode(CALIBRATION), table, bool(module.is_neox_style))
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept for good."""
-        if self.queries is None:
-            return 0
-        return sum(t.numel() * t.element_size() for t in (self.queries.q, self.queries.cos_sin))
+        """Bytes kept for good: the queries, whatever the pool's size. The rotary table is the model's own."""
+        return self.queries.q.numel() * self.queries.q.element_size() if self.queries is not None else 0
 
     def wants(self, req: Any) -> bool:
         """Whether this request is the calibration prompt and its queries are still missing."""
@@ -88,12 +87,17 @@ async def warm_up(_disaggregation_mode: str, tokenizer_manager: Any) -> None:
 
     if tokenizer_manager.tokenizer is None:
         return
-    request = GenerateReqInput(
-        input_ids=tokenizer_manager.tokenizer.encode(CALIBRATION),
-        sampling_params={"max_new_tokens": 1, "temperature": 0, "custom_params": {"keepkv": {"enabled": False}}},
-    )
+    args = tokenizer_manager.server_args
+    sampling = {"max_new_tokens": 1, "temperature": 0, "custom_params": {"keepkv": {"enabled": False}}}
     try:
-        await tokenizer_manager.generate_request(request, None).__anext__()
-        await tokenizer_manager.flush_cache(timeout_s=10)
+        for rank in range(args.dp_size):
+            request = GenerateReqInput(
+                input_ids=tokenizer_manager.tokenizer.encode(CALIBRATION),
+                sampling_params=dict(sampling),
+                routed_dp_rank=rank if args.dp_size > 1 else None,
+            )
+            await tokenizer_manager.generate_request(request, None).__anext__()
+        if args.tokenizer_worker_num == 1:  # with several, another may be serving already
+            await tokenizer_manager.flush_cache(timeout_s=10)
     except Exception as error:  # a pool or context smaller than the text
         logger.warning("KeepKV's calibration failed, prefixes under pressure are scored by their keys: %s", error)

@@ -88,10 +88,11 @@ def merge_unused(
 
     path [p] int64: the slots of a cached prefix of `end` tokens; [start, p), one per token, are merged into `target`
     [m] int64, m < p - start. Writes K, V and votes of `target` only. Scored with the calibration's queries behind the
-    prefix; without a calibration by the keys alone, and then tokens are only kept or dropped.
+    prefix, normalised over the merged part alone so that the work does not grow with what precedes it; without a
+    calibration by the keys, and then tokens are only kept or dropped.
     """
     assert rt.votes is not None and rt.arena is not None
-    pool, context, source = rt.kv_pool, path[:start], path[start:]
+    pool, source = rt.kv_pool, path[start:]
     queries = rt.calibration.queries if rt.calibration is not None else None
     policy = SpanPolicy(
         m=len(target),
@@ -112,8 +113,8 @@ def merge_unused(
                 LayerInput(
                     q=q,
                     q_index=torch.full((len(q),), len(source) - 1, dtype=torch.int64, device=q.device),
-                    k_ctx=keys[context],
-                    lv_ctx=votes[context],
+                    k_ctx=keys[:0],
+                    lv_ctx=votes[:0],
                     k=keys[source],
                     v=values[source],
                     lv=votes[source],

@@ -15,6 +15,7 @@ from itertools import islice
 from typing import Any
 
 from keepkv_sglang.compressor import merge_unused
+from keepkv_sglang.radix.eviction import FULL
 from keepkv_sglang.radix.nodes import Node
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
@@ -23,15 +24,16 @@ from keepkv_sglang.runtime import Runtime
 MOST_LOOKED_AT = 16  # nodes per step that turn out not to be merged
 
 
-def relieve(rt: Runtime) -> None:
+def relieve(rt: Runtime) -> bool:
     """Merges cold nodes of SGLang's tree, then cold raw spans of ours, until enough slots are free or one step's budget
-    is spent. Call between steps.
+    is spent. Call between steps. True when something was merged.
 
     A budget in slots is a request's, not a prefix's: a server started with one merges nothing here.
     """
     config, tree = rt.config, rt.tree
-    if config.pressure == "off" or not config.compresses or config.counts_slots or tree.disable:
-        return
+    if rt.pressure_key is None or tree.disable:
+        return False
+    merged = rt.counters["pressure_merges"]
     wanted = int(config.pressure_free * rt.capacity) + _about_to_be_needed(rt)
     left, looks = config.pressure_tokens, MOST_LOOKED_AT
     while rt.allocator.available_size() < wanted and looks and left >= config.min_tokens:
@@ -43,17 +45,29 @@ def relieve(rt: Runtime) -> None:
             tree.nodes.put_back(node_id)
             break
         done = _merge_node(rt, node_id, node, left)
+        if done is None:
+            tree.nodes.put_back(node_id)
+            break
         left -= done
         looks -= done == 0
     for serial in list(islice(tree.raw_spans, looks)):
         if rt.allocator.available_size() >= wanted or left < config.min_tokens:
             break
         span = tree.raw_spans.pop(serial)
-        if span.dead or not span.raw or span.n < config.min_tokens or span.namespace[-1] != config.fingerprint():
+        if not span.raw or span.n < config.min_tokens:
             continue  # forgotten
         left -= _merge_raw_span(rt, span, left)
         if span.raw:
             tree.raw_spans[serial] = span  # behind the others: looked at again after them
+    return bool(rt.counters["pressure_merges"] > merged)
+
+
+def piece_of(length: int, most: int, least: int) -> int:
+    """Tokens to merge at the end of a node: all, or at most `most`, with neither part below `least`; 0: impossible."""
+    if length <= most:
+        return length
+    n = min(most, length - least)
+    return n if n >= least else 0
 
 
 def _about_to_be_needed(rt: Runtime) -> int:
@@ -86,25 +100,25 @@ def worth_merging(n: int, m: int, hits: int, merge_flops: float, prefill_flops: 
     return m < n and merge_flops * (n - m) * m <= again * prefill_flops * n
 
 
-def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int:
-    """Merges up to `most` tokens at the node's end; returns how many, 0 if it stays as it is.
+def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int | None:
+    """Merges up to `most` tokens at the node's end; returns how many, 0 if it stays as it is, None: in the next step.
 
     A longer node is cut and its end merged first; the rest is the next coldest. A node that is not merged leaves the
     queue of cold nodes until it is used again, unlocked, or its last child is gone.
     """
     config, tree = rt.config, rt.tree
-    if not tree.evictable_leaf(node_id):
+    if not tree.evictable_leaf(node_id) or not tree.known_path(node_id):
         return 0
     info = tree.path_of(node_id)[-1]
     start, end = info.path_start, info.path_end
-    cut = start if end - start <= most else end - most
-    if start < cut < start + config.min_tokens:  # never leave a stump too short to merge
-        cut = start + config.min_tokens
-    n = end - cut
-    if n < config.min_tokens:
+    if end - start < config.min_tokens:
         if start and not tree.spans.has_anchor(node_id):
-            tree.drop_leaf(node_id)  # a short end, such as a reply: it keeps the rest from being merged
+            tree.evict_node(node_id, {FULL: 0})  # a short end, such as a reply: it keeps the rest from being merged
         return 0
+    n = piece_of(end - start, most, config.min_tokens)
+    if n == 0:
+        return None if most < config.pressure_tokens else 0
+    cut = end - n
     m = config.kept_slots(0, n)
     if not worth_merging(n, m, node.usage.hits, rt.merge_flops, rt.prefill_flops):
         return 0
@@ -115,7 +129,7 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int:
     if cut > start:
         tree.split_node(node_id, cut)
     merge_unused(rt, config, tree.path_device_indices(node_id), cut, end, target)
-    tree.replace_node(node_id, (*node.scope, config.fingerprint()), target)
+    tree.replace_node(node_id, (*node.scope, rt.pressure_key), target)
     _count(rt, n, began)
     return n
 

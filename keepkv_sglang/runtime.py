@@ -32,6 +32,9 @@ class Runtime:
 
     def __init__(self, config: KeepKVConfig) -> None:
         self.config = config
+        # Last part of the namespace of what pressure.py merges; None: it merges nothing.
+        merges = config.pressure != "off" and config.compresses and not config.counts_slots
+        self.pressure_key = config.fingerprint() if merges else None
         self.scheduler: Any = None
         self.tree: Any = None
         self.allocator: Any = None
@@ -114,7 +117,7 @@ class Runtime:
         self.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
         tokenizer = getattr(scheduler, "tokenizer", None)
         self.border = message_border(tokenizer)
-        if self.config.pressure != "off":
+        if self.pressure_key is not None:
             self.calibration = Calibration.of(tokenizer, self.model)
         memory = self.memory()
         logger.info(
@@ -199,14 +202,17 @@ class Runtime:
     # -- numbers ------------------------------------------------------------------------------------------------------
 
     def memory(self) -> dict[str, float]:
-        """Bytes beside the KV pool: persistent (votes, offsets) and scratch (arena, working memory of a merge)."""
+        """Bytes beside the KV pool.
+
+        Persistent and growing with it: votes, offsets. Persistent and fixed: calibration. Scratch: arena, merging.
+        """
         from keepkv_sglang.compressor import SCRATCH_BYTES
 
         assert self.votes is not None and self.arena is not None and self.offsets is not None
         keys = self.kv_pool.get_key_buffer(self.first_layer)
         pool16 = 2 * 2 * keys.numel() * self.kv_pool.layer_num
         calibration = self.calibration.nbytes if self.calibration is not None else 0
-        persistent = self.votes.nbytes + self.offsets.numel() * 8 + calibration
+        persistent = self.votes.nbytes + self.offsets.numel() * 8
         return {
             "votes_bytes": self.votes.nbytes,
             "offsets_bytes": self.offsets.numel() * 8,

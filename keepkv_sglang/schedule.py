@@ -70,7 +70,9 @@ def _reserve(rt: Runtime, state: RequestState, first: int, end: int) -> Window |
     if lo >= end:
         return None
     assert rt.arena is not None
-    rows = rt.arena.take(end - lo)
+    # A prompt in many pieces holds a window for each until its end: never more than half of what all requests share.
+    held = sum(len(planned.window.rows) for planned in state.plan if planned.window is not None)
+    rows = rt.arena.take(end - lo) if held == 0 or 2 * (held + end - lo) <= rt.arena.rows else None
     if rows is None:
         rt.counters["skipped_no_window"] += 1
         return None

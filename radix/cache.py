@@ -56,7 +56,8 @@ class KeepKVRadixCache(JointEviction):
         # Called by the parent's __init__ too, so the fields are made here.
         self.spans = SpanTree(self._params.eviction_policy)
         self.nodes = NodeBook()  # of SGLang's tree: ages for one eviction order over both trees, tokens, locks
-        self._namespaces: dict[Scope, set[tuple[Any, ...]]] = {}
+        # Dictionaries, not sets: tensor-parallel ranks must walk them in the same order.
+        self.namespaces: dict[Scope, dict[tuple[Any, ...], int]] = {}  # how many spans each has
         self.covered = {}
         self.raw_spans: dict[int, Span] = {}  # by serial: what pressure.py may still merge; forgotten lazily
         self.evict_goal = None
@@ -96,6 +97,19 @@ class KeepKVRadixCache(JointEviction):
             host_hit_length=0,
             cache_protected_len=entry.path_slots,
         )
+
+    def touch_prefix(self, key: RadixKey) -> None:
+        """SGLang keeps what waiting requests will need from being evicted: the spans among it too."""
+        super().touch_prefix(key)
+        if self.disable or runtime.active() is None:
+            return
+        found = super().match_prefix(MatchPrefixParams(key=key))
+        path = self.path_of(found.last_device_node) if found.device_prefix_len else ()
+        anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
+        for scope, namespaces in self.namespaces.items():
+            for namespace in namespaces if scope[:2] == (key.extra_key, key.cache_salt) else ():
+                self.spans.match(anchors, namespace, key.token_ids, len(key) - 1)
+        self._touch(path, key.token_ids, (key.extra_key, key.cache_salt, None))
 
     def _touch(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
         if path:
@@ -245,25 +259,29 @@ class KeepKVRadixCache(JointEviction):
             raw=raw,
         )
         scope: Scope = namespace[:3]
-        self._namespaces.setdefault(scope, set()).add(namespace)
-        if created and raw:
+        if not created:
+            return span, False
+        self.count_span(namespace, 1)
+        rt = runtime.active()
+        if raw and rt is not None and namespace[-1] == rt.pressure_key:
             self.raw_spans[span.serial] = span
-        if created and self.events is not None:
+        if self.events is not None:
             self.events.stored(span, prompt, *scope[:2])
-        if created and not raw:
-            below = self._match_core(prompt, scope)
-            if below.device_prefix_len > anchor_len:
-                self._find_covered(self.path_of(below.last_device_node), prompt, scope)
-        return span, created
+        below = self._match_core(prompt, scope)
+        if below.device_prefix_len > anchor_len:
+            self._find_covered(self.path_of(below.last_device_node), prompt, scope)
+        return span, True
 
     def _find_covered(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
         """Notes nodes of the path whose tokens are also in spans: they are young, but the first to be given up."""
-        for namespace in self._namespaces.get(scope, ()):
+        for namespace in self.namespaces.get(scope, ()):
             anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
             entry = self.spans.match(anchors, namespace, tokens, touch=False)
             for info in path:  # from the top down: popitem() then gives the lowest first
                 if entry is not None and entry.anchor_len <= info.path_start and info.path_end <= entry.path_tokens:
-                    self.covered[info.node_id] = entry
+                    known = self.covered.get(info.node_id)
+                    if known is None or known.dead:
+                        self.covered[info.node_id] = entry
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Stock for requests that are never compressed; of the others only the anchor is published uncompressed.
@@ -298,16 +316,21 @@ class KeepKVRadixCache(JointEviction):
         if parts is None:
             return False
         self.raw_spans[parts[0].serial] = parts[0]
+        self.count_span(span.namespace, 1)
         if self.events is not None:
             self.events.split(*parts)
         return True
 
+    def known_path(self, node_id: int) -> bool:
+        """Whether all tokens up to the end of this node are known; learns what SGLang split by itself."""
+        return self.nodes.complete([(n.node_id, n.path_start, n.path_end) for n in self.path_of(node_id)])
+
     def _prompt_of(self, path: tuple[Any, ...]) -> array:
-        """All tokens of a path of SGLang's tree."""
+        """All tokens of a known path of SGLang's tree."""
         prompt = array("q")
         for info in path:
             node = self.nodes.get(info.node_id)
-            assert node is not None, f"a node that no request was seen on: {info}"
+            assert node is not None, f"not a known path: {info}"
             prompt.extend(node.own(info.path_start))
         return prompt
 
@@ -333,7 +356,7 @@ class KeepKVRadixCache(JointEviction):
             self.token_to_kv_pool_allocator.free(slots)
         if self.spans.has_anchor(node_id):
             self.drop_spans(self.spans.adopt(node_id, namespace, span), {FULL: 0})
-        self.drop_leaf(node_id)
+        self.evict_node(node_id, {FULL: 0})
 
     # -- paths --------------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,8 @@ class JointEviction(UnifiedRadixCache):
     nodes: NodeBook
     events: SpanEvents | None
     covered: dict[int, Span]
+    raw_spans: dict[int, Span]
+    namespaces: dict[Any, dict[tuple[Any, ...], int]]
     evict_goal: tuple[int, int | None, Any] | None  # slots asked for, free slots wanted, or SGLang's own test
 
     # -- sizes --------------------------------------------------------------------------------------------------------
@@ -64,20 +66,16 @@ class JointEviction(UnifiedRadixCache):
         return not self.path_of(node_id)[-1].num_children
 
     def evict_node(self, node_id: int, tracker: Tracker) -> Any:
-        """Evicts a leaf of SGLang's tree with the spans below it, whatever its age."""
+        """Evicts a leaf of SGLang's tree with its spans, whatever its age. The node above may be a leaf then."""
+        path = self.path_of(node_id)
         result = super()._evict_device_leaf(node_id, tracker)
         if self.spans.has_anchor(node_id):
             self.drop_spans(self.spans.drop_anchor(node_id), tracker)
         self.nodes.forget(node_id)
         self.covered.pop(node_id, None)
-        return result
-
-    def drop_leaf(self, node_id: int) -> None:
-        """Evicts an evictable leaf; the node above may have become one."""
-        path = self.path_of(node_id)
-        self.evict_node(node_id, {FULL: 0})
         if len(path) > 1:
             self.nodes.put_back(path[-2].node_id)
+        return result
 
     def drop_spans(self, dead: list[Span], tracker: Tracker) -> None:
         """Frees the slots of spans that the tree gave back; one call, since the allocator copies its list each time."""
@@ -85,9 +83,21 @@ class JointEviction(UnifiedRadixCache):
             return
         self.token_to_kv_pool_allocator.free(torch.cat([span.slots for span in dead]))
         tracker[FULL] += sum(span.m for span in dead)
-        if self.events is not None:
-            for span in dead:
+        for span in dead:
+            self.raw_spans.pop(span.serial, None)
+            self.count_span(span.namespace, -1)
+            if self.events is not None:
                 self.events.removed(span)
+
+    def count_span(self, namespace: Any, change: int) -> None:
+        """Keeps `namespaces`: a configuration without spans is forgotten."""
+        scope = namespace[:3]
+        counts = self.namespaces.setdefault(scope, {})
+        counts[namespace] = counts.get(namespace, 0) + change
+        if not counts[namespace]:
+            del counts[namespace]
+        if not counts:
+            del self.namespaces[scope]
 
     # -- until the goal is reached ------------------------------------------------------------------------------------
 

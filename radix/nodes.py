@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from .order import Usage
 
@@ -26,11 +26,15 @@ class Node:
     usage: Usage = field(default_factory=Usage)
     queued: bool = False
 
+    @property
+    def first(self) -> int:
+        """Logical position of the first of its tokens."""
+        return self.end - len(self.tokens)
+
     def own(self, start: int) -> array[int]:
         """Its tokens, given where it begins now."""
-        first = start - (self.end - len(self.tokens))
-        assert first >= 0, (start, self.end, len(self.tokens))
-        return self.tokens[first:]
+        assert self.first <= start < self.end, (self.first, start, self.end)
+        return self.tokens[start - self.first :]
 
 
 class NodeBook:
@@ -59,6 +63,25 @@ class NodeBook:
                 node.queued = True
                 heapq.heappush(self._heap, (now, node_id))
 
+    def complete(self, path: Sequence[tuple[int, int, int]]) -> bool:
+        """Makes every node of a path from the root down known; False where that is impossible.
+
+        SGLang splits nodes at places that no request of ours is seen at. The lower part keeps its id, and here its old
+        tokens: the upper part's are among them. It is as old and as used as the lower part.
+        """
+        source: Node | None = None  # of the known nodes further down, the one whose tokens begin first
+        for node_id, start, end in reversed(path):
+            node = self._nodes.get(node_id)
+            if node is not None:
+                source = node if source is None or node.first < source.first else source
+            elif source is None or source.first > start:
+                return False
+            else:
+                tokens = source.tokens[start - source.first : end - source.first]
+                self._nodes[node_id] = Node(tokens, end, source.scope, replace(source.usage))
+                self.put_back(node_id)
+        return True
+
     def hit(self, path: Iterable[int]) -> None:
         """A request was admitted over this path."""
         for node_id in path:
@@ -68,13 +91,14 @@ class NodeBook:
     def forget(self, node_id: int) -> None:
         """The node was evicted."""
         self._nodes.pop(node_id, None)
+        if len(self._heap) > 2 * len(self._nodes) + 64:  # mostly evicted nodes
+            self._heap = [entry for entry in self._heap if entry[1] in self._nodes]
+            heapq.heapify(self._heap)
 
     def split(self, node_id: int, start: int, cut: int, upper_id: int) -> None:
         """SGLang's tree cut a node that begins at `start`: [start, cut) is now a node of its own, as old, as used."""
         node = self._nodes[node_id]
-        use = node.usage
-        usage = Usage(use.created, use.last_access, use.hits)
-        self._nodes[upper_id] = Node(node.own(start)[: cut - start], cut, node.scope, usage)
+        self._nodes[upper_id] = Node(node.own(start)[: cut - start], cut, node.scope, replace(node.usage))
         self.put_back(upper_id)
 
     # -- locks --------------------------------------------------------------------------------------------------------

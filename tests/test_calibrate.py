@@ -47,7 +47,7 @@ def test_keeps_the_queries_of_its_tokens_however_the_prompt_is_cut(chunks):
     assert queries.position.tolist() == calibration_rows(200, QUERIES)
     assert queries.q[1, :, 3, 5].tolist() == [float(token) for token in calibration_rows(200, QUERIES)]
     assert store.free_rows == store.rows
-    assert calibration.nbytes == 4 * (LAYERS * QUERIES * Q_HEADS * DIM + 400 * DIM)
+    assert calibration.nbytes == 4 * LAYERS * QUERIES * Q_HEADS * DIM
 
 
 def test_a_cached_beginning_is_no_calibration_and_the_next_try_is():
@@ -123,8 +123,8 @@ def test_merge_is_the_compressors_with_queries_behind_the_prefix(calibrated, sta
             LayerInput(
                 q=q,
                 q_index=torch.full((len(q),), len(source) - 1),
-                k_ctx=keys[layer, path[:start]],
-                lv_ctx=torch.zeros(start, KV_HEADS),
+                k_ctx=keys[layer, :0],
+                lv_ctx=torch.zeros(0, KV_HEADS),
                 k=keys[layer, source],
                 v=values[layer, source],
                 lv=torch.zeros(len(source), KV_HEADS),

@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 
-from keepkv_sglang.pressure import is_cold, worth_merging
+from keepkv_sglang.pressure import is_cold, piece_of, worth_merging
 from keepkv_sglang.radix.nodes import NodeBook
 from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.tree import SpanTree
@@ -68,3 +68,24 @@ def test_coldest_gives_every_node_once_by_age_until_it_is_used_or_unlocked():
     assert book.coldest() is None and book.get(5) is None
     with pytest.raises(AssertionError, match="without lock"):
         book.unlock(3)
+
+
+def test_a_piece_fits_the_budget_and_leaves_no_stump():
+    assert piece_of(100, 100, 64) == 100
+    assert piece_of(500, 200, 64) == 200
+    assert piece_of(230, 200, 64) == 166, "64 stay"
+    assert piece_of(100, 70, 64) == 0, "in a step with more budget, whole"
+    assert piece_of(128, 70, 64) == 64
+
+
+def test_nodes_that_sglang_split_by_itself_are_learned_from_the_part_below():
+    book, text = NodeBook(), array("q", range(100, 150))
+    book.touch([(1, 0, 10), (2, 10, 50)], text, SCOPE, now=3)
+    path = [(1, 0, 10), (8, 10, 22), (9, 22, 30), (2, 30, 50)]  # node 2 was cut twice
+    assert book.complete(path)
+    assert book.get(8).own(10) == text[10:22] and book.get(9).own(22) == text[22:30]
+    assert book.get(9).usage == Usage(created=3, last_access=3) and book.get(9).usage is not book.get(2).usage
+    assert sorted(book.coldest()[0] for _ in range(4)) == [1, 2, 8, 9]
+    assert not book.complete([(1, 0, 10), (5, 10, 20), (6, 20, 30)]), "nothing known below: not merged"
+    book.forget(1)
+    assert not book.complete([(1, 0, 10), (8, 10, 22)])

@@ -57,6 +57,9 @@ def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int,
 
     The reply may use what the compression of the prompt gives back, which happens before the first decode step.
     """
+    assert rt.arena is not None
+    if not state.admitted and rt.arena.free_rows < state.config.window:
+        return new_tokens  # no room for its queries: nothing of it will be compressed
     if state.admitted:  # a later chunk: the turn began before it
         turn = len(req.full_untruncated_fill_ids) - state.tail_tokens
     else:
@@ -76,7 +79,8 @@ def before_get_new_batch_prefill(self: Any, running_batch: Any) -> None:
     rt = runtime.active()
     if rt is not None:
         compress_batch(running_batch)
-        pressure.relieve(rt)
+        if pressure.relieve(rt):
+            running_batch.batch_is_full = False
 
 
 def around_init_req_max_new_tokens(original: Any, self: Any, req: Any) -> None:
@@ -138,7 +142,12 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
         def _get_running_request_total_token_offset(self, req: Any) -> float:
             tokens = super()._get_running_request_total_token_offset(req)
             found = self._compressed(req)
-            return min(tokens, found[1].reply_growth(math.ceil(tokens))) if found and tokens > 0 else tokens
+            if found is None or tokens <= 0:
+                return tokens
+            rt, state = found
+            if state.reply_window is None and not rt.room_for_replies():
+                return tokens  # no room for its queries: its reply will stay as it is
+            return min(tokens, state.reply_growth(math.ceil(tokens)))
 
         def _update_prefill_budget(
             self, prefix_len: int, extend_input_len: int, max_new_tokens: int, *args: Any, **kwargs: Any

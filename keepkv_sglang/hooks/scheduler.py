@@ -48,6 +48,7 @@ def compress_batch(batch: Any) -> None:
             shorter[index] = req.kv.kv_committed_len
     rt.step_reserve = 0
     if shorter:
+        batch.batch_is_full = False  # SGLang admits nobody while it is set, and clears it only when a request leaves
         lengths = batch.seq_lens_cpu.clone()
         for index, length in shorter.items():
             lengths[index] = length

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang import compressor, pressure
@@ -42,7 +43,7 @@ REQUEST = {
     "messages": st.lists(st.sampled_from(MESSAGES), min_size=1, max_size=2),
     "kind": KINDS,
     "extra_key": st.sampled_from([None] * 7 + ["tenant"]),
-    "reply": st.integers(1, 30),
+    "reply": st.integers(1, 60),
 }
 
 
@@ -81,11 +82,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.world._decode = lambda req, n: self.written(req, decode, req, n)  # type: ignore[method-assign]
 
     def teardown(self) -> None:
-        for req in [*self.fresh, *self.decoding]:
-            self.world.abort(req)
-        self.world.flush()
-        pressure.merge_unused, pressure.is_cold = self.merge_unused, self.is_cold
-        self.context.__exit__(None, None, None)
+        try:
+            for req in [*self.fresh, *self.decoding]:
+                self.world.abort(req)
+            self.world.flush()
+        finally:  # a failure must not follow the next example or test
+            pressure.merge_unused, pressure.is_cold = self.merge_unused, self.is_cold
+            self.context.__exit__(None, None, None)
 
     # -- what slots know ----------------------------------------------------------------------------------------------
 
@@ -155,7 +158,8 @@ class CacheMachine(RuleBasedStateMachine):
         state = self.rt.state_of(req)
         if len(prompt) >= SLOTS - reply - 2 and (state is None or len(prompt) > 900):
             return None  # refused by the server
-        self.texts[req] = (*prompt, *range(1000 + reply, 1000 + 2 * reply))
+        same = reply // 2  # replies begin alike and part: SGLang's tree splits there
+        self.texts[req] = (*prompt, *range(1000, 1000 + same), *range(2000 + reply, 2000 + 2 * reply - same))
         if not self.world.admit(req):
             del self.texts[req]
             return None
@@ -212,6 +216,13 @@ class CacheMachine(RuleBasedStateMachine):
         pressure.is_cold = (lambda spans, last_access: True) if all_cold else self.is_cold
         pressure.relieve(self.rt)
         assert self.rt.counters["pressure_tokens"] - merges <= self.rt.config.pressure_tokens
+
+    @rule(history=st.integers(1, 4), cut=st.integers(0, 60), extra_key=st.sampled_from([None, "tenant"]))
+    def wait(self, history: int, cut: int, extra_key: str | None) -> None:
+        """SGLang touches what a waiting request will need; its tree may split a node then."""
+        if history <= len(self.finished):
+            text = self.finished[-history]
+            self.world.tree.touch_prefix(RadixKey(array("q", text[: max(1, len(text) - cut)]), extra_key))
 
     @precondition(lambda self: not self.fresh and not self.decoding and len(self.finished) > 5)
     @rule()

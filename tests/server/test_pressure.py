@@ -153,6 +153,7 @@ def test_cold_uncompressed_prefix_is_merged_before_it_is_evicted(small):
     for seed in range(30):
         generate(small, tokens(100, 170 + seed), 2)
     state = numbers(small)
+    assert state["memory"]["calibration_bytes"] > 0, "scored with the fixed text's queries"
     assert state["counters"]["pressure_merges"] > merges
     answer = generate(small, prompt, 2)
     merged, kept = answer.keepkv["cached_compressed_tokens"], answer.cached - answer.keepkv["cached_compressed_tokens"]

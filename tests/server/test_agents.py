@@ -1,0 +1,37 @@
+"""Long runs on a live server (`make soak`): agents whose contexts do not fit, a prompt four times the pool."""
+
+from __future__ import annotations
+
+import pytest
+from client import flush, generate, numbers, tokens
+
+from keepkv_sglang.agent_load import AgentLoad, run_agents
+
+pytestmark = [pytest.mark.server, pytest.mark.soak]
+
+
+def test_six_agents_in_a_third_of_their_memory(launch):
+    """Contexts of 8,202 tokens in 3,000 slots, where stock hits about 0.25 (make bench-agents)."""
+    server = launch("--enable-keepkv", "--keepkv-budget", "0.1", "--max-total-tokens", "3000")
+    load = AgentLoad()
+    assert load.agents * load.context == 8202
+    report = run_agents(server, load)
+    assert not report.errors and not report.short_answers and report.requests == 24
+    assert report.hit_rate > 0.6
+    assert report.cached_compressed_tokens > report.cached_tokens / 2
+    counters = numbers(server)["counters"]
+    assert counters["retractions_published"] <= 1 and counters["most_running"] >= 4
+
+
+def test_a_prompt_four_times_the_pool(launch):
+    server = launch(
+        *("--enable-keepkv", "--keepkv-budget", "0.1", "--max-total-tokens", "2000"),
+        *("--chunked-prefill-size", "512"),
+    )
+    prompt = tokens(7500, 1)
+    answer = generate(server, prompt, 16)
+    assert len(answer.ids) == 16 and answer.keepkv["logical_tokens"] in (7515, 7516)
+    assert answer.keepkv["slots_held"] <= 750 + 7500 // 512 + 1 + 17
+    assert generate(server, prompt, 16).cached == 7499
+    assert generate(server, [*prompt, *answer.ids, *tokens(200, 2)], 16).cached >= 7514
+    flush(server)
