@@ -125,17 +125,17 @@ def test_kv_events_tell_a_router_what_is_cached(small, router):
     flush(small)
     router.listen(1000)
     assert router.cleared and not router.blocks
-    prompts = [tokens(240, 140 + n) for n in range(12)]  # 12 x (24 + the reply's raw 12): the first ones are evicted
+    prompts = [tokens(240, 140 + n) for n in range(15)]  # 15 x (24 + 16 raw slots), 240 to compute: some are evicted
     for prompt in prompts:
-        answer = generate(small, prompt, 12)
+        answer = generate(small, prompt, 16)
         router.listen()
-        assert router.cached(prompt + answer.ids) == len(prompt) + 11  # the last token has no slot
-    generate(small, prompts[11], 4, {"enabled": False})  # the same tokens a second time, uncompressed
+        assert router.cached(prompt + answer.ids) == len(prompt) + 15  # the last token has no slot
+    generate(small, prompts[-1], 4, {"enabled": False})  # the same tokens a second time, uncompressed
     router.listen()
     held = []
     for prompt in [*reversed(prompts[-3:]), *prompts[:2]]:
         expected = min(router.cached(prompt), len(prompt) - 1)
-        assert generate(small, prompt, 12).cached == expected
+        assert generate(small, prompt, 4).cached == expected
         held.append(expected)
         router.listen()
     assert held[0] == 239 and held.count(0) >= 1, held
