@@ -53,9 +53,9 @@ def relieve(rt: Runtime) -> bool:
     for serial in list(islice(tree.raw_spans, looks)):
         if rt.allocator.available_size() >= wanted or left < config.min_tokens:
             break
-        span = tree.raw_spans.pop(serial)
-        if not span.raw or span.n < config.min_tokens:
-            continue  # forgotten
+        span = tree.raw_spans.pop(serial, None)
+        if span is None or not span.raw or span.n < config.min_tokens:
+            continue  # evicted to make room for the one before, or forgotten
         left -= _merge_raw_span(rt, span, left)
         if span.raw:
             tree.raw_spans[serial] = span  # behind the others: looked at again after them
