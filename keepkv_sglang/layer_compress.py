@@ -10,11 +10,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from keepkv_sglang.kernels.merge.torch_impl import Segments, nearest_kept
-from keepkv_sglang.merging import QUERY_FREE, get_rule
+from keepkv_sglang.merging import get_rule
 from keepkv_sglang.merging.base import Clusters
-from keepkv_sglang.scoring import QUERY_AGNOSTIC, get_scorer
+from keepkv_sglang.policies import MERGE_RULES, SCORERS
+from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
 
 
@@ -25,7 +27,7 @@ class LayerInput:
     q [w, Hq, D]: window queries after RoPE, NOT scaled; q_index [w] int64: index in the span of each query's
     token (query j sees span tokens <= q_index[j] and all of the context). w is 0 for a span that is
     compressed with no queries at hand, as under memory pressure: q [0, Hq, D], q_index [0]; the policy then
-    names a scorer of scoring.QUERY_AGNOSTIC and a rule of merging.QUERY_FREE. k_ctx [c, Hkv, D], lv_ctx [c,
+    names a scorer and a rule that need none (policies.py). k_ctx [c, Hkv, D], lv_ctx [c,
     Hkv]: everything before the span, c may be 0; used for softmax normalisation only. k, v [n, Hkv, D] and
     lv [n, Hkv] (log votes): the span to compress. scale: softmax scale. q head h reads kv head h // (Hq /
     Hkv). Storage may be bfloat16, float16, float32 or float64; arithmetic is float32, or float64 when k is
@@ -44,12 +46,12 @@ class LayerInput:
 
 @dataclass(frozen=True)
 class SpanPolicy:
-    """How a span of n tokens becomes m slots. `merge`: a name in merging.RULES; `scorer`: a name in scoring.
+    """How a span of n tokens becomes m slots. `merge`, `scorer`: names as policies.py resolves them.
 
     recent: last tokens always kept (at most m // 2); sinks: first tokens always kept (0 unless the span
     starts at logical position 0). Both, and the ceil(strong_fraction * m) highest-scored kept tokens, never
     absorb others. threshold: cosine similarity of keys above which a dropped token joins a kept one.
-    pool_kernel: odd.
+    pool_kernel: odd. chunk: tokens that are kept or not together (ChunkKV); 1: each on its own.
     """
 
     m: int
@@ -60,6 +62,7 @@ class SpanPolicy:
     pool_kernel: int = 7
     strong_fraction: float = 0.1
     scorer: str = "snapkv"
+    chunk: int = 1
 
 
 @dataclass(frozen=True)
@@ -123,17 +126,33 @@ def select(scores: torch.Tensor, p: SpanPolicy) -> tuple[torch.Tensor, torch.Ten
     """scores [H, n] -> kept [H, m] int64 ascending, absorbs [H, m] bool; False: never rewritten.
 
     Sinks and recent first, then by score; equal scores: the lower index. Sinks, recent and the strongest
-    kept tokens are protected.
+    kept tokens are protected. With p.chunk > 1 whole chunks are taken, best mean score first (`chunk_scores`);
+    of the chunk that no longer fits, the first tokens.
     """
     n = scores.shape[1]
     sinks, recent = _always_kept(p)
-    forced = scores.clone()
+    forced = chunk_scores(scores, p.chunk) if p.chunk > 1 else scores.clone()
     forced[:, :sinks] = torch.inf
     forced[:, n - recent :] = torch.inf
     kept = torch.sort(forced, dim=1, descending=True, stable=True).indices[:, : p.m].sort(dim=1).values
     strongest = torch.sort(scores.gather(1, kept), dim=1, descending=True, stable=True).indices
     absorbs = (kept >= sinks) & (kept < n - recent)
     return kept, absorbs.scatter(1, strongest[:, : _strong(p)], False)
+
+
+def chunk_scores(scores: torch.Tensor, chunk: int) -> torch.Tensor:
+    """[H, n]: each token's score replaced by the mean over its chunk, tokens [c * chunk, (c + 1) * chunk) of the span
+    (ChunkKV, arXiv 2502.00299); tokens that no query sees (-inf) do not count, unless no other is there.
+
+    Differs from the paper: a mean where it sums, so that a shorter last chunk is not at a disadvantage; m is met
+    exactly; sinks and recent are kept by token; each kv head chooses its own chunks, and layers do not reuse
+    another layer's choice.
+    """
+    heads, n = scores.shape
+    grouped = F.pad(scores, (0, -n % chunk), value=-torch.inf).view(heads, -1, chunk)
+    counted = grouped > -torch.inf
+    mean = torch.where(counted, grouped, 0.0).sum(dim=2) / counted.sum(dim=2)  # nothing counted: NaN, replaced here
+    return mean.masked_fill(~counted.any(dim=2), -torch.inf).repeat_interleave(chunk, dim=1)[:, :n]
 
 
 def match(
@@ -222,7 +241,7 @@ class _HeadView:
         per_token = 2 * self.q.shape[0] * self.q.shape[1] * self.q.element_size()
         block = max(1, scratch_bytes // max(1, per_token))
         log_z_ctx = context_log_z(self.q, x.k_ctx[:, heads], x.lv_ctx[:, heads], block)
-        return observe(self.q, x.q_index.to(self.q.device), self.k, self.lv, log_z_ctx, block)
+        return observe(self.q, x.q_index.to(self.q.device), self.k, self.v, self.lv, log_z_ctx, block)
 
 
 def _head_groups(x: LayerInput, scratch_bytes: int) -> list[slice]:
@@ -276,6 +295,8 @@ def _check(x: LayerInput, p: SpanPolicy) -> None:
         raise ValueError(f"cannot keep {p.m} of {n} tokens: m must be at least 1 and below the span's length")
     if p.pool_kernel < 1 or p.pool_kernel % 2 == 0:
         raise ValueError(f"pool_kernel {p.pool_kernel} must be odd and positive")
+    if p.chunk < 1:
+        raise ValueError(f"chunk {p.chunk} must be at least 1")
     if not 0.0 <= p.strong_fraction <= 1.0 or p.recent < 0 or p.sinks < 0:
         raise ValueError("strong_fraction must lie in [0, 1]; recent and sinks must not be negative")
     if x.q.shape[1] < 1 or x.q.shape[1] % x.k.shape[1] != 0:
@@ -285,16 +306,17 @@ def _check(x: LayerInput, p: SpanPolicy) -> None:
         )
     get_rule(p.merge)
     get_scorer(p.scorer)
-    if x.q.shape[0] == 0 and p.scorer not in QUERY_AGNOSTIC:
+    if x.q.shape[0] == 0 and SCORERS.needs_queries(p.scorer):
         raise ValueError(
             f"scorer {p.scorer!r} needs window queries and there are none:"
-            f" use one of {', '.join(sorted(QUERY_AGNOSTIC))}"
+            f" use one of {', '.join(sorted(SCORERS.query_free))}"
         )
     _check_queries(x, p.merge)
 
 
 def _check_queries(x: LayerInput, rule: str) -> None:
-    if x.q.shape[0] == 0 and rule not in QUERY_FREE:
+    if x.q.shape[0] == 0 and MERGE_RULES.needs_queries(rule):
         raise ValueError(
-            f"merge rule {rule!r} needs window queries and there are none: use one of {', '.join(sorted(QUERY_FREE))}"
+            f"merge rule {rule!r} needs window queries and there are none:"
+            f" use one of {', '.join(sorted(MERGE_RULES.query_free))}"
         )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 from keepkv_sglang.merging.base import MergeRule
+from keepkv_sglang.policies import MERGE_RULES
 
-RULES = ("evict", "mean", "zip", "tangent", "least_squares")
-QUERY_FREE = frozenset({"evict", "mean"})
+RULES = MERGE_RULES.names
+QUERY_FREE = MERGE_RULES.query_free
 """Rules that also work with a window of no queries."""
 
 
 def get_rule(name: str) -> MergeRule:
-    """The rule called `name`; ValueError for an unknown name."""
-    if name not in RULES:
-        raise ValueError(f"unknown merge rule {name!r}: use one of {', '.join(RULES)}")
-    return getattr(import_module(f"keepkv_sglang.merging.{name}"), name)
+    """The rule called `name` (policies.py: what a name can be); ValueError for an unknown name."""
+    return MERGE_RULES.get(name)

@@ -1,18 +1,14 @@
-"""Selection scores by name. Each scorer is imported when it is first asked for."""
+"""Selection scores by name, one file per method. Each is imported when it is first asked for."""
 
 from __future__ import annotations
 
-from importlib import import_module
-
+from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.scoring.base import Scorer
 
-_SCORERS = ("snapkv", "keepkv", "keydiff")
-QUERY_AGNOSTIC = frozenset({"keydiff"})
-"""Scorers that read keys and votes only: for spans compressed while no request runs over them."""
+QUERY_AGNOSTIC = SCORERS.query_free
+"""Scorers that read keys, values and votes only: for spans compressed while no request runs over them."""
 
 
 def get_scorer(name: str) -> Scorer:
-    """The scorer called `name`; ValueError for an unknown name."""
-    if name not in _SCORERS:
-        raise ValueError(f"unknown scorer {name!r}: use one of {', '.join(_SCORERS)}")
-    return getattr(import_module(f"keepkv_sglang.scoring.{name}"), name)
+    """The scorer called `name` (policies.py: what a name can be); ValueError for an unknown name."""
+    return SCORERS.get(name)

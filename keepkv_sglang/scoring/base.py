@@ -14,23 +14,25 @@ import torch
 class Window:
     """Window queries of H kv heads against the n tokens of a span. Q = w * G: all q heads of the kv head.
 
-    w may be 0, when a span is compressed with no queries at hand: then q, position and log_z are empty, and
-    only k and lv say something.
+    w may be 0, when a span is compressed with no queries at hand: then q, position and the log_z are empty, and
+    only k, v and lv say something.
 
     q        [H, Q, D]: queries times the softmax scale, window-major (row j * G + g)
-    k, lv    [H, n, D], [H, n]: keys and log votes of the span
+    k, v, lv [H, n, D], [H, n, D], [H, n]: keys, values and log votes of the span
     position [w]: index in the span of each query's token; query j sees span tokens <= position[j]
     log_z    [H, Q]: log of the softmax denominator, with votes, over the context and what the query may
-             see of the span
+             see of the span; log_z_ctx [H, Q]: of the context alone
     block_tokens: tensors [H, tokens, Q] exist only for this many tokens at a time
     whole    [H, n, Q] or None: attention() of the whole span, when that is one block
     """
 
     q: torch.Tensor
     k: torch.Tensor
+    v: torch.Tensor
     lv: torch.Tensor
     position: torch.Tensor
     log_z: torch.Tensor
+    log_z_ctx: torch.Tensor
     block_tokens: int
     whole: torch.Tensor | None
 
@@ -80,6 +82,13 @@ class Window:
 
         return self.per_token(one_block)
 
+    def mean_received(self) -> torch.Tensor:
+        """[H, n]: received(), mean over the queries that see the token, so that late tokens are not at a
+        disadvantage; 0 for a token that none sees."""
+        token = torch.arange(self.k.shape[1], device=self.k.device)
+        viewers = (token[:, None] <= self.position[None, :]).sum(dim=1) * self.group
+        return self.received() / viewers.clamp(min=1).to(self.k.dtype)
+
     def log_weight(self) -> torch.Tensor:
         """[H, n]: log w_i = log(p_i s_hat_i), s_hat_i = mean over the Q queries of exp(l_qi) / Z_q.
 
@@ -108,7 +117,8 @@ class Window:
 class Scorer(Protocol):
     """Higher scores are kept. A scorer is a function of the window and the pooling width alone.
 
-    Those named in scoring.QUERY_AGNOSTIC read nothing but k and lv, and work with a window of no queries.
+    Those named in scoring.QUERY_AGNOSTIC read nothing but k, v and lv, and work with a window of no queries; a
+    scorer from elsewhere says so with an attribute `needs_queries = False`.
     """
 
     def __call__(self, window: Window, pool_kernel: int) -> torch.Tensor:
@@ -128,15 +138,16 @@ def observe(
     q: torch.Tensor,
     position: torch.Tensor,
     k: torch.Tensor,
+    v: torch.Tensor,
     lv: torch.Tensor,
     log_z_ctx: torch.Tensor,
     block_tokens: int,
 ) -> Window:
-    """Builds the Window. q [H, Q, D] already scaled, position [w], k [H, n, D], lv [H, n], log_z_ctx [H, Q]
-    (-inf without a context). Q may be 0. Holds about two [H, block_tokens, Q] tensors at its peak."""
+    """Builds the Window. q [H, Q, D] already scaled, position [w], k, v [H, n, D], lv [H, n], log_z_ctx
+    [H, Q] (-inf without a context). Q may be 0. Holds about two [H, block_tokens, Q] tensors at its peak."""
     n = k.shape[1]
     if q.shape[1] == 0:
-        return Window(q, k, lv, position, log_z_ctx, n, None)
+        return Window(q, k, v, lv, position, log_z_ctx, log_z_ctx, n, None)
     group = q.shape[1] // position.shape[0]
     first_hidden = int(position.min()) + 1
     log_z, x = log_z_ctx, None
@@ -151,7 +162,7 @@ def observe(
             log_z = torch.logaddexp(log_z, torch.logsumexp(visible, dim=1))
     assert x is not None
     whole = x.sub_(log_z[:, None, :]).exp_() if x.shape[1] == n else None
-    return Window(q, k, lv, position, log_z, block_tokens, whole)
+    return Window(q, k, v, lv, position, log_z, log_z_ctx, block_tokens, whole)
 
 
 def context_log_z(q: torch.Tensor, k_ctx: torch.Tensor, lv_ctx: torch.Tensor, block_tokens: int) -> torch.Tensor:

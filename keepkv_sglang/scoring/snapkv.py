@@ -23,8 +23,5 @@ def snapkv(window: Window, pool_kernel: int) -> torch.Tensor:
     well, and the sum over queries is a mean over those that can see the token, so that late tokens are not
     at a disadvantage.
     """
-    received = window.received()
-    token = torch.arange(received.shape[1], device=received.device)
-    viewers = (token[:, None] <= window.position[None, :]).sum(dim=1) * window.group
-    score = received / viewers.clamp(min=1).to(received.dtype)
-    return F.avg_pool1d(score[:, None], pool_kernel, 1, pool_kernel // 2, count_include_pad=False)[:, 0]
+    score = window.mean_received()[:, None]
+    return F.avg_pool1d(score, pool_kernel, 1, pool_kernel // 2, count_include_pad=False)[:, 0]

@@ -1,7 +1,7 @@
 """Compression of one layer, equation by equation: loops over heads and clusters, any float dtype. The oracle.
 
 Equations: KeepKV (arXiv 2504.09936) Eq. 6 to 8, SnapKV (arXiv 2404.14469) for pooled window scores; the
-rules `tangent` and `least_squares` are this project's. `x` has the fields of
+rules `tangent`, `least_squares` and `value_refit` are this project's. `x` has the fields of
 keepkv_sglang.layer_compress.LayerInput and `p` those of SpanPolicy; nothing is imported from there, so that
 the two implementations share no code.
 
@@ -22,11 +22,13 @@ ZIP_MIN_DENOMINATOR = 1e-3
 ZIP_KEY_SCALE = (0.5, 2.0)
 RIDGE = 0.3
 MAX_LOG_VOTE_CORRECTION = 4.0
+REFIT_RIDGE = 3.0
+REFIT_MIN_RIDGE = 0.01
 
 
 class Head(NamedTuple):
     """One kv head. q [Q, D] scaled, window-major; k, v [n, D]; lv [n]; logits [n, Q]; seen [n, Q] bool;
-    log_z [Q]; age [Q]: window steps between each query and the newest."""
+    log_z [Q], of which log_z_ctx [Q] is the context; age [Q]: window steps between each query and the newest."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -35,6 +37,7 @@ class Head(NamedTuple):
     logits: torch.Tensor
     seen: torch.Tensor
     log_z: torch.Tensor
+    log_z_ctx: torch.Tensor
     age: torch.Tensor
 
 
@@ -51,7 +54,7 @@ def head_of(x: Any, h: int, dtype: torch.dtype = torch.float64) -> Head:
     in_context = x.k_ctx[:, h].to(dtype) @ q.T + x.lv_ctx[:, h].to(dtype)[:, None]
     log_z = torch.logsumexp(torch.cat((in_context, in_span)), 0)
     age = torch.arange(w - 1, -1, -1, device=k.device).repeat_interleave(group)
-    return Head(q, k, v, lv, logits, seen, log_z, age)
+    return Head(q, k, v, lv, logits, seen, log_z, torch.logsumexp(in_context, 0), age)
 
 
 # Scores
@@ -96,6 +99,7 @@ def _log_ema(logits: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
 def select(scores: torch.Tensor, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """scores [Hkv, n] -> kept [Hkv, m] ascending, absorbs [Hkv, m] bool."""
     heads, n = scores.shape
+    by_chunk = chunk_scores(scores, p.chunk)
     recent = min(p.recent, p.m // 2)
     sinks = min(p.sinks, p.m - recent)
     always = [*range(sinks), *range(n - recent, n)]
@@ -103,12 +107,24 @@ def select(scores: torch.Tensor, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
     kept, absorbs = [], []
     for h in range(heads):
         score = scores[h].tolist()
-        rest = [i for _, i in sorted((-score[i], i) for i in range(n) if i not in always)]
+        order = by_chunk[h].tolist()
+        rest = [i for _, i in sorted((-order[i], i) for i in range(n) if i not in always)]
         mine = sorted([*always, *rest[: p.m - len(always)]])
         strong = [i for _, i in sorted((-score[i], i) for i in mine)][:strong_count]
         kept.append(mine)
         absorbs.append([i not in always and i not in strong for i in mine])
     return torch.tensor(kept, device=scores.device), torch.tensor(absorbs, device=scores.device)
+
+
+def chunk_scores(scores: torch.Tensor, chunk: int) -> torch.Tensor:
+    """[Hkv, n]: the mean over each token's chunk of what some query sees (ChunkKV, arXiv 2502.00299)."""
+    out = scores.clone()
+    for row in out:
+        for start in range(0, len(row), chunk):
+            part = row[start : start + chunk]
+            finite = part[part > -math.inf]
+            row[start : start + chunk] = finite.mean() if len(finite) else -math.inf
+    return out
 
 
 def match(
@@ -159,7 +175,7 @@ def merge_cluster(a: Head, members: torch.Tensor, rule: str) -> tuple[torch.Tens
     attention = torch.softmax(log_mass - a.log_z, 0)  # the cluster's attention mass per query, as weights
     if rule == "tangent":
         return k_bar, v_bar, (attention * (log_mass - a.q @ k_bar)).sum(), True
-    assert rule == "least_squares", rule
+    assert rule in ("least_squares", "value_refit"), rule
     r = log_mass - log_votes - a.q @ k_bar
     gram = a.q @ a.q.T
     ridge = RIDGE * gram.diagonal().mean()
@@ -197,7 +213,27 @@ def merge_from_assignment(
                 finite = all(bool(t.isfinite().all()) for t in (k_r, v_r, lv_r))
                 if finite and (accepted or not guard):
                     k[c, h], v[c, h], lv[c, h] = k_r, v_r, lv_r
+        if rule == "value_refit":
+            v[:, h] = refit_values(a, assign[h], k[:, h], v[:, h], lv[:, h])
     return k, v, lv
+
+
+def refit_values(a: Head, assign: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor) -> torch.Tensor:
+    """Values [m, D] of one head's slots k [m, D], v [m, D], lv [m]; those of merged slots are solved for."""
+    before = torch.exp(a.lv[:, None] + a.logits - a.log_z).masked_fill(~a.seen, 0.0)  # [n, Q]
+    members = [torch.nonzero(assign == c)[:, 0] for c in range(len(k))]
+    seen = torch.stack([a.seen[mine[0]] for mine in members])  # [m, Q]
+    logits = (lv[:, None] + k @ a.q.T).masked_fill(~seen, -math.inf)
+    log_z = torch.logsumexp(torch.cat((a.log_z_ctx[None], logits)), 0)
+    after = torch.exp(logits - log_z.clamp(min=torch.finfo(k.dtype).min))
+    residual = before.T @ a.v - after.T @ v
+    merged = [c for c, mine in enumerate(members) if len(mine) > 1]
+    free = after[merged]
+    gram = free.T @ free
+    ridge = REFIT_RIDGE * gram.diagonal().mean() + REFIT_MIN_RIDGE
+    out = v.clone()
+    out[merged] += free @ torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=v.dtype), residual)
+    return out
 
 
 def compress(x: Any, p: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:

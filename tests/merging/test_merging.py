@@ -394,7 +394,7 @@ def test_impossible_requests():
     for bad, message in (
         ({"m": 20}, "keep 20 of 20"), ({"m": 0}, "keep 0 of 20"), ({"pool_kernel": 4}, "odd"),
         ({"strong_fraction": 1.5}, "strong_fraction"), ({"merge": "kmeans"}, "least_squares"),
-        ({"scorer": "h2o"}, "snapkv"),
+        ({"scorer": "random"}, "snapkv"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             compress_layer(x, replace(policy(5, "mean"), **bad))

@@ -15,7 +15,7 @@ from keepkv_sglang.scoring.base import Window, observe
 from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
 
 F64 = torch.float64
-SCORERS = sorted(QUERY_AGNOSTIC)
+SCORERS = sorted(QUERY_AGNOSTIC - {"streaming_llm"})  # that one reads nothing at all: test_policies.py
 
 
 def cold_layer(n=60, heads=2, group=3, dim=8, dtype=F64, seed=0, ctx=0) -> LayerInput:
@@ -39,8 +39,8 @@ def policy(m: int, merge: str = "mean", **changes) -> SpanPolicy:
 def window_of(x: LayerInput) -> Window:
     """What compress_layer makes of an input without queries."""
     heads, dim = x.k.shape[1:]
-    k, lv = x.k.transpose(0, 1).contiguous(), x.lv.T.contiguous()
-    return observe(k.new_zeros(heads, 0, dim), x.q_index, k, lv, k.new_zeros(heads, 0), 1 << 20)
+    k, v, lv = x.k.transpose(0, 1).contiguous(), x.v.transpose(0, 1).contiguous(), x.lv.T.contiguous()
+    return observe(k.new_zeros(heads, 0, dim), x.q_index, k, v, lv, k.new_zeros(heads, 0), 1 << 20)
 
 
 # Formulas, one token at a time, in Python floats

@@ -46,7 +46,8 @@ def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
     heads = x.k.shape[1]
     q = (x.q * x.scale).reshape(w, heads, -1, dim).transpose(0, 1).flatten(1, 2)
     log_z = context_log_z(q, x.k_ctx, x.lv_ctx, block_tokens)
-    return observe(q, x.q_index, x.k.transpose(0, 1).contiguous(), x.lv.T.contiguous(), log_z, block_tokens)
+    k, v = x.k.transpose(0, 1).contiguous(), x.v.transpose(0, 1).contiguous()
+    return observe(q, x.q_index, k, v, x.lv.T.contiguous(), log_z, block_tokens)
 
 
 # Scores
@@ -111,7 +112,7 @@ def test_future_keys_do_not_change_scores_of_what_is_seen():
 
 def test_unknown_scorer():
     with pytest.raises(ValueError, match="snapkv, keepkv"):
-        get_scorer("h2o")
+        get_scorer("random")
 
 
 # Selection

@@ -1,0 +1,78 @@
+"""Selection scores in loops over tokens and queries, any float dtype. The oracle of keepkv_sglang/scoring.
+
+Notation as in reference.py, which has the scores of SnapKV and KeepKV.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from keepkv_sglang.kernels.merge.reference import Head, head_of
+
+GKV_DECAY = 0.8
+
+
+def _attention(a: Head) -> torch.Tensor:
+    """[n, Q]: p_i exp(l_iq) / Z_q, 0 for what the query does not see."""
+    return (a.lv[:, None] + a.logits - a.log_z).exp().masked_fill(~a.seen, 0.0)
+
+
+def tova(a: Head, group: int) -> list[float]:
+    """arXiv 2401.06104: the last query's attention, mean over the group."""
+    attention = _attention(a)[:, -group:].mean(1)
+    return [float(x) if seen else -math.inf for x, seen in zip(attention, a.seen[:, -1], strict=True)]
+
+
+def gkv(a: Head, group: int) -> list[float]:
+    """arXiv 2512.00504: F_t = max(alpha F_{t-1}, S_t / max S_t), one step per query, from the oldest on; its log."""
+    step = _attention(a).unflatten(1, (-1, group)).amax(2)
+    total = torch.zeros(len(a.k), dtype=a.k.dtype)
+    for t in range(step.shape[1]):
+        total = torch.maximum(GKV_DECAY * total, step[:, t] / step[:, t].max())
+    return total.log().tolist()
+
+
+def value_norm(a: Head, group: int) -> list[float]:
+    """arXiv 2406.12335: mean attention of the queries that see the token, times |v|_1."""
+    attention, viewers = _attention(a), a.seen.sum(1)
+    return [float(attention[i].sum() / max(1, int(viewers[i])) * a.v[i].abs().sum()) for i in range(len(a.k))]
+
+
+def expected_attention(a: Head, group: int) -> list[float]:
+    """arXiv 2510.00636 with the window's moments: log of |v| mean_g softmax(log p + mu.k + k^T Sigma k / 2)."""
+    share = torch.zeros(len(a.k), dtype=a.k.dtype)
+    for g in range(group):
+        q = a.q[g::group]
+        mu = q.mean(0)
+        sigma = (q - mu).T @ (q - mu) / len(q)
+        share += torch.softmax(a.lv + a.k @ mu + (a.k @ sigma * a.k).sum(1) / 2, 0) / group
+    return (share * a.v.norm(dim=1)).log().tolist()
+
+
+def keydiff(a: Head, group: int) -> list[float]:
+    """arXiv 2504.15364: minus the cosine with the mean direction of the keys."""
+    unit = a.k / a.k.norm(dim=1, keepdim=True)
+    anchor = unit.mean(0)
+    return (-(unit @ anchor) / anchor.norm()).tolist()
+
+
+def streaming_llm(a: Head, group: int) -> list[float]:
+    """arXiv 2309.17453: the later, the better."""
+    return [float(i) for i in range(len(a.k))]
+
+
+def h2o(a: Head, group: int) -> list[float]:
+    """arXiv 2306.14048: attention summed over all queries."""
+    return _attention(a).sum(1).tolist()
+
+
+SCORES = {f.__name__: f for f in (tova, gkv, value_norm, expected_attention, keydiff, streaming_llm, h2o)}
+
+
+def score(x: Any, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """[Hkv, n] scores of the method `name` for a LayerInput."""
+    group = x.q.shape[1] // x.k.shape[1]
+    return torch.tensor([SCORES[name](head_of(x, h, dtype), group) for h in range(x.k.shape[1])], dtype=dtype)
