@@ -17,6 +17,7 @@ import torch
 from keepkv_sglang import record
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
+from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
 
@@ -89,7 +90,8 @@ def merge_unused(
     path [p] int64: the slots of a cached prefix of `end` tokens; [start, p), one per token, are merged into `target`
     [m] int64, m < p - start. Writes K, V and votes of `target` only. Scored with the calibration's queries behind the
     prefix, normalised over the merged part alone so that the work does not grow with what precedes it; without a
-    calibration by the keys, and then tokens are only kept or dropped.
+    calibration by the configured scorer if it needs no queries, else by the keys, and then tokens are only kept or
+    dropped.
     """
     assert rt.votes is not None and rt.arena is not None
     pool, source = rt.kv_pool, path[start:]
@@ -100,7 +102,8 @@ def merge_unused(
         recent=config.recent,
         sinks=config.sinks if start == 0 else 0,
         threshold=config.threshold,
-        scorer="snapkv" if queries is not None else "keydiff",
+        scorer=config.scorer if queries is not None or not SCORERS.needs_queries(config.scorer) else "keydiff",
+        chunk=config.chunk,
     )
     scheduler = rt.scheduler
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
@@ -158,6 +161,8 @@ def _merge_layers(
         recent=0 if span.followed else config.recent,
         sinks=config.sinks if span.start == 0 else 0,
         threshold=config.threshold,
+        scorer=config.scorer,
+        chunk=config.chunk,
     )
     log = record.begin(req, state, span, window, policy)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)

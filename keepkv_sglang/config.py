@@ -13,12 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-MERGE_RULES = ("least_squares", "tangent", "zip", "mean", "evict")
+from keepkv_sglang import policies
+
+MERGE_RULES = policies.MERGE_RULES.names
+SCORERS = tuple(name for name in policies.SCORERS.names if name not in policies.OFFLINE_SCORERS)
 PRESSURE_MODES = ("off", "merge")
 SERVER_ONLY = ("pressure", "pressure_free", "pressure_tokens")  # no request may choose these for its neighbours
 MAX_WINDOW = 256
 MAX_SLOTS = 1 << 30
 MIN_SPAN_TOKENS = 64
+MAX_CHUNK = 1024
 # Bump when scoring, selection or merging change in a way that makes old entries mean something else.
 ALGORITHM_VERSION = 1
 
@@ -80,6 +84,16 @@ def _choice(name: str, known: tuple[str, ...]) -> Callable[[Any], str]:
     return parse
 
 
+def _policy(registry: policies.Registry) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        try:
+            return policies.check(registry, value)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    return parse
+
+
 def _free_fraction(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -110,6 +124,8 @@ class KeepKVConfig:
     enabled: bool = False
     budget: float | int = 0.2
     merge: str = "least_squares"
+    scorer: str = "snapkv"
+    chunk: int = 1
     window: int = 32
     recent: int = 32
     sinks: int = 4
@@ -147,6 +163,10 @@ class KeepKVConfig:
         barred = sorted(key for key in params if key in SERVER_ONLY)
         if barred:
             raise ConfigError(f"keepkv: {', '.join(barred)} is a setting of the server; start it with the flag instead")
+        for key in ("scorer", "merge"):
+            if policies.is_path(str(params.get(key, ""))):
+                raise ConfigError(f"keepkv: {key} is a path, and a request must not import code; start the server with "
+                                  f"--keepkv-{key} {params[key]}, or use a name")  # fmt: skip
         wanted = {key: PARSERS[key](value) for key, value in params.items()}
         if not self.enabled:
             wanted["enabled"] = False
@@ -180,7 +200,9 @@ class KeepKVConfig:
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "enabled": _flag,
     "budget": parse_budget,
-    "merge": _choice("merge", MERGE_RULES),
+    "merge": _policy(policies.MERGE_RULES),
+    "scorer": _policy(policies.SCORERS),
+    "chunk": _whole("chunk", 1, MAX_CHUNK),
     "window": _whole("window", 1, MAX_WINDOW),
     "recent": _whole("recent", 0, 1 << 20),
     "sinks": _whole("sinks", 0, 1 << 20),
@@ -200,7 +222,11 @@ HELP: dict[str, str] = {
     "and radix-cache backends.",
     "budget": "KV slots kept: a fraction in (0, 1] of each turn's tokens, or a whole number of slots from 2 "
     "up that the request may hold past its shared prefix. 1 means 100 %%, no compression.",
-    "merge": "How tokens that lose their slot join the slots that stay; evict drops them.",
+    "merge": "How tokens that lose their slot join the slots that stay; evict drops them. One of "
+    f"{', '.join(MERGE_RULES)}, the name of an installed plugin's rule, or a path package.module:function.",
+    "scorer": "What decides which tokens keep their slot. One of "
+    f"{', '.join(SCORERS)}, the name of an installed plugin's scorer, or a path package.module:function.",
+    "chunk": f"Tokens that are kept or dropped together, as in ChunkKV; 1: each on its own (tokens, 1 to {MAX_CHUNK}).",
     "window": f"Number of last queries whose attention scores the tokens (1 to {MAX_WINDOW}).",
     "recent": "Most recent tokens of a span that are always kept (tokens; at most half of the span's slots).",
     "sinks": "First tokens of the sequence that are always kept (tokens; only where nothing precedes them).",

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from keepkv_sglang.calibrate import WARMUP
-from keepkv_sglang.config import HELP, MERGE_RULES, PARSERS, PRESSURE_MODES, ConfigError, KeepKVConfig
+from keepkv_sglang.config import HELP, PARSERS, PRESSURE_MODES, ConfigError, KeepKVConfig
 
 logger = logging.getLogger("keepkv")
 
@@ -20,7 +20,7 @@ ATTRIBUTE = "_keepkv"
 RADIX_BACKEND = "keepkv"
 CPU_BACKEND = "keepkv_cpu"
 ATTENTION_BACKENDS = (CPU_BACKEND,)
-CHOICES = {"merge": MERGE_RULES, "pressure": PRESSURE_MODES}
+CHOICES = {"pressure": PRESSURE_MODES}
 
 
 def flag_name(field: str) -> str:

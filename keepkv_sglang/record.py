@@ -54,6 +54,8 @@ def begin(req: Any, state: Any, span: Any, window: Any, policy: Any) -> Recorder
             "recent": policy.recent,
             "sinks": policy.sinks,
             "threshold": policy.threshold,
+            "scorer": policy.scorer,
+            "chunk": policy.chunk,
             "prefill_tokens": state.prefill_tokens,
             "prompt_tokens": state.prompt_tokens,
             "retractions": req.retraction_count,

@@ -16,6 +16,7 @@ import torch
 from keepkv_sglang.anchor import MessageBorder, message_border
 from keepkv_sglang.calibrate import Calibration
 from keepkv_sglang.config import ConfigError, KeepKVConfig
+from keepkv_sglang.policies import MERGE_RULES, SCORERS
 from keepkv_sglang.request import RequestState
 from keepkv_sglang.votes import QueryArena, VoteStore
 
@@ -249,6 +250,9 @@ _runtime: Runtime | None = None
 def start(config: KeepKVConfig) -> Runtime:
     """Called once per scheduler process, before SGLang builds its pools."""
     global _runtime
+    # Imported now, in the process that will run them: not while a request waits, and not with an error then.
+    SCORERS.get(config.scorer)
+    MERGE_RULES.get(config.merge)
     _runtime = Runtime(config)
     return _runtime
 
