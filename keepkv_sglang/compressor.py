@@ -20,6 +20,7 @@ from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
+from keepkv_sglang.scoring.references import QuerySample
 from keepkv_sglang.span_policy import span_policy
 
 SCRATCH_BYTES = 64 << 20  # working memory of one layer's merge
@@ -148,9 +149,10 @@ def _merge_layers(
     config, pool = state.config, rt.kv_pool
     context, source = row[: span.start], row[span.start : span.start + span.slots]
     rows = torch.tensor(window.rows[: window.filled], dtype=torch.int64, device=row.device)
+    positions = list(window.positions[: window.filled])
+    arena = rt.arena.queries
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
-    first = span.slots - (span.end - window.lo)
-    q_index = torch.arange(first, first + window.filled, dtype=torch.int64, device=row.device)
+    sample = QuerySample(positions, window.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)
     policy = span_policy(config, span.m, at_start=span.start == 0, followed=span.followed)
     log = record.begin(req, state, span, window, policy)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)
@@ -163,8 +165,8 @@ def _merge_layers(
             votes = rt.votes.log_votes[index]
             result = compress_layer(
                 LayerInput(
-                    q=rt.arena.queries[index, rows],
-                    q_index=q_index,
+                    q=sample.place(arena[index, rows]),
+                    q_index=sample.q_index,
                     k_ctx=keys[context],
                     lv_ctx=votes[context],
                     k=keys[source],

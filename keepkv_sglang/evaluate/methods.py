@@ -16,6 +16,7 @@ import torch
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.evaluate.probe import Probe, Row, Slots
 from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer
+from keepkv_sglang.scoring.references import QuerySample, reference_positions
 from keepkv_sglang.span_policy import span_policy
 
 
@@ -67,7 +68,7 @@ def slots_of(budget: float, tokens: int) -> int:
 def compress_tail(
     row: Row, config: KeepKVConfig, m: int, start: int = 0, offline_scorer: str = ""
 ) -> list[LayerResult]:
-    """Slots [start, end) of the row become m, scored by the last `config.window` queries of the tokens fed last.
+    """Slots [start, end) of the row become m, scored by window and reference queries of the tokens fed last.
 
     What compressor.py does on the server, layer by layer: the span is everything behind `start`, one slot per token
     where the window lies. Nothing happens when m >= its slots. Returns what was chosen, per layer.
@@ -77,13 +78,18 @@ def compress_tail(
     policy = span_policy(config, m, at_start=start == 0)
     if offline_scorer:
         policy = replace(policy, scorer=offline_scorer)
-    window = row.slots if offline_scorer else config.window
+    n, fed = row.slots - start, row.tokens - row.queries[0].shape[0]  # fed: the first token that has a query
+    lo = max(fed, row.tokens - (n if offline_scorer else config.window))
+    spread = reference_positions(fed, lo, config.references)
+    positions = [*spread, *range(lo, row.tokens)]
+    rows = torch.tensor(positions) - fed
+    device = row.queries[0].device
+    sample = QuerySample(positions, len(spread), row.tokens, n, row.probe.rotary, torch.float32, device)
     results = []
-    for layer, q in zip(row.layers, row.queries, strict=True):
-        n = layer.k.shape[0] - start
-        q = q[-min(window, n) :]
+    for layer, queries in zip(row.layers, row.queries, strict=True):
+        q = sample.place(queries[rows])
         context, span = layer.cut(0, start), layer.cut(start, start + n)
-        x = LayerInput(q, torch.arange(n - len(q), n), context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
+        x = LayerInput(q, sample.q_index, context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
         results.append(compress_layer(x, policy))
     row.replace_span([Slots(r.k, r.v, r.lv) for r in results], start)
     return results

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from keepkv_sglang.scoring.rotary import Rotary
+
 _NAME = "keepkv_probe"
 
 
@@ -98,7 +100,14 @@ class Probe:
         self.empty_kv = torch.zeros(0, config.num_key_value_heads, self.head_dim)
         self.empty_lv = torch.zeros(0, config.num_key_value_heads)
         self.empty_q = torch.zeros(0, config.num_attention_heads, self.head_dim)
+        self.rotary = Rotary(self._cos_sin(config.max_position_embeddings))
         self._row: Row | None = None
+
+    def _cos_sin(self, positions: int) -> torch.Tensor:
+        """[positions, D]: the model's rotary table, as scoring/rotary.py wants it."""
+        cos, sin = self.model.model.rotary_emb(self.empty_q, torch.arange(positions)[None])
+        half = cos.shape[2] // 2
+        return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=1)
 
     def row(self, ids: Sequence[int] = ()) -> Row:
         """A new row; `ids` are prefilled."""
