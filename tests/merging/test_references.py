@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -41,7 +42,7 @@ def test_positions_are_spread_evenly_and_never_more_than_there_are(first, length
     made = reference_positions(first, first + length, count)
     assert len(made) == min(count, length) == len(set(made))
     assert made == sorted(made) and all(first <= p < first + length for p in made)
-    gaps = {b - a for a, b in zip(made, made[1:], strict=False)}
+    gaps = {b - a for a, b in pairwise(made)}
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
