@@ -155,14 +155,17 @@ def _merge_layers(
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
     first = span.slots - (span.end - window.lo)
     q_index = torch.arange(first, first + window.filled, dtype=torch.int64, device=row.device)
+    begin = span.end - span.tokens
     policy = SpanPolicy(
         m=span.m,
         merge=config.merge,
         recent=0 if span.followed else config.recent,
-        sinks=config.sinks if span.start == 0 else 0,
+        sinks=state.sinks_of(begin),
         threshold=config.threshold,
         scorer=config.scorer,
         chunk=config.chunk,
+        whole=state.protected_in(span.slots, begin, span.end),
+        shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
     )
     log = record.begin(req, state, span, window, policy)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)
