@@ -98,7 +98,7 @@ def merge_unused(
     assert rt.votes is not None and rt.arena is not None
     pool, source = rt.kv_pool, path[start:]
     queries = rt.calibration.queries if rt.calibration is not None else None
-    policy = span_policy(config, len(target), at_start=start == 0)
+    policy = span_policy(config, len(target), sinks=config.sinks if start == 0 else 0)
     if queries is None:
         query_free = not SCORERS.needs_queries(config.scorer)
         policy = replace(policy, merge="evict", scorer=config.scorer if query_free else "keydiff")
@@ -153,7 +153,15 @@ def _merge_layers(
     arena = rt.arena.queries
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
     sample = QuerySample(positions, window.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)
-    policy = span_policy(config, span.m, at_start=span.start == 0, followed=span.followed)
+    begin = span.end - span.tokens
+    policy = span_policy(
+        config,
+        span.m,
+        sinks=state.sinks_of(begin),
+        followed=span.followed,
+        whole=state.protected_in(span.slots, begin, span.end),
+        shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
+    )
     log = record.begin(req, state, span, window, policy)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)
     scheduler = rt.scheduler

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from keepkv_sglang import policies
+from keepkv_sglang import policies, protect
 
 MERGE_RULES = policies.MERGE_RULES.names
 SCORERS = tuple(name for name in policies.SCORERS.names if name not in policies.OFFLINE_SCORERS)
@@ -24,6 +24,7 @@ MAX_REFERENCES = 1024
 MAX_SLOTS = 1 << 30
 MIN_SPAN_TOKENS = 64
 MAX_CHUNK = 1024
+KEYED_BY_TOKEN = ("protect", "fair")  # part of a span's tokens instead: protect.py
 # Bump when scoring, selection or merging change in a way that makes old entries mean something else.
 ALGORITHM_VERSION = 1
 
@@ -85,14 +86,18 @@ def _choice(name: str, known: tuple[str, ...]) -> Callable[[Any], str]:
     return parse
 
 
-def _policy(registry: policies.Registry) -> Callable[[Any], str]:
+def _text(check: Callable[[Any], str]) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         try:
-            return policies.check(registry, value)
+            return check(value)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
     return parse
+
+
+def _policy(registry: policies.Registry) -> Callable[[Any], str]:
+    return _text(lambda value: policies.check(registry, value))
 
 
 def _free_fraction(value: Any) -> float:
@@ -135,6 +140,8 @@ class KeepKVConfig:
     interval: int = 64
     min_tokens: int = 64
     span_tokens: int = 0
+    protect: str = ""
+    fair: str = ""
     pressure: str = "merge"
     pressure_free: float = 0.1
     pressure_tokens: int = 1024
@@ -147,6 +154,11 @@ class KeepKVConfig:
             raise ConfigError(
                 f"span_tokens {self.span_tokens} is below min_tokens {self.min_tokens}: no entry would be compressed; "
                 "use a larger span_tokens or 0"
+            )
+        if self.fair and self.counts_slots:
+            raise ConfigError(
+                f"fair needs a budget that is a fraction, and it is {self.budget} slots: a share is a part of it; "
+                'use a fraction such as 0.2, or leave out fair (fair: "" where the server sets it)'
             )
 
     def with_request(self, params: Mapping[str, Any] | None) -> KeepKVConfig:
@@ -185,8 +197,8 @@ class KeepKVConfig:
         return isinstance(self.budget, int)
 
     def fingerprint(self) -> str:
-        """Hash of every value that shapes an entry (DESIGN.md, decision 4)."""
-        values = sorted((k, repr(v)) for k, v in asdict(self).items())
+        """Hash of every value that shapes all of an entry (DESIGN.md, decision 4)."""
+        values = sorted((k, repr(v)) for k, v in asdict(self).items() if k not in KEYED_BY_TOKEN)
         return hashlib.sha256(repr((ALGORITHM_VERSION, values)).encode()).hexdigest()[:16]
 
     def kept_slots(self, start: int, end: int) -> int:
@@ -213,6 +225,8 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "interval": _whole("interval", 2, 1 << 20),
     "min_tokens": _whole("min_tokens", 2, 1 << 30),
     "span_tokens": _span_tokens,
+    "protect": _text(protect.parse_protect),
+    "fair": _text(protect.parse_fair),
     "pressure": _choice("pressure", PRESSURE_MODES),
     "pressure_free": _free_fraction,
     "pressure_tokens": _whole("pressure_tokens", 64, 1 << 30),
@@ -240,6 +254,10 @@ HELP: dict[str, str] = {
     "min_tokens": "Turns with fewer tokens than this stay whole until the next turn (tokens).",
     "span_tokens": "Cut long turns into cache entries of this many tokens, each scored by its own last queries and "
     "reusable on its own; 0: a turn is one entry (tokens).",
+    "protect": "Tokens that stay whole, neither dropped nor merged, on top of the budget: 'system' (the first message) "
+    "and ranges start-end of token positions, the end not included, such as system,900-950. Empty: none.",
+    "fair": "Ranges of which each keeps at least its share of a fractional budget, so that no instruction is starved "
+    "by another, such as 100-180,180-260. Empty: none.",
     "pressure": "merge: when free KV slots run low, cold cached prefixes that are still uncompressed are merged "
     "between steps before anything is evicted; off: they are evicted.",
     "pressure_free": "Free part of the pool below which cold prefixes are merged (fraction of all KV slots).",

@@ -60,9 +60,8 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
             continue
         default = getattr(defaults, field)
         extra: dict[str, Any] = {"choices": CHOICES[field]} if field in CHOICES else {}
-        group.add_argument(
-            name, type=_argparse_type(field), default=default, help=f"{text} Default: {default}.", **extra
-        )
+        shown = "none" if default == "" else default
+        group.add_argument(name, type=_argparse_type(field), default=default, help=f"{text} Default: {shown}.", **extra)
 
 
 def _choose_backends(values: dict[str, Any]) -> None:

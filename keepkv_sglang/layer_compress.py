@@ -6,18 +6,21 @@ scores ──select──> kept [H, m], absorbs [H, m] ──match──> assign
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from keepkv_sglang.kernels.merge.torch_impl import Segments, nearest_kept
+from keepkv_sglang.kernels.merge.torch_impl import Segments
 from keepkv_sglang.merging import get_rule
 from keepkv_sglang.merging.base import Clusters
 from keepkv_sglang.policies import MERGE_RULES, SCORERS
 from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
+from keepkv_sglang.selection import SpanPolicy, check_ranges, chunk_scores, match, own_cluster, select
+
+__all__ = ["LayerInput", "LayerResult", "SpanPolicy", "chunk_scores", "compress_layer", "match",
+           "merge_from_assignment", "observed", "select"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,31 +48,10 @@ class LayerInput:
 
 
 @dataclass(frozen=True)
-class SpanPolicy:
-    """How a span of n tokens becomes m slots. `merge`, `scorer`: names as policies.py resolves them.
-
-    recent: last tokens always kept (at most m // 2); sinks: first tokens always kept (0 unless the span
-    starts at logical position 0). Both, and the ceil(strong_fraction * m) highest-scored kept tokens, never
-    absorb others. threshold: cosine similarity of keys above which a dropped token joins a kept one.
-    pool_kernel: odd. chunk: tokens that are kept or not together (ChunkKV); 1: each on its own.
-    """
-
-    m: int
-    merge: str
-    recent: int
-    sinks: int
-    threshold: float
-    pool_kernel: int = 7
-    strong_fraction: float = 0.1
-    scorer: str = "snapkv"
-    chunk: int = 1
-
-
-@dataclass(frozen=True)
 class LayerResult:
-    """kept [Hkv, m] int64: span indices, ascending. assign [Hkv, n] int64: cluster 0..m-1 of each token, -1
-    dropped; a kept token is in its own cluster. k, v [m, Hkv, D] in the dtype of the input; lv [m, Hkv] in
-    the dtype of x.lv."""
+    """kept [Hkv, m] int64: span indices, those of p.whole first, then the others, each ascending. assign [Hkv, n]
+    int64: cluster 0..m-1 of each token, -1 dropped; a kept token is in its own cluster. k, v [m, Hkv, D] in the
+    dtype of the input; lv [m, Hkv] in the dtype of x.lv."""
 
     kept: torch.Tensor
     assign: torch.Tensor
@@ -89,11 +71,9 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     _check(x, p)
     scorer, matching = get_scorer(p.scorer), p.merge != "evict"
     out = _Output.empty(x, p.m)
-    for heads in _head_groups(x, scratch_bytes):
-        view = _HeadView.of(x, heads)
-        window = view.observe(x, heads, scratch_bytes)
+    for heads, view, window in observed(x, scratch_bytes):
         kept, absorbs = select(scorer(window, p.pool_kernel), p)
-        assign = _own_cluster(kept, view.k.shape[1])
+        assign = own_cluster(kept, view.k.shape[1])
         if matching:
             assign = match(view.k, kept, absorbs, assign, p, scratch_bytes)
         _merge_heads(x, heads, view, window, kept, assign, p.merge, True, out)
@@ -115,82 +95,9 @@ def merge_from_assignment(
     """
     _check_queries(x, rule)
     out = _Output.empty(x, kept.shape[1])
-    for heads in _head_groups(x, scratch_bytes):
-        view = _HeadView.of(x, heads)
-        window = view.observe(x, heads, scratch_bytes)
+    for heads, view, window in observed(x, scratch_bytes):
         _merge_heads(x, heads, view, window, kept[heads], assign[heads], rule, guard, out)
     return out.k, out.v, out.lv
-
-
-def select(scores: torch.Tensor, p: SpanPolicy) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores [H, n] -> kept [H, m] int64 ascending, absorbs [H, m] bool; False: never rewritten.
-
-    Sinks and recent first, then by score; equal scores: the lower index. Sinks, recent and the strongest
-    kept tokens are protected. With p.chunk > 1 whole chunks are taken, best mean score first (`chunk_scores`);
-    of the chunk that no longer fits, the first tokens.
-    """
-    n = scores.shape[1]
-    sinks, recent = _always_kept(p)
-    forced = chunk_scores(scores, p.chunk) if p.chunk > 1 else scores.clone()
-    forced[:, :sinks] = torch.inf
-    forced[:, n - recent :] = torch.inf
-    kept = torch.sort(forced, dim=1, descending=True, stable=True).indices[:, : p.m].sort(dim=1).values
-    strongest = torch.sort(scores.gather(1, kept), dim=1, descending=True, stable=True).indices
-    absorbs = (kept >= sinks) & (kept < n - recent)
-    return kept, absorbs.scatter(1, strongest[:, : _strong(p)], False)
-
-
-def chunk_scores(scores: torch.Tensor, chunk: int) -> torch.Tensor:
-    """[H, n]: each token's score replaced by the mean over its chunk, tokens [c * chunk, (c + 1) * chunk) of the span
-    (ChunkKV, arXiv 2502.00299); tokens that no query sees (-inf) do not count, unless no other is there.
-
-    Differs from the paper: a mean where it sums, so that a shorter last chunk is not at a disadvantage; m is met
-    exactly; sinks and recent are kept by token; each kv head chooses its own chunks, and layers do not reuse
-    another layer's choice.
-    """
-    heads, n = scores.shape
-    grouped = F.pad(scores, (0, -n % chunk), value=-torch.inf).view(heads, -1, chunk)
-    counted = grouped > -torch.inf
-    mean = torch.where(counted, grouped, 0.0).sum(dim=2) / counted.sum(dim=2)  # nothing counted: NaN, replaced here
-    return mean.masked_fill(~counted.any(dim=2), -torch.inf).repeat_interleave(chunk, dim=1)[:, :n]
-
-
-def match(
-    k: torch.Tensor,
-    kept: torch.Tensor,
-    absorbs: torch.Tensor,
-    assign: torch.Tensor,
-    p: SpanPolicy,
-    scratch_bytes: int,
-) -> torch.Tensor:
-    """Each dropped token joins the absorbing kept token with the highest cosine similarity of keys, if above
-    p.threshold (KeepKV, candidates). k [H, n, D]; returns a new assign [H, n]."""
-    n = assign.shape[1]
-    # The same number of tokens is dropped in every head, so this is a rectangle.
-    dropped = torch.sort((assign >= 0).to(torch.int8), dim=1, stable=True).indices[:, : n - p.m]
-    # Absorbing tokens to the front. Their number differs by head; this bound on it needs no look at the data.
-    bound = p.m - max(_strong(p), sum(_always_kept(p)))
-    front = torch.sort(absorbs.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :bound]
-    if bound == 0:
-        return assign
-    targets, allowed = kept.gather(1, front), absorbs.gather(1, front)
-    similarity, column = nearest_kept(k, dropped, targets, allowed, scratch_bytes)
-    joined = torch.where(similarity > p.threshold, front.gather(1, column), -1)
-    return assign.scatter(1, dropped, joined)
-
-
-def _always_kept(p: SpanPolicy) -> tuple[int, int]:
-    recent = min(p.recent, p.m // 2)
-    return min(p.sinks, p.m - recent), recent
-
-
-def _strong(p: SpanPolicy) -> int:
-    return min(p.m, math.ceil(round(p.strong_fraction * p.m, 9)))  # 0.1 * 70 is 7.000000000000001
-
-
-def _own_cluster(kept: torch.Tensor, n: int) -> torch.Tensor:
-    number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
-    return torch.full((kept.shape[0], n), -1, dtype=torch.int64, device=kept.device).scatter_(1, kept, number)
 
 
 @dataclass(frozen=True)
@@ -244,6 +151,13 @@ class _HeadView:
         return observe(self.q, x.q_index.to(self.q.device), self.k, self.v, self.lv, log_z_ctx, block)
 
 
+def observed(x: LayerInput, scratch_bytes: int = 64 << 20) -> Iterator[tuple[slice, _HeadView, Window]]:
+    """kv heads in groups that fit the scratch memory, and what the window's queries see of the span."""
+    for heads in _head_groups(x, scratch_bytes):
+        view = _HeadView.of(x, heads)
+        yield heads, view, view.observe(x, heads, scratch_bytes)
+
+
 def _head_groups(x: LayerInput, scratch_bytes: int) -> list[slice]:
     n, heads, _ = x.k.shape
     queries = x.q.shape[0] * x.q.shape[1] // heads
@@ -284,7 +198,7 @@ def _merge_heads(
         k, v = torch.where(use[..., None], rk, k), torch.where(use[..., None], rv, v)
         lv = torch.where(use, rlv, lv)
         refused = (many & ~good).gather(1, assign.clamp(min=0)) & (assign >= 0)
-        assign = torch.where(refused, _own_cluster(kept, n), assign)
+        assign = torch.where(refused, own_cluster(kept, n), assign)
     out.kept[heads], out.assign[heads] = kept, assign
     out.k[:, heads], out.v[:, heads], out.lv[:, heads] = k.transpose(0, 1), v.transpose(0, 1), lv.T
 
@@ -293,6 +207,7 @@ def _check(x: LayerInput, p: SpanPolicy) -> None:
     n = x.k.shape[0]
     if not 1 <= p.m < n:
         raise ValueError(f"cannot keep {p.m} of {n} tokens: m must be at least 1 and below the span's length")
+    check_ranges(p, n)
     if p.pool_kernel < 1 or p.pool_kernel % 2 == 0:
         raise ValueError(f"pool_kernel {p.pool_kernel} must be odd and positive")
     if p.chunk < 1:

@@ -111,6 +111,8 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int | None:
         return 0
     info = tree.path_of(node_id)[-1]
     start, end = info.path_start, info.path_end
+    if node.protected or _server_protects(rt, node_id, start, end):
+        return 0  # it is evicted in its turn
     if end - start < config.min_tokens:
         if start and not tree.spans.has_anchor(node_id):
             tree.evict_node(node_id, {FULL: 0})  # a short end, such as a reply: it keeps the rest from being merged
@@ -132,6 +134,17 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int | None:
     tree.replace_node(node_id, (*node.scope, rt.pressure_key), target)
     _count(rt, n, began)
     return n
+
+
+def _server_protects(rt: Runtime, node_id: int, start: int, end: int) -> bool:
+    """Whether --keepkv-protect or --keepkv-fair marks any of a node's tokens: then no request of the server's
+    configuration would find them merged."""
+    if not (rt.config.protect or rt.config.fair):
+        return False
+    prompt = rt.tree.prompt_of(rt.tree.path_of(node_id))
+    if rt.border is not None:
+        prompt.extend([-1] * (rt.border.trailing + 1))  # the first message is one also where its node ends with it
+    return rt.protection_of(rt.config, prompt).touches(start, end)
 
 
 def _merge_raw_span(rt: Runtime, span: Span, most: int) -> int:

@@ -57,6 +57,8 @@ def begin(req: Any, state: Any, span: Any, window: Any, policy: Any) -> Recorder
             "threshold": policy.threshold,
             "scorer": policy.scorer,
             "chunk": policy.chunk,
+            "whole": policy.whole,
+            "shares": policy.shares,
             "prefill_tokens": state.prefill_tokens,
             "prompt_tokens": state.prompt_tokens,
             "retractions": req.retraction_count,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.protect import MAX_POSITION, UNPROTECTED, Protection
 
 
 @dataclass
@@ -52,12 +53,14 @@ class RequestState:
     config: KeepKVConfig
     namespace: tuple[Any, ...]
     prompt_tokens: int
+    protection: Protection = UNPROTECTED
     prefill_tokens: int = 0  # prompt, and what was generated before a retraction: computed when the row began
     admitted: bool = False
     anchor_len: int = 0
     offset: int = 0  # logical - physical, mirrored in Runtime.offsets for the device
     tail_slots: int = 0  # physical index where the raw tail begins
     tail_tokens: int = 0  # its logical position
+    merged_tokens: int = 0  # logical position behind the last slot that is not one token's
     own: list[tuple[int, int]] = field(default_factory=list)  # private compressed segments: (tokens, slots)
     plan: list[Planned] = field(default_factory=list)
     reply_window: Window | None = None
@@ -65,6 +68,7 @@ class RequestState:
     cached_compressed_tokens: int = 0
     logical_tokens: int = 0
     slots_held: int = 0
+    protected_tokens: int = 0
     merged: float = 0.0
     dropped: float = 0.0
     compressions: int = 0
@@ -80,17 +84,42 @@ class RequestState:
         self.anchor_len = anchor_len
         self.offset = prefix_tokens - prefix_slots
         self.tail_slots, self.tail_tokens = tail
+        self.merged_tokens = tail[1]
         self.own, self.plan, self.reply_window = [], [], None
 
     def slots_for(self, start: int, end: int) -> int:
         """Slots that the tokens [start, end) get.
 
-        A fraction counts per part, prompt or reply (decision 6); a whole number is for all parts together.
+        A fraction counts per part, prompt or reply (decision 6); a whole number is for all parts together. Protected
+        tokens come on top. Fair shares are inside; where they round up, together with the sinks, they may be more.
         """
-        if self.config.counts_slots:
-            return int(self.config.budget)
+        config, protection = self.config, self.protection
+        whole = protection.count(start, end)
+        if config.counts_slots:
+            return int(config.budget) + whole
         origin = self.reply_start if start >= self.reply_start else start
-        return self.config.kept_slots(start - origin, end - origin)
+        before = start - origin - protection.count(origin, start)
+        kept = config.kept_slots(before, before + end - start - whole)
+        if shares := protection.shares_in(start, end, config.budget):
+            kept = max(kept, sum(least for _, _, least in shares) + self.sinks_of(start))
+        return kept + whole
+
+    def sinks_of(self, start: int) -> int:
+        """Sinks of a span that begins at logical position `start`: the sequence's first tokens that are not whole."""
+        sinks = self.config.sinks
+        return sinks - self.protection.count(0, sinks) if start == 0 else 0
+
+    def protected_in(self, slots: int, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Index ranges of the protected tokens among `slots` slots of the row that stand for tokens [start, end).
+
+        A merge puts protected tokens first. So, where a budget in slots merges again what was merged before, they are
+        the first ones of the merged part; behind it there is one slot per token.
+        """
+        merged = max(start, self.merged_tokens)
+        at = slots - (end - merged)
+        first = self.protection.count(start, merged)
+        behind = tuple((at + a, at + b) for a, b in self.protection.whole_in(merged, end))
+        return ((0, first), *behind) if first else behind
 
     def reply_growth(self, tokens: int) -> int:
         """Most slots that `tokens` more generated tokens take: what their budget keeps, and one raw interval."""
@@ -98,6 +127,7 @@ class RequestState:
             kept = int(self.config.budget)
         else:
             kept = self.config.kept_slots(0, max(tokens, 1))
+        kept += self.protection.count(self.reply_start, MAX_POSITION)
         return min(tokens, kept + self.config.interval)
 
     def borders(self, start: int, end: int) -> list[tuple[int, bool]]:
@@ -144,6 +174,7 @@ class RequestState:
             "budget": self.config.budget,
             "logical_tokens": self.logical_tokens,
             "slots_held": self.slots_held,
+            "protected_tokens": self.protected_tokens,
             "cached_compressed_tokens": self.cached_compressed_tokens,
             "merged": round(self.merged, 2),
             "dropped": round(self.dropped, 2),

@@ -17,6 +17,7 @@ from keepkv_sglang.anchor import MessageBorder, message_border
 from keepkv_sglang.calibrate import Calibration, rotary_of
 from keepkv_sglang.config import ConfigError, KeepKVConfig
 from keepkv_sglang.policies import MERGE_RULES, SCORERS
+from keepkv_sglang.protect import Protection, names_system
 from keepkv_sglang.request import RequestState
 from keepkv_sglang.scoring.rotary import Rotary
 from keepkv_sglang.votes import QueryArena, VoteStore
@@ -121,6 +122,8 @@ class Runtime:
         self.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
         tokenizer = getattr(scheduler, "tokenizer", None)
         self.border = message_border(tokenizer)
+        if self.border is None and names_system(self.config.protect):
+            logger.warning("--keepkv-protect system has no effect: the chat template shows no end of a message")
         if self.pressure_key is not None:
             self.calibration = Calibration.of(tokenizer, self.rotary)
         memory = self.memory()
@@ -144,7 +147,8 @@ class Runtime:
             config = self.request_config(req)
             if config.compresses:
                 namespace = (req.extra_key, req.cache_salt, req.lora_id, config.fingerprint())
-                state = RequestState(config, namespace, len(req.origin_input_ids))
+                protection = self.protection_of(config, req.origin_input_ids)
+                state = RequestState(config, namespace, len(req.origin_input_ids), protection)
         setattr(req, STATE, state)
         return state
 
@@ -156,6 +160,10 @@ class Runtime:
         except ValueError as error:
             logger.warning("request %s runs without KeepKV: %s", req.rid, error)
             return KeepKVConfig()
+
+    def protection_of(self, config: KeepKVConfig, prompt: Any) -> Protection:
+        """What this configuration marks in a prompt (array('q') of token ids)."""
+        return Protection.of(config.protect, config.fair, prompt, self.border)
 
     @staticmethod
     def _eligible(req: Any) -> bool:

@@ -202,6 +202,7 @@ def _commit(rt: Runtime, req: Any, state: RequestState, span: Span, is_prompt: b
     if state.config.counts_slots:
         state.own = []  # everything past the anchor was merged again, together
     state.tail_slots, state.tail_tokens = span.start + span.m, span.end
+    state.merged_tokens = span.end
     if is_prompt:
         tokens = logical_tokens(req)[first_token : span.end]
         rt.tree.publish_span(req, state.namespace, tokens, first_token, span.start, span.m, raw=False)
@@ -266,6 +267,7 @@ def finish(rt: Runtime, req: Any, state: RequestState, publish: bool, retracted:
     known = logical_tokens(req)
     state.logical_tokens = min(length + state.offset, len(known))
     state.slots_held = state.logical_tokens - state.offset
+    state.protected_tokens = state.protection.count(0, state.logical_tokens)
     if not publish:
         return
     rt.tree.publish_anchor(req, state.anchor_len)

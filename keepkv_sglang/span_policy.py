@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import SpanPolicy
+from keepkv_sglang.selection import SpanPolicy
 
 
-def span_policy(config: KeepKVConfig, m: int, *, at_start: bool, followed: bool = False) -> SpanPolicy:
+def span_policy(
+    config: KeepKVConfig,
+    m: int,
+    *,
+    sinks: int,
+    followed: bool = False,
+    whole: tuple[tuple[int, int], ...] = (),
+    shares: tuple[tuple[int, int, int], ...] = (),
+) -> SpanPolicy:
     """The policy that keeps `m` slots of a span.
 
-    at_start: nothing precedes the span, so its first tokens are sinks. followed: the span's successor is computed
-    already, so its recent tokens need no protection (docs/log.md).
+    sinks: config.sinks for a span that nothing precedes, else 0. followed: the span's successor is computed already, so
+    its recent tokens need no protection (docs/log.md). whole, shares: as SpanPolicy has them.
     """
     return SpanPolicy(
         m=m,
         merge=config.merge,
         recent=0 if followed else config.recent,
-        sinks=config.sinks if at_start else 0,
+        sinks=sinks,
         threshold=config.threshold,
         scorer=config.scorer,
         chunk=config.chunk,
+        whole=whole,
+        shares=shares,
     )

@@ -18,13 +18,14 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from keepkv_sglang import runtime
+from keepkv_sglang.protect import marked, plain
 from keepkv_sglang.radix.events import SpanEvents
 from keepkv_sglang.radix.eviction import FULL, JointEviction
 from keepkv_sglang.radix.invariants import check_slots, check_tree
 from keepkv_sglang.radix.nodes import NodeBook, Scope
 from keepkv_sglang.radix.span import Span, as_tokens
 from keepkv_sglang.radix.tree import SpanTree
-from keepkv_sglang.request import logical_tokens
+from keepkv_sglang.request import RequestState, logical_tokens
 
 logger = logging.getLogger("keepkv")
 
@@ -82,13 +83,14 @@ class KeepKVRadixCache(JointEviction):
         entry = None
         if state is not None and len(self.spans):
             anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
-            entry = self.spans.match(anchors, state.namespace, key.token_ids, len(key), touch=False)
+            keyed = state.protection.keyed(as_tokens(key.token_ids))
+            entry = self.spans.match(anchors, state.namespace, keyed, len(key), touch=False)
             if entry is not None and entry.path_tokens <= result.device_prefix_len:
                 entry = None
             if entry is not None:
                 self.spans.touch(entry)
         # After the spans: an anchor is never older than what hangs below it.
-        self._touch(path, key.token_ids, _scope(params.req, key))
+        self._touch(path, key.token_ids, _scope(params.req, key), state)
         if entry is None:
             return result
         return result._replace(
@@ -111,16 +113,19 @@ class KeepKVRadixCache(JointEviction):
                 self.spans.match(anchors, namespace, key.token_ids, len(key) - 1)
         self._touch(path, key.token_ids, (key.extra_key, key.cache_salt, None))
 
-    def _touch(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
+    def _touch(self, path: tuple[Any, ...], tokens: Any, scope: Scope, state: RequestState | None = None) -> None:
         if path:
             steps = [(info.node_id, info.path_start, info.path_end) for info in path]
             self.nodes.touch(steps, as_tokens(tokens), scope, self.spans.tick())
+            if state is not None:
+                self.nodes.protect(step[0] for step in steps if state.protection.touches(*step[1:]))
 
     def _touch_of(self, req: Any) -> None:
         """Stamps the path that the request holds in SGLang's tree."""
         node: Any = req.last_node.anchor if isinstance(req.last_node, Span) else req.last_node
         if node is not None and not self.is_root(node):
-            self._touch(self.path_of(node), req.full_untruncated_fill_ids, _scope(req, req))
+            state = getattr(req, runtime.STATE, None)
+            self._touch(self.path_of(node), req.full_untruncated_fill_ids, _scope(req, req), state)
 
     def count_hit(self, node: Any) -> None:
         """A request was admitted on this match, for eviction orders that count hits."""
@@ -221,9 +226,9 @@ class KeepKVRadixCache(JointEviction):
             runtime.current().counters["mispublished"] += 1
             return False
         slots = self.req_to_token_pool.req_to_token[kv.req_pool_idx, start : start + m].to(torch.int64)
-        span, created = self.insert_span(
-            parent, anchor, anchor_len, namespace, logical_tokens(req)[: first + len(tokens)], len(tokens), slots, raw
-        )
+        state = getattr(req, runtime.STATE)
+        keyed = state.protection.keyed(logical_tokens(req)[: first + len(tokens)])
+        span, created = self.insert_span(parent, anchor, anchor_len, namespace, keyed, len(tokens), slots, raw)
         if not created:
             if span.m != m:
                 return False
@@ -247,7 +252,10 @@ class KeepKVRadixCache(JointEviction):
         slots: torch.Tensor,
         raw: bool,
     ) -> tuple[Span, bool]:
-        """Adds the last n tokens of `prompt`, held in `slots`; (span, True) or (the twin that is there, False)."""
+        """Adds the last n tokens of `prompt`, held in `slots`; (span, True) or (the twin that is there, False).
+
+        prompt: with the marks of what is protected (protect.py).
+        """
         span, created = self.spans.insert(
             parent=parent,
             anchor=anchor,
@@ -263,11 +271,11 @@ class KeepKVRadixCache(JointEviction):
             return span, False
         self.count_span(namespace, 1)
         rt = runtime.active()
-        if raw and rt is not None and namespace[-1] == rt.pressure_key:
+        if raw and rt is not None and namespace[-1] == rt.pressure_key and not marked(span.tokens):
             self.raw_spans[span.serial] = span
         if self.events is not None:
-            self.events.stored(span, prompt, *scope[:2])
-        below = self._match_core(prompt, scope)
+            self.events.stored(span, plain(prompt), *scope[:2])
+        below = self._match_core(plain(prompt), scope)
         if below.device_prefix_len > anchor_len:
             self._find_covered(self.path_of(below.last_device_node), prompt, scope)
         return span, True
@@ -305,7 +313,7 @@ class KeepKVRadixCache(JointEviction):
         path = self.path_of(node_id)
         node = self.nodes.get(node_id)
         assert node is not None
-        self._match_core(self._prompt_of(path)[:cut], node.scope)
+        self._match_core(self.prompt_of(path)[:cut], node.scope)
         upper = self.path_of(node_id)[-2]
         assert upper.path_end == cut, (upper, cut)
         self.nodes.split(node_id, path[-1].path_start, cut, upper.node_id)
@@ -325,7 +333,7 @@ class KeepKVRadixCache(JointEviction):
         """Whether all tokens up to the end of this node are known; learns what SGLang split by itself."""
         return self.nodes.complete([(n.node_id, n.path_start, n.path_end) for n in self.path_of(node_id)])
 
-    def _prompt_of(self, path: tuple[Any, ...]) -> array:
+    def prompt_of(self, path: tuple[Any, ...]) -> array:
         """All tokens of a known path of SGLang's tree."""
         prompt = array("q")
         for info in path:
@@ -347,7 +355,7 @@ class KeepKVRadixCache(JointEviction):
         path = self.path_of(node_id)
         node, start = self.nodes.get(node_id), path[-1].path_start
         assert node is not None
-        anchor, prompt = path[-2].node_id if start else None, self._prompt_of(path)
+        anchor, prompt = path[-2].node_id if start else None, self.prompt_of(path)
         n = len(prompt) - start
         span, created = self.insert_span(None, anchor, start, namespace, prompt, n, slots, raw=False)
         if created:

@@ -17,6 +17,7 @@ from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockRemoved, 
 from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from keepkv_sglang.protect import plain
 from keepkv_sglang.radix.span import Span
 
 
@@ -63,7 +64,7 @@ class SpanEvents:
         self._copies: Counter[int] = Counter()  # block hash -> copies in both trees
 
     def stored(self, span: Span, prompt: array[int], extra_key: str | None, cache_salt: str | None) -> None:
-        """A span was added; prompt: all tokens up to its end."""
+        """A span was added; prompt: all tokens up to its end, without marks."""
         if span.parent is not None:
             parent = span.parent.meta
         else:
@@ -72,8 +73,9 @@ class SpanEvents:
             hashes = token_hashes(anchor, first_hash(cache_salt))
             parent = EventNode(root, RadixKey(anchor, extra_key, cache_salt=cache_salt), hashes) if anchor else root
         before = parent.hash_value[-1] if parent.hash_value else first_hash(cache_salt)
-        key = RadixKey(span.tokens, extra_key, cache_salt=cache_salt)
-        span.meta = EventNode(parent, key, token_hashes(span.tokens, before))
+        tokens = plain(span.tokens)
+        key = RadixKey(tokens, extra_key, cache_salt=cache_salt)
+        span.meta = EventNode(parent, key, token_hashes(tokens, before))
         self._pull()
         self._recorder.record_store(span.meta)
         self._take(self._recorder.take())

@@ -18,13 +18,17 @@ Scope = tuple[str | None, str | None, str | None]  # extra_key, cache_salt, lora
 
 @dataclass(slots=True)
 class Node:
-    """tokens: of the logical positions [end - len(tokens), end); after a split, more than the node still has."""
+    """tokens: of the logical positions [end - len(tokens), end); after a split, more than the node still has.
+
+    protected: a request has marked some of them, so a merged copy would be of no use to it.
+    """
 
     tokens: array[int]
     end: int
     scope: Scope
     usage: Usage = field(default_factory=Usage)
     queued: bool = False
+    protected: bool = False
 
     @property
     def first(self) -> int:
@@ -63,6 +67,12 @@ class NodeBook:
                 node.queued = True
                 heapq.heappush(self._heap, (now, node_id))
 
+    def protect(self, ids: Iterable[int]) -> None:
+        """Nodes on a path whose tokens a request marked. For as long as they live: it may come back."""
+        for node_id in ids:
+            if (node := self._nodes.get(node_id)) is not None:
+                node.protected = True
+
     def complete(self, path: Sequence[tuple[int, int, int]]) -> bool:
         """Makes every node of a path from the root down known; False where that is impossible.
 
@@ -78,7 +88,8 @@ class NodeBook:
                 return False
             else:
                 tokens = source.tokens[start - source.first : end - source.first]
-                self._nodes[node_id] = Node(tokens, end, source.scope, replace(source.usage))
+                usage = replace(source.usage)
+                self._nodes[node_id] = Node(tokens, end, source.scope, usage, protected=source.protected)
                 self.put_back(node_id)
         return True
 
@@ -98,7 +109,8 @@ class NodeBook:
     def split(self, node_id: int, start: int, cut: int, upper_id: int) -> None:
         """SGLang's tree cut a node that begins at `start`: [start, cut) is now a node of its own, as old, as used."""
         node = self._nodes[node_id]
-        self._nodes[upper_id] = Node(node.own(start)[: cut - start], cut, node.scope, replace(node.usage))
+        tokens, usage = node.own(start)[: cut - start], replace(node.usage)
+        self._nodes[upper_id] = Node(tokens, cut, node.scope, usage, protected=node.protected)
         self.put_back(upper_id)
 
     # -- locks --------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def compress_tail(
     """
     if m >= row.slots - start:
         return []
-    policy = span_policy(config, m, at_start=start == 0)
+    policy = span_policy(config, m, sinks=config.sinks if start == 0 else 0)
     if offline_scorer:
         policy = replace(policy, scorer=offline_scorer)
     n, fed = row.slots - start, row.tokens - row.queries[0].shape[0]  # fed: the first token that has a query

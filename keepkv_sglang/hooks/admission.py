@@ -44,11 +44,11 @@ def peak_slots(rt: runtime.Runtime, scheduler: Any, state: RequestState, req: An
     anchor = first_message_end(req.origin_input_ids, rt.border)
     anchor = max(0, min(anchor - (len(req.origin_input_ids) - tokens), tokens))
     rest = max(1, tokens - anchor)
+    held = state.slots_for(len(req.origin_input_ids) - rest, len(req.origin_input_ids))
     if config.counts_slots:
-        held = int(config.budget)
         held += max(0, held - chunk)  # merging the chain again needs fresh slots beside the old ones
     else:
-        held = config.kept_slots(0, rest) + rest // max(1, chunk) + 1
+        held += rest // max(1, chunk) + 1
     return anchor + held + config.min_tokens + chunk + config.interval
 
 
@@ -67,10 +67,10 @@ def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int,
     prompt, config = turn - 1, state.config  # the last prompt token belongs to the reply
     if prompt < config.min_tokens:
         return state.reply_growth(new_tokens)
-    if config.counts_slots:
-        kept = int(config.budget)
-    else:
-        kept = config.kept_slots(0, prompt) + (prompt // config.span_tokens if config.span_tokens else 0)
+    end = len(req.full_untruncated_fill_ids) - 1
+    kept = state.slots_for(end - prompt, end)
+    if config.span_tokens and not config.counts_slots:
+        kept += prompt // config.span_tokens
     return max(0, state.reply_growth(new_tokens) - max(0, prompt - kept))
 
 

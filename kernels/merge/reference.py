@@ -97,22 +97,30 @@ def _log_ema(logits: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
 
 
 def select(scores: torch.Tensor, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """scores [Hkv, n] -> kept [Hkv, m] ascending, absorbs [Hkv, m] bool."""
+    """scores [Hkv, n] -> kept [Hkv, m], whole tokens first, then the others; absorbs [Hkv, m] bool."""
     heads, n = scores.shape
+    whole = [i for start, end in p.whole for i in range(start, end)]
+    free = [i for i in range(n) if i not in whole]
+    m = p.m - len(whole)
+    scores = scores.clone()
+    scores[:, whole] = -math.inf
     by_chunk = chunk_scores(scores, p.chunk)
-    recent = min(p.recent, p.m // 2)
-    sinks = min(p.sinks, p.m - recent)
-    always = [*range(sinks), *range(n - recent, n)]
-    strong_count = math.ceil(round(p.strong_fraction * p.m, 9))
+    recent = min(p.recent, m // 2)
+    sinks = min(p.sinks, m - recent)
+    first, last = free[:sinks], free[len(free) - recent :]
+    strong_count = math.ceil(round(p.strong_fraction * m, 9))
     kept, absorbs = [], []
     for h in range(heads):
         score = scores[h].tolist()
-        order = by_chunk[h].tolist()
-        rest = [i for _, i in sorted((-order[i], i) for i in range(n) if i not in always)]
-        mine = sorted([*always, *rest[: p.m - len(always)]])
+        order = [math.inf if i in first or i in last else by_chunk[h, i].item() for i in range(n)]
+        ranked = [i for _, i in sorted((-order[i], i) for i in free)]
+        owed = [i for a, b, least in p.shares for i in [i for i in ranked if a <= i < b][:least]]
+        mine = [i for i in ranked if i in first or i in owed]
+        mine += [i for i in ranked if i not in mine]
+        mine = sorted(mine[:m])
         strong = [i for _, i in sorted((-score[i], i) for i in mine)][:strong_count]
-        kept.append(mine)
-        absorbs.append([i not in always and i not in strong for i in mine])
+        kept.append([*whole, *mine])
+        absorbs.append([False] * len(whole) + [i not in first and i not in last and i not in strong for i in mine])
     return torch.tensor(kept, device=scores.device), torch.tensor(absorbs, device=scores.device)
 
 

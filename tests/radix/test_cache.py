@@ -171,6 +171,47 @@ def test_a_locked_or_hot_prefix_is_not_merged(server, monkeypatch):
     assert server.rt.counters["pressure_merges"] == 1
 
 
+def test_a_protected_prefix_is_neither_merged_nor_found_merged(server, monkeypatch):
+    system, protect = [*text(3000, 100), BORDER], {"protect": "system"}
+    prompt = [*system, *text(200, 100), BORDER, *text(400, 5)]
+    monkeypatch.setattr(pressure, "is_cold", lambda spans, last_access: True)
+    monkeypatch.setattr(pressure, "merge_unused", lambda *args: None)
+    server.rt.scheduler.waiting_queue = [type("Waiting", (), {"origin_input_ids": range(600)})]
+    server.run(prompt)
+    pressure.relieve(server.rt)
+    assert server.rt.counters["pressure_tokens"] == 101
+    assert server.cached(prompt) == len(prompt) - 1
+    assert server.run(prompt, kind=protect) == 0, "its first message is there, but merged"
+    assert server.cached(prompt, protect) == len(prompt) - 1
+    pressure.relieve(server.rt)
+    assert server.rt.counters["pressure_tokens"] == 101, "what it left behind is not merged"
+    assert server.cached(prompt, protect) == len(prompt) - 1
+    assert server.cached([*system, 1], OFF) == 101, "it lies uncompressed in SGLang's tree"
+
+
+def test_turns_share_what_they_mark_alike(server):
+    prompt = [*SYSTEM, *text(200, 100), BORDER, *text(400, 5)]
+    server.run(prompt, kind={"protect": "60-70"})
+    longer = [*prompt, *text(9000, 4)[:3], *text(600, 40), BORDER]
+    assert server.cached(longer, {"protect": "60-70"}) >= len(prompt) - 1
+    assert server.cached(longer, {"protect": "0-20,60-70,160-170"}) >= len(prompt) - 1, "the anchor is whole anyway"
+    for other in ({}, {"protect": "60-71"}, {"fair": "60-70"}, {"protect": "60-70", "fair": "100-110"}):
+        assert server.cached(longer, other or None) == len(SYSTEM), other
+    server.run(longer, kind={"protect": "60-70,160-170"})
+    assert server.cached(longer, {"protect": "60-70,160-170"}) == len(longer) - 1
+    assert len(prompt) - 1 <= server.cached(longer, {"protect": "60-70"}) < 160
+
+
+def test_a_raw_span_with_protected_tokens_stays_raw(server, monkeypatch):
+    """Turns below min_tokens are raw; those without marks would be merged."""
+    monkeypatch.setattr(pressure, "MOST_LOOKED_AT", 50)
+    server.run([*SYSTEM, *text(200, 6)], reply=1, kind={"protect": "42-45"})
+    server.run([*SYSTEM, *text(300, 6)], reply=1)
+    marks = [span for span in server.tree.spans.spans() if span.raw and max(span.tokens) > 1 << 32]
+    assert marks and all(span.serial not in server.tree.raw_spans for span in marks)
+    assert server.tree.raw_spans, "the other's is queued"
+
+
 def test_check_slots_notices_every_kind_of_damage():
     check_slots(4, {"free": [1, 2], "tree": [3], "spans": [4]})
     for owners, words in (

@@ -1,7 +1,8 @@
 """Random requests on the whole cache manager (SGLang's tree, its pools, our tree, schedule and compressor; no model).
 
 Each slot remembers the longest text that its content may know of. A request must never be shown a slot that knows of
-anything but the request's own tokens: neither a neighbour's prompt nor what came later in another conversation.
+anything but the request's own tokens: neither a neighbour's prompt nor what came later in another conversation. And
+each token that a request protects must be in a slot of its own, from its first step to its last.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang import compressor, pressure
 from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.selection import SpanPolicy, check_ranges
 from keepkv_sglang.simulate.traces import BORDER
 from keepkv_sglang.simulate.world import World
 
@@ -37,7 +39,13 @@ MESSAGES = [tuple(range(10 * n, 10 * n + length)) for n, length in enumerate((9,
 MESSAGES.append(MESSAGES[3][:40])
 PICK = st.integers(0, 10**6)
 OFF = {"enabled": False}
-KINDS = st.sampled_from([None] * 8 + [OFF, OFF, {"budget": 0.6}, {"budget": 20}, {"span_tokens": 64}])
+PROTECTING = [
+    {"protect": "system,90-120"},
+    {"protect": "5-15,60-80", "fair": "30-90,90-300"},
+    {"protect": "60-80,130-140", "budget": 20},
+    {"protect": "0-9999"},
+]
+KINDS = st.sampled_from([None] * 8 + [OFF, OFF, {"budget": 0.6}, {"budget": 20}, {"span_tokens": 64}, *PROTECTING])
 REQUEST = {
     "history": st.integers(0, 4),  # 0: a new conversation, n: the n-th last one goes on
     "messages": st.lists(st.sampled_from(MESSAGES), min_size=1, max_size=2),
@@ -69,6 +77,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.rt = self.world.rt
         assert self.rt is not None
         self.knows: dict[int, tuple[Any, ...]] = {}  # slot -> (extra key, *the text its content may know of)
+        self.whole: dict[int, int] = {}  # slot -> logical position, where it holds just that token
         self.texts: dict[Any, tuple[int, ...]] = {}  # running request -> all its tokens, the reply included
         self.fresh: list[Any] = []  # admitted, prompt not computed
         self.decoding: list[Any] = []
@@ -110,7 +119,9 @@ class CacheMachine(RuleBasedStateMachine):
         first = first - (self.offset(req) if before is None else 0)
         for place in range(first, len(row)):
             self.knows[row[place]] = self.text(req, place + self.offset(req) + 1)
+            self.whole[row[place]] = place + self.offset(req)
         self.sees_only_itself(req, row)
+        self.has_protected(req, row, len(row) + self.offset(req))
 
     def sees_only_itself(self, req: Any, row: list[int]) -> None:
         own = self.text(req, len(self.texts[req]))
@@ -118,10 +129,26 @@ class CacheMachine(RuleBasedStateMachine):
         for slot in row:
             assert own[: len(self.knows[slot])] == self.knows[slot], f"slot {slot} knows more than {req.rid}"
 
+    def has_protected(self, req: Any, row: list[int], end: int) -> None:
+        state = self.rt.state_of(req)
+        if state is not None:
+            held = {self.whole.get(slot) for slot in row}
+            for first, stop in state.protection.whole:
+                assert held.issuperset(range(first, min(stop, end))), f"{req.rid} lost a protected token"
+
     def merge_layers(self, rt: Any, req: Any, state: Any, span: Any, window: Any, row: Any, target: Any) -> None:
         self.sees_only_itself(req, row.tolist())
+        begin, source = span.end - span.tokens, row[span.start : span.start + span.slots].tolist()
+        whole = state.protected_in(span.slots, begin, span.end)
+        shares = () if state.config.counts_slots else state.protection.shares_in(begin, span.end, state.config.budget)
+        policy = SpanPolicy(span.m, "evict", 2, state.sinks_of(begin), 0.6, whole=whole, shares=shares)
+        check_ranges(policy, span.slots)
+        places = [self.whole[source[index]] for first, stop in whole for index in range(first, stop)]
+        assert set(places) == {p for a, b in state.protection.whole for p in range(max(a, begin), min(b, span.end))}
         for slot in target.tolist():
             self.knows[slot] = self.text(req, span.end)
+            self.whole.pop(slot, None)
+        self.whole.update(zip(target.tolist(), places, strict=False))
 
     def merged_unused(self, rt: Any, config: Any, path: Any, start: int, end: int, target: Any) -> None:
         assert 0 <= start < len(path) - len(target)
@@ -131,6 +158,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(texts[-1]) - 1 == end
         for slot in target.tolist():
             self.knows[slot] = texts[-1]
+            self.whole.pop(slot, None)
 
     # -- a request ----------------------------------------------------------------------------------------------------
 
@@ -168,6 +196,7 @@ class CacheMachine(RuleBasedStateMachine):
             matched = self.world.tree.path_device_indices(node).tolist()
             self.sees_only_itself(req, matched)
             assert all(len(self.knows[slot]) - 1 <= req.prefix_len for slot in matched), "knows of the future"
+            self.has_protected(req, matched, req.prefix_len)
         if not self.world.prefill(req):
             self.world.abort(req)
             return None
@@ -249,6 +278,10 @@ class Slots(CacheMachine):
     CONFIG: ClassVar[dict[str, Any]] = {"budget": 24}
 
 
+class Protecting(CacheMachine):
+    CONFIG: ClassVar[dict[str, Any]] = {"protect": "system,90-120"}
+
+
 class Starved(CacheMachine):
     """Room for one query window: most turns stay raw, until pressure merges them."""
 
@@ -261,5 +294,7 @@ TestSpanTokens = SpanTokens.TestCase
 TestSpanTokens.settings = SETTINGS
 TestSlots = Slots.TestCase
 TestSlots.settings = SETTINGS
+TestProtecting = Protecting.TestCase
+TestProtecting.settings = SETTINGS
 TestStarved = Starved.TestCase
 TestStarved.settings = SETTINGS

@@ -19,12 +19,15 @@ FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32",
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
 
 
+PROTECT = "20-40,230-250"  # tokens of a prompt of 240 and of its reply
+
+
 def two_at_once(server, prompts):
-    """Runs both prompts together, 65 tokens each; returns their answers in order."""
+    """Runs both prompts together, 65 tokens each, the second with protected tokens; returns their answers in order."""
     answers = {}
 
     def run(index):
-        answers[index] = generate(server, prompts[index], 65)
+        answers[index] = generate(server, prompts[index], 65, {"protect": PROTECT} if index else None)
 
     threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
     for thread in threads:
@@ -73,6 +76,9 @@ def test_forced_retraction_matches_float64(launch, record, oracle, text_tokens, 
     for prompt, answer in zip(prompts, two_at_once(server, prompts), strict=True):
         events = events_of(record, answer.rid)
         again += check_last_computation(answer, prompt, events, oracle.clone())
+        for event in events:
+            if event["whole"] and event["end"] == 239:
+                assert event["m"] == 42 + 29 and event["kept"][..., :20].unique().tolist() == list(range(20, 40))
     assert again, "nothing was retracted"
     counters = numbers(server)["counters"]
     assert bool(counters["retractions_published"]) and bool(counters["published"]) == (not flags)
@@ -162,6 +168,26 @@ def test_cold_uncompressed_prefix_is_merged_before_it_is_evicted(small):
     assert generate(small, prompt, 2, off).cached == kept
 
 
+def test_a_protected_prefix_is_neither_found_merged_nor_merged(small):
+    system = [*tokens(339, 165), BORDER]
+    prompt = [*system, *tokens(100, 166), BORDER, *tokens(4, 110)]
+
+    def after_pressure(first, *keepkv):
+        """cached_compressed_tokens of requests that come when the first one's prefix is long cold."""
+        flush(small)
+        generate(small, prompt, 2, first)
+        for seed in range(30):
+            generate(small, tokens(100, 300 + seed), 2)
+        return [generate(small, prompt, 2, wanted).keepkv["cached_compressed_tokens"] for wanted in keepkv]
+
+    protect = {"protect": "system"}
+    plain, whole = after_pressure({"enabled": False}, None, protect)
+    assert plain and not whole, "merged for those who do not mind"
+    assert after_pressure(protect, None) == [0], "not merged: evicted"
+    info = generate(small, prompt, 2, protect).keepkv
+    assert info["protected_tokens"] == 340 and 340 + 10 <= info["slots_held"] <= 340 + 12 + 7
+
+
 def test_long_turn_cut_into_entries_is_shared_in_part(small):
     """span_tokens 128: two prompts that part after 300 tokens share two entries; whole turns share nothing."""
     flush(small)
@@ -181,6 +207,11 @@ def test_prompt_longer_than_the_pool(small):
     assert answer.keepkv["logical_tokens"] in (2507, 2508)
     assert answer.keepkv["slots_held"] <= 250 + 20 + 1 + 8  # one rounding up per chunk
     assert generate(small, prompt, 4).cached == 2499
+    protect = {"protect": "10-30,1270-1300,2490-2510"}  # across borders of chunks, and into the reply
+    answer = generate(small, prompt, 8, protect)
+    assert answer.keepkv["protected_tokens"] in (67, 68)
+    assert 67 + 245 <= answer.keepkv["slots_held"] <= 68 + 244 + 20 + 1 + 8
+    assert generate(small, prompt, 4, protect).cached == 2499
     for keepkv in ({"enabled": False}, {"budget": 0.9}):
         status, error = small.post_json("/generate", body(prompt, 4, keepkv))
         assert status == 400 and "2500 tokens" in error["error"]["message"], error

@@ -94,6 +94,77 @@ def test_selection_agrees_with_float64_up_to_ties(server, record, prompt, prefil
     assert different <= 0.02 * 10 * 3 * event["m"], "ties are rare; this many differences are a different formula"
 
 
+PROTECT = "40-60,290-310"  # the prompt is 300 tokens long, so 299 and on are the reply's span
+PROTECTED = [*range(40, 60), *range(290, 310)]
+
+
+def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prompt, prefilled, text_tokens):
+    """In every layer and head; on top of the budget; in the reply too. Ranges added later leave old entries valid."""
+    answer = generate(server, prompt, 65, {"protect": PROTECT})
+    events = events_of(record, answer.rid)
+    # Of [0, 299) 29 tokens are protected, of [299, 331) 11.
+    assert [(event["end"], event["m"]) for event in events] == [(299, 54 + 29), (331, 5 + 11), (363, 6)]
+    for event, first in zip(events, (0, 299, 331), strict=True):
+        whole = torch.tensor([token - first for token in PROTECTED if first <= token < event["end"]], dtype=torch.int64)
+        kept, assign = event["kept"], event["assign"]
+        assert (kept[..., : len(whole)] == whole).all()
+        own = torch.arange(len(whole))
+        assert (assign[..., whole] == own).all(), "each in a cluster of its own"
+        assert ((assign >= 0) & (assign < len(whole))).sum(-1).unique().tolist() == [len(whole)], "joined by nobody"
+    assert answer.keepkv["protected_tokens"] == 40
+    row = prefilled[0].clone()
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
+
+    turn2 = prompt + answer.ids + text_tokens[500:620]
+    second = generate(server, turn2, 40, {"protect": PROTECT + ",400-420"})
+    assert second.keepkv["cached_compressed_tokens"] == second.cached >= 364
+    assert second.keepkv["protected_tokens"] == 60
+    row.truncate(second.cached)
+    first2 = row.feed(turn2[second.cached :])[-1]
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
+    for index, layer in enumerate(row.layers):
+        full = prefilled[0].layers[index]
+        assert torch.equal(layer.k[:29], full.k[PROTECTED[:29]]) and torch.equal(layer.v[:29], full.v[PROTECTED[:29]])
+        assert not layer.lv[:29].any(), "one vote each"
+    # The prompt's entry does not hold what others mark in it; that of the reply is another with other marks.
+    assert generate(server, turn2, 2, {"protect": "40-61"}).cached == 0
+    assert generate(server, turn2, 2, {"protect": "40-60,290-311"}).cached == 299
+    numbers(server)
+
+
+def test_fair_shares_in_every_layer_and_head(server, record, prompt, prefilled):
+    answer = generate(server, prompt, 8, {"fair": "100-130,130-200", "protect": "100-105"})
+    (event,) = events_of(record, answer.rid)
+    assert event["m"] == 5 + 59 and event["shares"] == ((100, 130, 5), (130, 200, 14))
+    for start, end, least in ((100, 130, 10), (130, 200, 14)):
+        assert ((event["kept"] >= start) & (event["kept"] < end)).sum(-1).min() >= least
+    row = prefilled[0].clone()
+    assert worst(answer, prefilled[1], row.follow(answer.ids, [event])) <= BOUND
+
+
+def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, prefilled, text_tokens):
+    """Where the chain is merged again, protected tokens are the first slots of what was merged before."""
+    answer = generate(server, prompt, 65, {"budget": 40, "protect": PROTECT})
+    events = events_of(record, answer.rid)
+    assert [(event["end"], event["m"]) for event in events] == [(299, 40 + 29), (331, 40 + 40), (363, 40 + 40)]
+    assert events[2]["whole"] == ((0, 40),)
+    row = prefilled[0].clone()
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
+    turn2 = prompt + answer.ids + text_tokens[700:760]
+    second = generate(server, turn2, 8, {"budget": 40, "protect": PROTECT + ",400-405"})
+    assert second.keepkv["cached_compressed_tokens"] >= 363
+    row.truncate(second.cached)
+    first2 = row.feed(turn2[second.cached :])[-1]
+    events = events_of(record, second.rid)
+    assert events[0]["m"] == 40 + 45 and events[0]["whole"][0] == (0, 40)
+    assert worst(second, first2, row.follow(second.ids, events)) <= BOUND
+    for index, layer in enumerate(row.layers):
+        full = prefilled[0].layers[index]
+        assert torch.equal(layer.k[:29], full.k[PROTECTED[:29]]) and torch.equal(layer.v[:29], full.v[PROTECTED[:29]])
+        assert not layer.lv[:45].any()
+    numbers(server)
+
+
 def test_whole_number_budget_merges_its_own_chain_again(server, record, prompt, prefilled, text_tokens):
     """A budget in slots: prompt, reply and earlier turns together hold that many past the anchor."""
     answer = generate(server, prompt, 65, {"budget": 40})

@@ -131,6 +131,29 @@ def test_parallel_samples_share_the_compressed_prompt(server):
     assert all(part["meta_info"]["keepkv"]["slots_held"] <= 50 + 1 + 8 for part in data)
 
 
+def test_protected_tokens_on_top_of_the_budget(server):
+    """More than the protected ones are compressed; parallel samples share that; all protected: nothing is."""
+    request = body(tokens(501, 51), 8, {"protect": "100-200,480-490"})
+    request["sampling_params"] |= {"n": 3, "temperature": 0.9}
+    request.pop("rid")
+    status, data = server.post_json("/generate", request)
+    assert status == 200 and len(data) == 3
+    for part in data:
+        info = part["meta_info"]["keepkv"]
+        assert (info["cached_compressed_tokens"], info["protected_tokens"]) == (500, 110)
+        assert 110 + 39 < info["slots_held"] <= 110 + 39 + 1 + 8
+    whole = generate(server, tokens(501, 52), 4, {"protect": "0-9000"}).keepkv
+    assert whole["compressions"] == 0 and whole["slots_held"] == whole["logical_tokens"] == whole["protected_tokens"]
+    messages = [{"role": "system", "content": "Answer in one word. " * 40}, {"role": "user", "content": "Why? " * 100}]
+    chat = {"model": "m", "messages": messages, "max_tokens": 4, "return_meta_info": True}
+    status, data = server.post_json(
+        "/v1/chat/completions", chat | {"custom_params": {"keepkv": {"protect": "system,260-270"}}}
+    )
+    assert status == 200, data
+    info = data["choices"][0]["meta_info"]["keepkv"]
+    assert 160 < info["protected_tokens"] - 10 < 260 and info["compressions"] == 1
+
+
 def test_short_turns_stay_whole_until_they_add_up(server):
     history = tokens(30, 60)
     held = []
@@ -154,6 +177,11 @@ BAD = [
     (7, "object"),
     ({"threshold": 3}, "threshold"),
     ({"interval": 1}, "interval"),
+    ({"protect": "9-5"}, "larger than the start"),
+    ({"protect": "0-9,5-12"}, "overlap"),
+    ({"protect": ["0-9"]}, "not text"),
+    ({"fair": "first"}, "start-end"),
+    ({"fair": "0-9", "budget": 50}, "budget that is a fraction"),
 ]
 
 
