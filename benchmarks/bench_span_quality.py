@@ -37,6 +37,7 @@ from keepkv_sglang.layer_compress import (
     select,
 )
 from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.scoring.rotary import Rotary
 
 COLD_TOKENS, CUT_TOKENS = 1024, 1536
 BUDGETS = (0.1, 0.2)
@@ -123,7 +124,7 @@ class Calibration:
         cos, sin = probe.model.model.rotary_emb(layers[0].q, torch.arange(8192)[None])
         half = cos.shape[2] // 2
         table = torch.cat((cos[0, :, :half], sin[0, :, :half]), 1)
-        product = PseudoQueries(torch.stack([layer.q[rows] for layer in layers]), rows, table)
+        product = PseudoQueries(torch.stack([layer.q[rows] for layer in layers]), rows, Rotary(table))
         return Calibration(queries, moments, {WINDOW: product})
 
     def pseudo(self, probe: Probe, layer: int, start: int, count: int, step: int = 1) -> torch.Tensor:

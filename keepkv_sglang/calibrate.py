@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.scoring.rotary import Rotary
 from keepkv_sglang.votes import QueryArena
 
 logger = logging.getLogger("keepkv")
@@ -23,29 +24,36 @@ WARMUP = "keepkv"  # name in SGLang's --warmups
 QUERIES = 32
 
 
+def rotary_of(model: Any) -> Rotary | None:
+    """The model's one rotary embedding; None when it has none, or several kinds."""
+    found = {id(m): m for m in model.modules() if hasattr(m, "cos_sin_cache") and hasattr(m, "is_neox_style")}
+    if len(found) != 1:
+        return None
+    (module,) = found.values()
+    table = module.cos_sin_cache
+    if table.dtype != torch.float32:  # rounded to the model's type
+        table = module._compute_cos_sin_cache().to(table.device)
+    return Rotary(table, bool(module.is_neox_style))
+
+
 class Calibration:
     """The text's tokens until its queries are there, then the queries. One per scheduler process."""
 
-    def __init__(self, tokens: list[int], cos_sin: torch.Tensor, neox: bool) -> None:
+    def __init__(self, tokens: list[int], rotary: Rotary) -> None:
         self._tokens = array("q", tokens)
         self._rows = calibration_rows(len(tokens), QUERIES)
-        self._cos_sin, self._neox = cos_sin, neox
+        self._rotary = rotary
         self._arena_rows: list[int] | None = None
         self._captured = 0
         self.queries: PseudoQueries | None = None
 
     @staticmethod
-    def of(tokenizer: Any, model: Any) -> Calibration | None:
+    def of(tokenizer: Any, rotary: Rotary | None) -> Calibration | None:
         """For this model, or None where it cannot work."""
-        rotary = {id(m): m for m in model.modules() if hasattr(m, "cos_sin_cache") and hasattr(m, "is_neox_style")}
-        if tokenizer is None or len(rotary) != 1:
-            logger.info("no calibration: %s", "no tokenizer" if tokenizer is None else f"{len(rotary)} rotary modules")
+        if tokenizer is None or rotary is None:
+            logger.info("no calibration: %s", "no tokenizer" if tokenizer is None else "no single rotary embedding")
             return None
-        (module,) = rotary.values()
-        table = module.cos_sin_cache
-        if table.dtype != torch.float32:  # rounded to the model's type
-            table = module._compute_cos_sin_cache().to(table.device)
-        return Calibration(tokenizer.encode(CALIBRATION), table, bool(module.is_neox_style))
+        return Calibration(tokenizer.encode(CALIBRATION), rotary)
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +84,7 @@ class Calibration:
         if captured == QUERIES:
             index = torch.tensor(rows, device=arena.queries.device)
             position = torch.tensor(self._rows, device=arena.queries.device)
-            self.queries = PseudoQueries(arena.queries[:, index].clone(), position, self._cos_sin, self._neox)
+            self.queries = PseudoQueries(arena.queries[:, index].clone(), position, self._rotary)
             logger.info("calibrated: %d queries, %.1f MiB", QUERIES, self.nbytes / 2**20)
         arena.give_back(rows)
 

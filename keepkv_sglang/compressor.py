@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from keepkv_sglang import record
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
+from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
+from keepkv_sglang.scoring.references import QuerySample
+from keepkv_sglang.span_policy import span_policy
 
 SCRATCH_BYTES = 64 << 20  # working memory of one layer's merge
 
@@ -96,15 +98,10 @@ def merge_unused(
     assert rt.votes is not None and rt.arena is not None
     pool, source = rt.kv_pool, path[start:]
     queries = rt.calibration.queries if rt.calibration is not None else None
-    policy = SpanPolicy(
-        m=len(target),
-        merge=config.merge if queries is not None else "evict",
-        recent=config.recent,
-        sinks=config.sinks if start == 0 else 0,
-        threshold=config.threshold,
-        scorer=config.scorer if queries is not None or not SCORERS.needs_queries(config.scorer) else "keydiff",
-        chunk=config.chunk,
-    )
+    policy = span_policy(config, len(target), at_start=start == 0)
+    if queries is None:
+        query_free = not SCORERS.needs_queries(config.scorer)
+        policy = replace(policy, merge="evict", scorer=config.scorer if query_free else "keydiff")
     scheduler = rt.scheduler
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
         for index in range(pool.layer_num):
@@ -152,18 +149,14 @@ def _merge_layers(
     config, pool = state.config, rt.kv_pool
     context, source = row[: span.start], row[span.start : span.start + span.slots]
     rows = torch.tensor(window.rows[: window.filled], dtype=torch.int64, device=row.device)
+    positions = list(window.positions[: window.filled])
+    arena = rt.arena.queries
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
-    first = span.slots - (span.end - window.lo)
-    q_index = torch.arange(first, first + window.filled, dtype=torch.int64, device=row.device)
+    sample = QuerySample(positions, window.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)
     begin = span.end - span.tokens
-    policy = SpanPolicy(
-        m=span.m,
-        merge=config.merge,
-        recent=0 if span.followed else config.recent,
+    policy = replace(
+        span_policy(config, span.m, at_start=span.start == 0, followed=span.followed),
         sinks=state.sinks_of(begin),
-        threshold=config.threshold,
-        scorer=config.scorer,
-        chunk=config.chunk,
         whole=state.protected_in(span.slots, begin, span.end),
         shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
     )
@@ -178,8 +171,8 @@ def _merge_layers(
             votes = rt.votes.log_votes[index]
             result = compress_layer(
                 LayerInput(
-                    q=rt.arena.queries[index, rows],
-                    q_index=q_index,
+                    q=sample.place(arena[index, rows]),
+                    q_index=sample.q_index,
                     k_ctx=keys[context],
                     lv_ctx=votes[context],
                     k=keys[source],

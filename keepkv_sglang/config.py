@@ -20,6 +20,7 @@ SCORERS = tuple(name for name in policies.SCORERS.names if name not in policies.
 PRESSURE_MODES = ("off", "merge")
 SERVER_ONLY = ("pressure", "pressure_free", "pressure_tokens")  # no request may choose these for its neighbours
 MAX_WINDOW = 256
+MAX_REFERENCES = 1024
 MAX_SLOTS = 1 << 30
 MIN_SPAN_TOKENS = 64
 MAX_CHUNK = 1024
@@ -132,6 +133,7 @@ class KeepKVConfig:
     scorer: str = "snapkv"
     chunk: int = 1
     window: int = 32
+    references: int = 0
     recent: int = 32
     sinks: int = 4
     threshold: float = 0.6
@@ -216,6 +218,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "scorer": _policy(policies.SCORERS),
     "chunk": _whole("chunk", 1, MAX_CHUNK),
     "window": _whole("window", 1, MAX_WINDOW),
+    "references": _whole("references", 0, MAX_REFERENCES),
     "recent": _whole("recent", 0, 1 << 20),
     "sinks": _whole("sinks", 0, 1 << 20),
     "threshold": _threshold,
@@ -242,6 +245,8 @@ HELP: dict[str, str] = {
     f"{', '.join(SCORERS)}, the name of an installed plugin's scorer, or a path package.module:function.",
     "chunk": f"Tokens that are kept or dropped together, as in ChunkKV; 1: each on its own (tokens, 1 to {MAX_CHUNK}).",
     "window": f"Number of last queries whose attention scores the tokens (1 to {MAX_WINDOW}).",
+    "references": "Queries of tokens all over a prompt that score it beside the window, moved to the positions behind "
+    f"its end (0 to {MAX_REFERENCES}).",
     "recent": "Most recent tokens of a span that are always kept (tokens; at most half of the span's slots).",
     "sinks": "First tokens of the sequence that are always kept (tokens; only where nothing precedes them).",
     "threshold": "Cosine similarity of keys above which a token is merged instead of dropped (-1 to 1).",

@@ -12,6 +12,7 @@ token. It may begin before `prot`: raw spans at the end of the matched chain are
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,15 +22,15 @@ from keepkv_sglang.protect import MAX_POSITION, UNPROTECTED, Protection
 
 @dataclass
 class Window:
-    """Arena rows for the queries of logical positions [lo, lo + len(rows)); `filled` of them have been captured."""
+    """Arena rows for the queries of logical `positions`, ascending; the first `filled` have been captured.
 
-    lo: int
+    The first `references` of them are reference queries (scoring/references.py), the others the window proper.
+    """
+
+    positions: Sequence[int]
     rows: list[int]
+    references: int = 0
     filled: int = 0
-
-    @property
-    def hi(self) -> int:
-        return self.lo + len(self.rows)
 
 
 @dataclass

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from keepkv_sglang.anchor import MessageBorder, message_border
-from keepkv_sglang.calibrate import Calibration
+from keepkv_sglang.calibrate import Calibration, rotary_of
 from keepkv_sglang.config import ConfigError, KeepKVConfig
 from keepkv_sglang.policies import MERGE_RULES, SCORERS
 from keepkv_sglang.protect import Protection, names_system
 from keepkv_sglang.request import RequestState
+from keepkv_sglang.scoring.rotary import Rotary
 from keepkv_sglang.votes import QueryArena, VoteStore
 
 logger = logging.getLogger("keepkv")
@@ -49,7 +50,7 @@ class Runtime:
         self.first_layer = 0
         self.border: MessageBorder | None = None
         self.calibration: Calibration | None = None
-        self.model: Any = None
+        self.rotary: Rotary | None = None
         self.capacity = 0  # slots of the pool
         self.pool_limit = 1 << 62  # tokens from which a prompt cannot be in the pool uncompressed
         self.step_reserve = 0  # slots that the step being scheduled still has to allocate
@@ -86,7 +87,9 @@ class Runtime:
         self.first_layer, layers = pool.start_layer, pool.layer_num
         keys = pool.get_key_buffer(self.first_layer)
         slots, kv_heads, head_dim = keys.shape
-        self.model = runner.model
+        self.rotary = rotary_of(runner.model)
+        if self.rotary is None and self.config.references:
+            logger.info("no reference queries: the model has no single rotary embedding")
         self.merge_flops = 2.0 * layers * kv_heads * head_dim
         self.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
         self.votes = VoteStore(layers, slots, kv_heads, keys.device)
@@ -97,8 +100,8 @@ class Runtime:
         windows = ARENA_WINDOWS
         if self.config.span_tokens:  # a long prompt holds one window per piece until its last chunk
             windows = max(windows, 2 * runner.model_config.context_len // self.config.span_tokens)
-        rows = windows * self.config.window
-        rows = max(self.config.window, min(rows, ARENA_MAX_BYTES // row_bytes))
+        needed = self.queries_of(self.config)
+        rows = max(needed, min(windows * needed, ARENA_MAX_BYTES // row_bytes))
         self.arena = QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device)
 
     def attach_scheduler(self, scheduler: Any) -> None:
@@ -122,7 +125,7 @@ class Runtime:
         if self.border is None and names_system(self.config.protect):
             logger.warning("--keepkv-protect system has no effect: the chat template shows no end of a message")
         if self.pressure_key is not None:
-            self.calibration = Calibration.of(tokenizer, self.model)
+            self.calibration = Calibration.of(tokenizer, self.rotary)
         memory = self.memory()
         logger.info(
             "KeepKV is on: %s; votes %.1f MiB (%.2f %% of a 16-bit KV pool), arena %.1f MiB, message border %s",
@@ -173,6 +176,10 @@ class Runtime:
             and req.session is None
             and getattr(req, "beam_group", None) is None
         )
+
+    def queries_of(self, config: KeepKVConfig) -> int:
+        """Most arena rows that a prompt's span takes: its window and its references."""
+        return config.window + (config.references if self.rotary is not None else 0)
 
     def room_for_replies(self) -> bool:
         """Replies may use half of the arena: a prompt has one chance to be scored, a reply one per interval."""

@@ -6,12 +6,14 @@ compresses what is complete, `finish` hands the rest of the row to the prefix ca
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
 
 from keepkv_sglang.anchor import first_message_end
 from keepkv_sglang.compressor import Span, compress_span
 from keepkv_sglang.request import Planned, RequestState, Window, logical_tokens
 from keepkv_sglang.runtime import Runtime
+from keepkv_sglang.scoring.references import reference_positions
 
 
 def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
@@ -54,29 +56,40 @@ def on_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
     # Shorter than min_tokens: it grows with the next chunk.
     early = state.plan and end < state.plan[0].end and end - state.tail_tokens >= state.config.min_tokens
     if early and rt.too_long(req):
-        window = _reserve(rt, state, max(req.prefix_len, state.tail_tokens), end)
+        window = _reserve(rt, state, max(req.prefix_len, state.tail_tokens), end, references=True)
         if window is not None:
             state.plan.insert(0, Planned(end, req.prefix_len, is_prompt=True, window=window))
     for planned in state.plan:
-        if planned.window is not None or end <= planned.end - state.config.window:
-            continue  # its queries come with a later chunk
+        if planned.window is not None or not _starts_in_chunk(rt, req, state, planned, end):
+            continue
         if planned.is_prompt or rt.room_for_replies():
-            planned.window = _reserve(rt, state, max(planned.first, req.prefix_len), planned.end)
+            planned.window = _reserve(rt, state, max(planned.first, req.prefix_len), planned.end, planned.is_prompt)
 
 
-def _reserve(rt: Runtime, state: RequestState, first: int, end: int) -> Window | None:
-    """Arena rows for the last queries before `end`, or None: there are none from `first` on, or the arena is full."""
+def _starts_in_chunk(rt: Runtime, req: Any, state: RequestState, planned: Planned, end: int) -> bool:
+    """Whether queries that the planned span needs come before `end`, the end of the chunk that is about to run."""
+    spread = planned.is_prompt and rt.queries_of(state.config) > state.config.window
+    # A prompt that is compressed between chunks has references from the chunk that ends it.
+    first = planned.first if spread and not rt.too_long(req) else planned.end - state.config.window
+    return end > first
+
+
+def _reserve(rt: Runtime, state: RequestState, first: int, end: int, references: bool) -> Window | None:
+    """Arena rows for the last queries before `end`, and for reference queries from `first` on if asked for; None: there
+    are none from `first` on, or the arena is full."""
     lo = max(first, end - state.config.window)
     if lo >= end:
         return None
     assert rt.arena is not None
+    spread = reference_positions(first, lo, rt.queries_of(state.config) - state.config.window) if references else []
+    positions = [*spread, *range(lo, end)]
     # A prompt in many pieces holds a window for each until its end: never more than half of what all requests share.
     held = sum(len(planned.window.rows) for planned in state.plan if planned.window is not None)
-    rows = rt.arena.take(end - lo) if held == 0 or 2 * (held + end - lo) <= rt.arena.rows else None
+    rows = rt.arena.take(len(positions)) if held == 0 or 2 * (held + len(positions)) <= rt.arena.rows else None
     if rows is None:
         rt.counters["skipped_no_window"] += 1
         return None
-    return Window(lo, rows)
+    return Window(positions, rows, len(spread))
 
 
 def capture(rt: Runtime, state: RequestState, start: int, end: int, out: tuple[list[int], list[int]], at: int) -> None:
@@ -106,16 +119,16 @@ def _open_reply_window(rt: Runtime, state: RequestState, start: int, end: int) -
         if rows is None:
             rt.counters["skipped_no_window"] += 1
             return
-        state.reply_window = Window(lo, rows)
+        state.reply_window = Window(range(lo, lo + len(rows)), rows)
 
 
 def _capture_window(window: Window, start: int, end: int, out: tuple[list[int], list[int]], at: int) -> None:
-    lo, hi = max(start, window.lo), min(end, window.hi)
+    lo, hi = bisect_left(window.positions, start), bisect_left(window.positions, end)
     if lo >= hi:
         return
-    out[0].extend(range(at + lo - start, at + hi - start))
-    out[1].extend(window.rows[lo - window.lo : hi - window.lo])
-    window.filled = hi - window.lo
+    out[0].extend(at + position - start for position in window.positions[lo:hi])
+    out[1].extend(window.rows[lo:hi])
+    window.filled = hi
 
 
 def compress_due(rt: Runtime, req: Any, state: RequestState, *, between_chunks: bool = False) -> bool:

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from keepkv_sglang.calibrate import QUERIES, Calibration
+from keepkv_sglang.calibrate import QUERIES, Calibration, rotary_of
 from keepkv_sglang.compressor import SCRATCH_BYTES, merge_unused
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
 from keepkv_sglang.scoring.pseudo import PseudoQueries, calibration_rows
+from keepkv_sglang.scoring.rotary import Rotary
 from keepkv_sglang.votes import QueryArena, VoteStore
 
 TOKENS = list(range(500, 700))
@@ -40,7 +41,7 @@ def run(calibration: Calibration, store: QueryArena, chunks: list[tuple[int, int
 
 @pytest.mark.parametrize("chunks", [[(0, 200)], [(0, 64), (64, 128), (128, 200)], [(0, 5), (5, 199), (199, 200)]])
 def test_keeps_the_queries_of_its_tokens_however_the_prompt_is_cut(chunks):
-    store, calibration = arena(), Calibration(TOKENS, table(), True)
+    store, calibration = arena(), Calibration(TOKENS, Rotary(table()))
     run(calibration, store, chunks, at=7)
     queries = calibration.queries
     assert queries is not None and queries.q.shape == (LAYERS, QUERIES, Q_HEADS, DIM)
@@ -51,7 +52,7 @@ def test_keeps_the_queries_of_its_tokens_however_the_prompt_is_cut(chunks):
 
 
 def test_a_cached_beginning_is_no_calibration_and_the_next_try_is():
-    store, calibration = arena(), Calibration(TOKENS, table(), True)
+    store, calibration = arena(), Calibration(TOKENS, Rotary(table()))
     run(calibration, store, [(100, 200)])
     assert calibration.queries is None and store.free_rows == store.rows
     run(calibration, store, [(0, 200)])
@@ -59,7 +60,7 @@ def test_a_cached_beginning_is_no_calibration_and_the_next_try_is():
 
 
 def test_only_its_own_prompt_is_wanted_and_only_once():
-    store, calibration = arena(), Calibration(TOKENS, table(), True)
+    store, calibration = arena(), Calibration(TOKENS, Rotary(table()))
     request = SimpleNamespace(origin_input_ids=array("q", TOKENS))
     other = SimpleNamespace(origin_input_ids=array("q", [*TOKENS[:-1], 1]))
     longer = SimpleNamespace(origin_input_ids=array("q", [*TOKENS, 1]))
@@ -69,18 +70,19 @@ def test_only_its_own_prompt_is_wanted_and_only_once():
 
 
 def test_no_tokenizer_or_several_rotary_tables_mean_no_calibration():
-    class Rotary(torch.nn.Module):
+    class Embedding(torch.nn.Module):
         cos_sin_cache = table()
         is_neox_style = True
 
         def _compute_cos_sin_cache(self) -> torch.Tensor:
             return table()
 
-    one, shared = torch.nn.Sequential(Rotary()), Rotary()
+    one, shared = torch.nn.Sequential(Embedding()), Embedding()
     tokenizer = SimpleNamespace(encode=lambda text: TOKENS)
-    assert Calibration.of(None, one) is None
-    assert Calibration.of(tokenizer, torch.nn.Sequential(Rotary(), Rotary())) is None
-    assert Calibration.of(tokenizer, torch.nn.ModuleList([shared, shared])) is not None
+    assert Calibration.of(None, rotary_of(one)) is None
+    assert rotary_of(torch.nn.Sequential(Embedding(), Embedding())) is None
+    assert Calibration.of(tokenizer, None) is None
+    assert Calibration.of(tokenizer, rotary_of(torch.nn.ModuleList([shared, shared]))) is not None
 
 
 class World:
@@ -96,10 +98,10 @@ class World:
         self.first_layer, self.scales = 0, {0: 0.35, 1: 0.4}
         self.votes, self.arena = VoteStore(LAYERS, SLOTS, KV_HEADS, "cpu"), arena()
         self.scheduler = SimpleNamespace(enable_overlap=False)
-        self.calibration = Calibration(TOKENS, table(), True)
+        self.calibration = Calibration(TOKENS, Rotary(table()))
         if calibrated:
             q = torch.randn(LAYERS, QUERIES, Q_HEADS, DIM)
-            self.calibration.queries = PseudoQueries(q, torch.arange(QUERIES) + 4, table(), True)
+            self.calibration.queries = PseudoQueries(q, torch.arange(QUERIES) + 4, Rotary(table()))
 
 
 @pytest.mark.parametrize("start", [0, 12])

@@ -58,7 +58,7 @@ def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int,
     The reply may use what the compression of the prompt gives back, which happens before the first decode step.
     """
     assert rt.arena is not None
-    if not state.admitted and rt.arena.free_rows < state.config.window:
+    if not state.admitted and rt.arena.free_rows < rt.queries_of(state.config):
         return new_tokens  # no room for its queries: nothing of it will be compressed
     if state.admitted:  # a later chunk: the turn began before it
         turn = len(req.full_untruncated_fill_ids) - state.tail_tokens

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from keepkv_sglang.scoring.rotary import Rotary
+
 SKIPPED_TOKENS = 4  # the first tokens' queries are unlike all others
 
 
@@ -30,42 +32,20 @@ def calibration_rows(tokens: int, w: int) -> list[int]:
 @dataclass(frozen=True)
 class PseudoQueries:
     """q [L, w, Hq, D]: queries of L layers after RoPE, NOT scaled, any float dtype; position [w] int64: where
-    they stood. cos_sin [P, R]: cosines of positions 0..P-1, then sines, R / 2 frequencies each, as SGLang's
-    RotaryEmbedding.cos_sin_cache; R <= D, the rest of D is not rotated. neox: pairs are (i, i + R / 2),
-    otherwise (2 i, 2 i + 1). One table for all layers.
-
-    A factor on the table (YaRN) is that of the queries already and stays what it is.
-    """
+    they stood."""
 
     q: torch.Tensor
     position: torch.Tensor
-    cos_sin: torch.Tensor
-    neox: bool = True
+    rotary: Rotary
 
     def behind(self, layer: int, end: int) -> torch.Tensor:
         """[w, Hq, D] in q's dtype: query j of layer (0 based) as it would be at position end + j.
 
-        q_j(end + j) = R(end + j) R(t_j)^-1 q_j, t_j its own position; arithmetic in float32 or wider.
-        Positions past the table count as its last. Mutates nothing.
+        q_j(end + j) = R(end + j) R(t_j)^-1 q_j, t_j its own position (rotary.py). Mutates nothing.
         """
         q = self.q[layer]
-        last = self.cos_sin.shape[0] - 1
-        target = (end + torch.arange(len(q), device=q.device)).clamp(max=last)
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        (cos_a, sin_a), (cos_b, sin_b) = (self._angles(at, dtype) for at in (self.position, target))
-        square = cos_a.square() + sin_a.square()
-        cos, sin = (cos_b * cos_a + sin_b * sin_a) / square, (sin_b * cos_a - cos_b * sin_a) / square
-        rotated = self.cos_sin.shape[1]
-        x, rest = q[..., :rotated].to(dtype), q[..., rotated:].to(dtype)
-        a, b = x.chunk(2, dim=-1) if self.neox else (x[..., 0::2], x[..., 1::2])
-        pair = (a * cos - b * sin, b * cos + a * sin)
-        moved = torch.cat(pair, dim=-1) if self.neox else torch.stack(pair, dim=-1).flatten(-2)
-        return torch.cat((moved, rest), dim=-1).to(q.dtype)
-
-    def _angles(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [w, 1, R / 2]."""
-        cos, sin = self.cos_sin[position.to(self.cos_sin.device)].to(dtype).to(self.q.device)[:, None].chunk(2, dim=-1)
-        return cos, sin
+        target = end + torch.arange(len(q))
+        return self.rotary.turn(self.position, target, q.dtype, q.device)(q)
 
 
 # Prose, instructions, dialogue, code and numbers. Changing it changes the entries of every cache.

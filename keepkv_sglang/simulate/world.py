@@ -207,7 +207,8 @@ class World:
         windows = runtime.ARENA_WINDOWS
         if config.span_tokens:  # context_len is the longest request's here
             windows = max(windows, 2 * self.rows.max_context_len // config.span_tokens)
-        self.arena_rows = min(windows * config.window, self.arena_rows or windows * config.window)
+        rows = windows * rt.queries_of(config)
+        self.arena_rows = min(rows, self.arena_rows or rows)
         rt.arena = QueryArena(0, self.arena_rows, 1, 1, torch.float32, "cpu")
         rt.offsets = torch.zeros(self.rows.req_to_token.shape[0], dtype=torch.int64)
         rt.border = MessageBorder(BORDER, 0)

@@ -13,6 +13,7 @@ from keepkv_sglang.merging import QUERY_FREE, RULES
 from keepkv_sglang.scoring import QUERY_AGNOSTIC, get_scorer
 from keepkv_sglang.scoring.base import Window, observe
 from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.scoring.rotary import Rotary
 
 F64 = torch.float64
 SCORERS = sorted(QUERY_AGNOSTIC - {"streaming_llm"})  # that one reads nothing at all: test_policies.py
@@ -234,7 +235,7 @@ def test_pseudo_queries_are_the_raw_ones_at_the_new_position(neox, dim, rotated,
         return scaled
 
     q = torch.stack([placed(layer, position.tolist()) for layer in range(2)])
-    pseudo = PseudoQueries(q, position, table(200, rotated, factor), neox)
+    pseudo = PseudoQueries(q, position, Rotary(table(200, rotated, factor), neox))
     for layer in range(2):
         expected = placed(layer, list(range(end, end + 5)))
         torch.testing.assert_close(pseudo.behind(layer, end), expected, rtol=1e-9, atol=1e-9)
@@ -243,10 +244,10 @@ def test_pseudo_queries_are_the_raw_ones_at_the_new_position(neox, dim, rotated,
 def test_pseudo_queries_of_16_bit_models():
     """Stored in bfloat16, moved in float32, rounded once; staying in place changes nothing."""
     q = torch.randn(1, 4, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
-    pseudo = PseudoQueries(q, torch.arange(10, 14), table(64, 8).float())
+    pseudo = PseudoQueries(q, torch.arange(10, 14), Rotary(table(64, 8).float()))
     assert torch.equal(pseudo.behind(0, 10), q[0])
     assert pseudo.behind(0, 40).dtype == torch.bfloat16
-    past = PseudoQueries(q, torch.full((4,), 63), table(64, 8).float())
+    past = PseudoQueries(q, torch.full((4,), 63), Rotary(table(64, 8).float()))
     assert torch.equal(past.behind(0, 1000), q[0])  # the table's last position
 
 
@@ -254,7 +255,7 @@ def test_pseudo_queries_compress_like_any_window():
     """A span without a request, scored and merged by the default policy; the same twice."""
     x = cold_layer(n=80, dtype=torch.float32)
     q = torch.randn(1, 6, 6, 8, generator=torch.Generator().manual_seed(0))
-    pseudo = PseudoQueries(q, torch.tensor(calibration_rows(60, 6)), table(400, 8).float())
+    pseudo = PseudoQueries(q, torch.tensor(calibration_rows(60, 6)), Rotary(table(400, 8).float()))
     y = replace(x, q=pseudo.behind(0, 80), q_index=torch.full((6,), 79))
     p = policy(16, "least_squares", scorer="snapkv")
     a, b = compress_layer(y, p), compress_layer(y, p)

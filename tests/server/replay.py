@@ -85,11 +85,15 @@ class Replay:
     def inputs(self, event: dict, index: int) -> Any:
         """The fields of LayerInput for layer `index`, in float64."""
         layer, start, stop = self.layers[index], event["start"], event["start"] + event["slots"]
-        lo, hi = event["window"]
-        first = event["slots"] - (event["end"] - lo)
+        positions, moved = event["window"], event["references"]
+        q, index = layer.q[positions], [event["slots"] - (event["end"] - p) for p in positions]
+        if moved:  # reference queries: rotated from where they stood to end, end + 1, ..., so they see the whole span
+            at = torch.arange(event["end"], event["end"] + moved)
+            q = torch.cat((self._rotate(self._rotate(q[:moved], positions[:moved], -1), at, 1), q[moved:]))
+            index[:moved] = [event["slots"]] * moved
         return SimpleNamespace(
-            q=layer.q[lo:hi],
-            q_index=torch.arange(first, first + hi - lo),
+            q=q,
+            q_index=torch.tensor(index),
             k_ctx=layer.k[:start],
             lv_ctx=layer.lv[:start],
             k=layer.k[start:stop],
@@ -97,6 +101,12 @@ class Replay:
             lv=layer.lv[start:stop],
             scale=layer.scale,
         )
+
+    def _rotate(self, q: torch.Tensor, positions: Any, sign: int) -> torch.Tensor:
+        """RoPE of the Hugging Face model on q [w, Hq, D], or (-1) its inverse."""
+        cos, sin = self.model.model.rotary_emb(q, torch.as_tensor(positions)[None])
+        a, b = q.chunk(2, dim=-1)
+        return q * cos[0][:, None] + sign * torch.cat((-b, a), dim=-1) * sin[0][:, None]
 
     def compress(self, event: dict) -> None:
         """Applies one recorded compression through the reference merge."""

@@ -50,18 +50,20 @@ def worst(answer: Answer, first: torch.Tensor, rest: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True))
 
 
-@pytest.mark.parametrize("rule", MERGE_RULES)
-def test_compressed_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule):
-    answer = generate(server, prompt, 65, {"merge": rule})
+@pytest.mark.parametrize(("rule", "references"), [*((rule, 0) for rule in MERGE_RULES), ("least_squares", 100)])
+def test_compressed_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule, references):
+    params = {"merge": rule, "references": references}
+    answer = generate(server, prompt, 65, params)
     events = events_of(record, answer.rid)
     assert [event["end"] for event in events] == [299, 331, 363]
+    assert [event["references"] for event in events] == [references, 0, 0]
     assert answer.keepkv["compressions"] == 3
     row, first = prefilled[0].clone(), prefilled[1]
     assert worst(answer, first, row.follow(answer.ids, events)) <= BOUND
 
     # The next turn extends the matched entries; the raw tail of the reply is compressed with its prompt.
     turn2 = prompt + answer.ids + text_tokens[500:620]
-    second = generate(server, turn2, 65, {"merge": rule})
+    second = generate(server, turn2, 65, params)
     assert second.keepkv["cached_compressed_tokens"] == second.cached >= 364
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]

@@ -1,0 +1,128 @@
+"""Methods that `keepkv eval` compares: names -> how a prefilled row becomes smaller.
+
+Ours are settings of the server's own configuration (config.py) run through the server's own compress_layer; peers are
+in peers.py. A method that needs its own prefill says so with `prefill`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.evaluate.probe import Probe, Row, Slots
+from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer
+from keepkv_sglang.scoring.references import QuerySample, reference_positions
+from keepkv_sglang.span_policy import span_policy
+
+
+class Method(Protocol):
+    """One way to compress a prompt."""
+
+    name: str
+
+    def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
+        """A row that stands for `ids` in ceil(budget * len(ids)) slots per layer.
+
+        full: the same tokens prefilled without compression, if the caller has them; it is not changed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Full:
+    """The full cache."""
+
+    name: str = "full"
+
+    def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
+        return full.clone() if full is not None else probe.row(ids)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A configuration of this project; `config.budget` is replaced by the budget asked for.
+
+    offline_scorer: a scorer that no server can run (h2o); it replaces config.scorer and sees every query fed last.
+    """
+
+    name: str
+    config: KeepKVConfig
+    offline_scorer: str = ""
+
+    def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
+        row = full.clone() if full is not None else probe.row(ids)
+        compress_tail(row, self.config, slots_of(budget, len(ids)), offline_scorer=self.offline_scorer)
+        return row
+
+
+def slots_of(budget: float, tokens: int) -> int:
+    """ceil(budget * tokens), as the server counts (KeepKVConfig.kept_slots)."""
+    return max(1, math.ceil(budget * tokens - 1e-9))
+
+
+def compress_tail(
+    row: Row, config: KeepKVConfig, m: int, start: int = 0, offline_scorer: str = ""
+) -> list[LayerResult]:
+    """Slots [start, end) of the row become m, scored by window and reference queries of the tokens fed last.
+
+    What compressor.py does on the server, layer by layer: the span is everything behind `start`, one slot per token
+    where the window lies. Nothing happens when m >= its slots. Returns what was chosen, per layer.
+    """
+    if m >= row.slots - start:
+        return []
+    policy = span_policy(config, m, at_start=start == 0)
+    if offline_scorer:
+        policy = replace(policy, scorer=offline_scorer)
+    n, fed = row.slots - start, row.tokens - row.queries[0].shape[0]  # fed: the first token that has a query
+    lo = max(fed, row.tokens - (n if offline_scorer else config.window))
+    spread = reference_positions(fed, lo, config.references)
+    positions = [*spread, *range(lo, row.tokens)]
+    rows = torch.tensor(positions) - fed
+    device = row.queries[0].device
+    sample = QuerySample(positions, len(spread), row.tokens, n, row.probe.rotary, torch.float32, device)
+    results = []
+    for layer, queries in zip(row.layers, row.queries, strict=True):
+        q = sample.place(queries[rows])
+        context, span = layer.cut(0, start), layer.cut(start, start + n)
+        x = LayerInput(q, sample.q_index, context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
+        results.append(compress_layer(x, policy))
+    row.replace_span([Slots(r.k, r.v, r.lv) for r in results], start)
+    return results
+
+
+def ours(name: str, **settings: object) -> Ours:
+    """`settings` are fields of KeepKVConfig."""
+    return Ours(name, KeepKVConfig(enabled=True, **settings))  # type: ignore[arg-type]
+
+
+SNAPKV = "snapkv evict"
+RELEASED = "keepkv mean 0.8 (released)"
+DEFAULT = "default"
+
+OURS: dict[str, Ours] = {
+    method.name: method
+    for method in (
+        ours(DEFAULT),
+        ours(SNAPKV, scorer="snapkv", merge="evict"),
+        ours(RELEASED, scorer="keepkv", merge="mean", threshold=0.8),
+        ours("keepkv evict", scorer="keepkv", merge="evict"),
+        ours("keepkv zip (paper)", scorer="keepkv", merge="zip", threshold=0.8),
+        ours("snapkv mean", scorer="snapkv", merge="mean"),
+        ours("snapkv tangent", scorer="snapkv", merge="tangent"),
+        ours("snapkv least_squares", scorer="snapkv", merge="least_squares"),
+        ours("snapkv value_refit", scorer="snapkv", merge="value_refit"),
+        ours("keydiff evict", scorer="keydiff", merge="evict"),
+        ours("tova evict", scorer="tova", merge="evict"),
+        ours("gkv evict", scorer="gkv", merge="evict"),
+        ours("value_norm evict", scorer="value_norm", merge="evict"),
+        ours("expected_attention evict", scorer="expected_attention", merge="evict"),
+        ours("streaming_llm evict", scorer="streaming_llm", merge="evict"),
+        ours("chunkkv evict", scorer="snapkv", merge="evict", chunk=10),
+        Ours("h2o evict", KeepKVConfig(enabled=True, merge="evict"), offline_scorer="h2o"),
+    )
+}

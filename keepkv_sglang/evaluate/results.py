@@ -1,0 +1,68 @@
+"""Rows of results on disk, one JSON object per line, so that an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+KEY = ("task", "method", "budget", "item")
+
+
+class Results:
+    """An append-only file of rows; a row is known by its KEY fields.
+
+    The first line describes the run (model, lengths, options that change results). Opening a file whose description
+    differs is a ValueError: numbers of two set-ups do not belong in one table.
+    """
+
+    def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        description = json.loads(json.dumps(dict(description)))
+        if path.exists():
+            head, *rest = path.read_text().splitlines() or [""]
+            if not _parsed(head) or json.loads(head) != description:
+                raise ValueError(f"{path} was made with other settings: give another --out, or remove it")
+            self.rows = [row for row in map(_parsed, rest) if row]  # a line cut off by an interruption is made again
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # Written anew: a cut-off last line must not swallow the next one.
+        path.write_text("".join(json.dumps(row) + "\n" for row in [description, *self.rows]))
+        self._known = {_key(row) for row in self.rows}
+
+    def has(self, task: str, method: str, budget: float, item: Any) -> bool:
+        """True when that measurement is there."""
+        return (task, method, budget, item) in self._known
+
+    def add(self, task: str, method: str, budget: float, item: Any, **values: Any) -> None:
+        """Appends one measurement and flushes it to the file."""
+        row = {"task": task, "method": method, "budget": budget, "item": item, **values}
+        self.rows.append(row)
+        self._known.add(_key(row))
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def of(self, task: str) -> list[dict[str, Any]]:
+        """All rows of a task."""
+        return [row for row in self.rows if row["task"] == task]
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """Rows by the values of `names`, in order of appearance."""
+    out: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        out.setdefault(tuple(row[name] for name in names), []).append(row)
+    return out

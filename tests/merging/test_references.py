@@ -1,0 +1,82 @@
+"""Reference queries: which positions, that chunks do not matter, and that moving a query is rotating it anew."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keepkv_sglang import schedule
+from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.request import Planned, RequestState
+from keepkv_sglang.runtime import Runtime
+from keepkv_sglang.scoring.references import QuerySample, reference_positions
+from keepkv_sglang.scoring.rotary import Rotary
+from keepkv_sglang.votes import QueryArena
+
+DIM = 8
+
+
+def frequencies() -> torch.Tensor:
+    return 1e4 ** (-torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2))
+
+
+def rotary(positions: int = 400) -> Rotary:
+    angle = torch.arange(positions)[:, None] * frequencies()
+    return Rotary(torch.cat((angle.cos(), angle.sin()), dim=1))
+
+
+def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
+    """RoPE of x [Hq, DIM], pairs (i, i + DIM / 2), written as complex numbers."""
+    angle = position * frequencies()
+    z = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+@given(st.integers(0, 50), st.integers(0, 60), st.integers(0, 70))
+def test_positions_are_spread_evenly_and_never_more_than_there_are(first, length, count):
+    made = reference_positions(first, first + length, count)
+    assert len(made) == min(count, length) == len(set(made))
+    assert made == sorted(made) and all(first <= p < first + length for p in made)
+    gaps = {b - a for a, b in pairwise(made)}
+    assert max(gaps, default=0) - min(gaps, default=0) <= 1
+
+
+def test_references_stand_behind_the_span_and_the_window_stays():
+    raw = torch.randn(7, 3, DIM, dtype=torch.float64)
+    positions = [10, 14, 18, 22, 27, 28, 29]  # 4 references, a window of 3
+    q = torch.stack([rotated(x, p) for x, p in zip(raw, positions, strict=True)])
+    sample = QuerySample(positions, 4, 30, 25, rotary(), torch.float64, torch.device("cpu"))
+    moved = sample.place(q)
+    for j in range(4):
+        torch.testing.assert_close(moved[j], rotated(raw[j], 30 + j), rtol=1e-9, atol=1e-9)
+    assert torch.equal(moved[4:], q[4:])
+    assert sample.q_index.tolist() == [25, 26, 27, 28, 22, 23, 24], "references see all 25 slots"
+
+
+@pytest.mark.parametrize("chunk", [1000, 64, 37, 7])
+def test_whatever_the_chunks_the_same_queries_are_kept(chunk):
+    """A prompt of 200 tokens behind a prefix of 50, the first 10 of its own tokens being an anchor."""
+    config = KeepKVConfig(enabled=True, references=20, window=8)
+    rt = Runtime(config)
+    rt.rotary = rotary()
+    rt.arena = QueryArena(1, 60, 1, DIM, torch.float64, "cpu")
+    state = RequestState(config, (), prompt_tokens=251)
+    state.plan = [Planned(end=250, first=60, is_prompt=True)]
+    kept: dict[int, int] = {}  # arena row -> logical position
+    for start in range(50, 251, chunk):
+        end = min(start + chunk, 251)
+        request = SimpleNamespace(extend_end=end, prefix_len=start, origin_input_ids=[0] * 251, output_ids=[])
+        schedule.on_chunk(rt, request, state)
+        out: tuple[list[int], list[int]] = ([], [])
+        schedule.capture(rt, state, start, end, out, 1000)
+        kept |= {row: start + q - 1000 for q, row in zip(*out, strict=True)}
+    window = state.plan[0].window
+    assert window is not None and window.filled == len(window.rows) == 28 and window.references == 20
+    assert [kept[row] for row in window.rows] == [*reference_positions(60, 242, 20), *range(242, 250)]
+    rt.arena.give_back(state.drop_windows())
+    assert rt.arena.free_rows == 60
