@@ -263,7 +263,8 @@ def _merge_heads(
     guard: bool,
     out: _Output,
 ) -> None:
-    """Writes one head group into `out`. A cluster that is not merged keeps key, value, votes bit for bit."""
+    """Writes one head group into `out`. A cluster that is not merged keeps key, value, votes bit for bit, unless the
+    rule rewrites all of them."""
     groups, m = kept.shape
     n = assign.shape[1]
     rows = (kept + torch.arange(groups, device=kept.device)[:, None] * n).flatten()
@@ -280,7 +281,7 @@ def _merge_heads(
         if guard and merged.accepted is not None:
             good &= merged.accepted
         many = seg.counts.view(groups, m) > 1
-        use = many & good
+        use = good if merged.rewrites_all else many & good
         k, v = torch.where(use[..., None], rk, k), torch.where(use[..., None], rv, v)
         lv = torch.where(use, rlv, lv)
         refused = (many & ~good).gather(1, assign.clamp(min=0)) & (assign >= 0)

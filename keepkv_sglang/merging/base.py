@@ -88,12 +88,13 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
 class Merged(NamedTuple):
     """k, v [H, m, D] and lv [H, m], compute dtype. accepted [H, m] bool or None (all): False where a guard
     forbids the merge; the caller then keeps the kept token as it is and drops the others. Entries of
-    single-member clusters are ignored by the caller, which copies them bit for bit."""
+    single-member clusters are ignored by the caller, which copies them bit for bit, unless rewrites_all."""
 
     k: torch.Tensor
     v: torch.Tensor
     lv: torch.Tensor
     accepted: torch.Tensor | None = None
+    rewrites_all: bool = False
 
 
 class MergeRule(Protocol):
