@@ -76,7 +76,7 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
         assign = own_cluster(kept, view.k.shape[1])
         if matching:
             assign = match(view.k, kept, absorbs, assign, p, scratch_bytes)
-        _merge_heads(x, heads, view, window, kept, assign, p.merge, True, out)
+        _merge_heads(x, heads, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
     return LayerResult(out.kept, out.assign, out.k, out.v, out.lv)
 
 
@@ -87,16 +87,18 @@ def merge_from_assignment(
     rule: str,
     guard: bool = False,
     scratch_bytes: int = 64 << 20,
+    fixed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Merges with a recorded selection: kept [Hkv, m], assign [Hkv, n] -> k, v [m, Hkv, D], lv [m, Hkv].
 
+    fixed: the first so many of `kept` are not rewritten by any rule (SpanPolicy.whole).
     ValueError for a rule that needs queries when x has none.
     A recorded assignment is what came out of the guards: they are off by default, so rounding flips none.
     """
     _check_queries(x, rule)
     out = _Output.empty(x, kept.shape[1])
     for heads, view, window in observed(x, scratch_bytes):
-        _merge_heads(x, heads, view, window, kept[heads], assign[heads], rule, guard, out)
+        _merge_heads(x, heads, view, window, kept[heads], assign[heads], rule, guard, fixed, out)
     return out.k, out.v, out.lv
 
 
@@ -175,9 +177,11 @@ def _merge_heads(
     assign: torch.Tensor,
     rule: str,
     guard: bool,
+    fixed: int,
     out: _Output,
 ) -> None:
-    """Writes one head group into `out`. A cluster that is not merged keeps key, value, votes bit for bit."""
+    """Writes one head group into `out`. A cluster that is not merged keeps key, value, votes bit for bit, unless the
+    rule rewrites all of them; even then the first `fixed` do."""
     groups, m = kept.shape
     n = assign.shape[1]
     rows = (kept + torch.arange(groups, device=kept.device)[:, None] * n).flatten()
@@ -187,14 +191,15 @@ def _merge_heads(
     lv = x.lv[:, heads].gather(0, kept.T).T
     if rule != "evict":
         seg = Segments.from_assignment(assign, m)
-        merged = get_rule(rule)(Clusters(view.k, view.v, view.lv, assign, window, seg))
+        merged = get_rule(rule)(Clusters(view.k, view.v, view.lv, assign, window, seg, fixed))
         rk, rv, rlv = merged.k.to(k.dtype), merged.v.to(v.dtype), merged.lv.to(lv.dtype)
         # amax and the comparison also catch NaN, and are 10 times faster than isfinite().all() here
         good = (rlv.abs() < torch.inf) & (rk.abs().amax(dim=2) < torch.inf) & (rv.abs().amax(dim=2) < torch.inf)
         if guard and merged.accepted is not None:
             good &= merged.accepted
         many = seg.counts.view(groups, m) > 1
-        use = many & good
+        use = good if merged.rewrites_all else many & good
+        use[:, :fixed] = False
         k, v = torch.where(use[..., None], rk, k), torch.where(use[..., None], rv, v)
         lv = torch.where(use, rlv, lv)
         refused = (many & ~good).gather(1, assign.clamp(min=0)) & (assign >= 0)

@@ -54,6 +54,7 @@ SCORERS = Registry(
     "scorer",
     (
         "snapkv",
+        "rms",
         "keepkv",
         "keydiff",
         "tova",
@@ -70,7 +71,7 @@ SCORERS = Registry(
 )
 MERGE_RULES = Registry(
     "merge rule",
-    ("least_squares", "tangent", "zip", "mean", "value_refit", "evict"),
+    ("least_squares", "tangent", "zip", "mean", "value_refit", "attention_matching", "evict"),
     frozenset({"mean", "evict"}),
     "keepkv_sglang.merging",
     "keepkv_sglang.merge_rules",

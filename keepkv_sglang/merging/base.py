@@ -23,7 +23,8 @@ class Clusters:
     """H heads, m clusters each; compute dtype (float32, or float64 for float64 storage).
 
     k, v [H, n, D]; lv [H, n] log votes; assign [H, n] cluster of each token, -1 dropped; window: the queries
-    Q and what they give to the span; seg: the members of all clusters.
+    Q and what they give to the span; seg: the members of all clusters. fixed: the first so many clusters are single tokens that
+    no rule may rewrite; a rule that fits slots to each other takes them as given.
     """
 
     k: torch.Tensor
@@ -32,6 +33,7 @@ class Clusters:
     assign: torch.Tensor
     window: Window
     seg: Segments
+    fixed: int = 0
 
     def per_cluster(self, flat: torch.Tensor) -> torch.Tensor:
         """[H * m, F] -> [H, m, F]."""
@@ -88,12 +90,13 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
 class Merged(NamedTuple):
     """k, v [H, m, D] and lv [H, m], compute dtype. accepted [H, m] bool or None (all): False where a guard
     forbids the merge; the caller then keeps the kept token as it is and drops the others. Entries of
-    single-member clusters are ignored by the caller, which copies them bit for bit."""
+    single-member clusters are ignored by the caller, which copies them bit for bit, unless rewrites_all."""
 
     k: torch.Tensor
     v: torch.Tensor
     lv: torch.Tensor
     accepted: torch.Tensor | None = None
+    rewrites_all: bool = False
 
 
 class MergeRule(Protocol):

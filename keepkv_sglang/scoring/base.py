@@ -70,14 +70,22 @@ class Window:
 
     def received(self) -> torch.Tensor:
         """[H, n]: softmax attention, with votes and causal, that each token receives from all Q queries."""
+        return self._received(lambda attention: attention.sum(dim=2))
+
+    def received_norm(self) -> torch.Tensor:
+        """[H, n]: as received(), the root of the sum of squares over the queries."""
+        return self._received(lambda attention: torch.linalg.vector_norm(attention, dim=2))
+
+    def _received(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """reduce: [H, b, Q] -> [H, b], of attention that is 0 where the query may not see the token."""
         first_hidden = int(self.position.min()) + 1  # every query sees everything before
 
         def one_block(block: slice) -> torch.Tensor:
             attention, seen = self.attention(block), _seen_by_all(block, first_hidden)
-            parts = [attention[:, :seen].sum(dim=2)]
+            parts = [reduce(attention[:, :seen])]
             if seen < attention.shape[1]:
                 hidden = self.hidden(slice(block.start + seen, block.stop))
-                parts.append(attention[:, seen:].masked_fill(hidden, 0.0).sum(dim=2))
+                parts.append(reduce(attention[:, seen:].masked_fill(hidden, 0.0)))
             return torch.cat(parts, dim=1)
 
         return self.per_token(one_block)

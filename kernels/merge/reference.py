@@ -1,7 +1,8 @@
 """Compression of one layer, equation by equation: loops over heads and clusters, any float dtype. The oracle.
 
 Equations: KeepKV (arXiv 2504.09936) Eq. 6 to 8, SnapKV (arXiv 2404.14469) for pooled window scores; the
-rules `tangent`, `least_squares` and `value_refit` are this project's. `x` has the fields of
+rules `tangent`, `least_squares` and `value_refit` are this project's, `attention_matching` is after arXiv 2602.16284.
+`x` has the fields of
 keepkv_sglang.layer_compress.LayerInput and `p` those of SpanPolicy; nothing is imported from there, so that
 the two implementations share no code.
 
@@ -24,6 +25,10 @@ RIDGE = 0.3
 MAX_LOG_VOTE_CORRECTION = 4.0
 REFIT_RIDGE = 3.0
 REFIT_MIN_RIDGE = 0.01
+MATCHING_STEPS = 5
+MATCHING_RIDGE = 0.03
+MATCHING_MIN_RIDGE = 1e-3
+MATCHING_MAX_LOG_MASS = 20.0
 
 
 class Head(NamedTuple):
@@ -60,8 +65,11 @@ def head_of(x: Any, h: int, dtype: torch.dtype = torch.float64) -> Head:
 # Scores
 
 
-def snapkv_score(x: Any, pool_kernel: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """[Hkv, n]: mean of p_i exp(l) / Z over the queries that see token i, then over the tokens around it."""
+def snapkv_score(x: Any, pool_kernel: int, dtype: torch.dtype = torch.float64, power: int = 1) -> torch.Tensor:
+    """[Hkv, n]: mean of p_i exp(l) / Z over the queries that see token i, then over the tokens around it.
+
+    power 2 (scorer `rms`): root of the mean square instead of the mean over queries (arXiv 2602.16284).
+    """
     n, heads = x.k.shape[:2]
     out = torch.zeros(heads, n, dtype=dtype, device=x.k.device)
     for h in range(heads):
@@ -69,7 +77,7 @@ def snapkv_score(x: Any, pool_kernel: int, dtype: torch.dtype = torch.float64) -
         raw = torch.zeros(n, dtype=dtype, device=x.k.device)
         for i in range(n):
             if a.seen[i].any():
-                raw[i] = (a.lv[i] + a.logits[i] - a.log_z)[a.seen[i]].exp().mean()
+                raw[i] = (a.lv[i] + a.logits[i] - a.log_z)[a.seen[i]].exp().pow(power).mean() ** (1 / power)
         for i in range(n):
             out[h, i] = raw[max(0, i - pool_kernel // 2) : i + pool_kernel // 2 + 1].mean()
     return out
@@ -172,7 +180,7 @@ def merge_cluster(a: Head, members: torch.Tensor, rule: str) -> tuple[torch.Tens
     log_w = lv + log_s
     w = torch.softmax(log_w, 0)
     k_bar, v_bar = w @ k, w @ v
-    if rule == "mean":
+    if rule in ("mean", "attention_matching"):
         return k_bar, v_bar, log_votes, True
     if rule == "zip":
         denominator = (w * log_s).sum()
@@ -201,6 +209,7 @@ def merge_from_assignment(
     rule: str,
     guard: bool = False,
     dtype: torch.dtype = torch.float64,
+    fixed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Merges with a recorded selection -> k, v [m, Hkv, D], lv [m, Hkv] in `dtype`, not rounded to storage.
 
@@ -223,6 +232,8 @@ def merge_from_assignment(
                     k[c, h], v[c, h], lv[c, h] = k_r, v_r, lv_r
         if rule == "value_refit":
             v[:, h] = refit_values(a, assign[h], k[:, h], v[:, h], lv[:, h])
+        if rule == "attention_matching":
+            v[:, h], lv[:, h] = match_attention(a, assign[h], k[:, h], v[:, h], lv[:, h], fixed)
     return k, v, lv
 
 
@@ -244,12 +255,42 @@ def refit_values(a: Head, assign: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     return out
 
 
+def match_attention(
+    a: Head, assign: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, fixed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [m, D] and log votes [m] of one head's slots that start as k, v, lv (arXiv 2602.16284, adapted). The first
+    `fixed` stay as they are."""
+    before = torch.exp(a.lv[:, None] + a.logits - a.log_z).masked_fill(~a.seen, 0.0)  # [n, Q]
+    outside, share = torch.exp(a.log_z_ctx - a.log_z), before.sum(0)
+    seen = torch.stack([a.seen[torch.nonzero(assign == c)[0, 0]] for c in range(len(k))])  # [m, Q]
+    e = torch.exp((k @ a.q.T - a.log_z).clamp(max=MATCHING_MAX_LOG_MASS)).masked_fill(~seen, 0.0)
+    votes = lv.exp()
+    for _ in range(MATCHING_STEPS):
+        wanted = share / (votes @ e).clamp(min=1e-30)
+        for c in range(fixed, len(k)):
+            if float(e[c].sum()) > 1e-30:
+                bound = votes.new_tensor([-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION]).add(lv[c]).exp()
+                votes[c] = (votes[c] * (e[c] @ wanted) / e[c].sum()).clamp(bound[0], bound[1])
+    after = votes[:, None] * e
+    after = after / (outside + after.sum(0)).clamp(min=1e-30)
+    residual = before.T @ a.v - after.T @ v
+    free = after[fixed:]
+    gram = free @ free.T
+    ridge = MATCHING_RIDGE * free.square().sum() / len(a.q) + MATCHING_MIN_RIDGE
+    system = gram + ridge * torch.eye(len(gram), dtype=v.dtype, device=v.device)
+    return torch.cat((v[:fixed], v[fixed:] + torch.linalg.solve(system, free @ residual))), votes.log()
+
+
 def compress(x: Any, p: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
     """kept, assign (after guards), k, v, lv: the whole of keepkv_sglang.layer_compress.compress_layer."""
-    scores = snapkv_score(x, p.pool_kernel, dtype) if p.scorer == "snapkv" else keepkv_score(x, dtype)
+    if p.scorer in ("snapkv", "rms"):
+        scores = snapkv_score(x, p.pool_kernel, dtype, power=2 if p.scorer == "rms" else 1)
+    else:
+        scores = keepkv_score(x, dtype)
     kept, absorbs = select(scores, p)
     assign = match(x, kept, absorbs, p, dtype)
-    merged = merge_from_assignment(x, kept, assign, p.merge, True, dtype)
+    fixed = sum(end - start for start, end in p.whole)
+    merged = merge_from_assignment(x, kept, assign, p.merge, True, dtype, fixed)
     for h in range(kept.shape[0]) if p.merge == "zip" else ():
         a = head_of(x, h, dtype)
         for c, i in enumerate(kept[h].tolist()):

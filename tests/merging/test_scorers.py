@@ -40,8 +40,8 @@ def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
 
 
 def test_every_scorer_has_a_reference():
-    with_loops = {"snapkv", "keepkv"} | set(reference_scores.SCORES)
-    assert with_loops == set(SCORERS.names) == {"snapkv", "keepkv", "h2o", *WINDOWED}
+    with_loops = {"snapkv", "rms", "keepkv"} | set(reference_scores.SCORES)
+    assert with_loops == set(SCORERS.names) == {"snapkv", "rms", "keepkv", "h2o", *WINDOWED}
 
 
 @pytest.mark.parametrize("name", WINDOWED)

@@ -113,7 +113,11 @@ class Replay:
         start, stop = event["start"], event["start"] + event["slots"]
         for index, layer in enumerate(self.layers):
             merged = reference.merge_from_assignment(
-                self.inputs(event, index), event["kept"][index], event["assign"][index], event["merge"]
+                self.inputs(event, index),
+                event["kept"][index],
+                event["assign"][index],
+                event["merge"],
+                fixed=sum(end - start for start, end in event["whole"]),
             )
             for name, new in zip(("k", "v", "lv"), merged, strict=True):
                 old = getattr(layer, name)

@@ -1,0 +1,97 @@
+"""`attention_matching`: votes that give the queries' attention mass back, values that give their outputs back."""
+
+from __future__ import annotations
+
+import torch
+
+from keepkv_sglang.merging.base import Clusters, Merged
+
+VOTE_STEPS = 5
+"""Multiplicative steps from the summed votes; few of them, as regularisation. 20 gain nothing."""
+MAX_LOG_VOTE_CORRECTION = 4.0
+MAX_LOG_MASS = 20.0
+"""A slot whose first token a query sees, but whose others it does not, may exceed the query's softmax denominator."""
+RIDGE = 0.03
+"""lambda as a multiple of the mean diagonal of A A^T. Measured: 0.01 and 0.03 alike with references, 0.3 worse."""
+MIN_RIDGE = 1e-3
+"""Added to lambda: slots that the queries hardly look at must not take on large values."""
+
+
+def attention_matching(c: Clusters) -> Merged:
+    """Keys as `mean`; votes and values of ALL slots, merged or not, are fitted to the queries Q of the window.
+
+    k_c = weighted mean of the cluster's keys, e_cq = exp(q.k_c) / Z_q for a slot whose first member q sees, else 0;
+    S_q = sum_{i seen by q} a_qi, the span's share of the query's attention (1 without a context).
+    Slots that a client protects (Clusters.fixed) keep votes and values. Votes: u_c = sum p; five times u_c <- u_c sum_q e_cq S_q / M_q / sum_q e_cq, M_q = sum_c u_c e_cq,
+    which lowers the Kullback-Leibler distance of M from S at every step and keeps u positive;
+    log u_c stays within 4 of log sum p.
+    Values: with A_cq = u_c e_cq / (Z_ctx,q / Z_q + M_q) and V the weighted means of the cluster's values,
+
+    V_r = V + (A A^T + lambda I)^-1 A R,  R_q = sum_{i seen by q} a_qi v_i - sum_c A_cq V_c,
+    lambda = 0.03 x mean diagonal of A^T A + 0.001.
+
+    What was dropped is thus spread over all slots. One Cholesky per head, of the smaller of [Q, Q] and [m, m]. A head
+    whose factorisation fails or gives values that are not finite keeps V. Wants many queries that look at
+    different things: with references (LayerInput), not with the last few queries alone.
+
+    After Attention Matching (arXiv 2602.16284): votes are its biases, refitted values its C_v. Differs from the paper:
+    keys are means of clusters, where it keeps the keys of the selected tokens; votes by multiplicative steps from the
+    summed votes, where it solves a nonnegative least squares problem; values by a ridge that pulls to the
+    merged values, where it pulls to zero or nowhere; reference queries are those of the prompt, moved.
+    """
+    k, v = c.weighted_means(c.members(c.window.log_weight()))
+    window, heads = c.window, c.assign.shape[0]
+    first = c.seg.rows[c.seg.offsets].view(heads, -1) % c.assign.shape[1]
+    hidden = first[..., None] > window.position.repeat_interleave(window.group)
+    usable = k.isfinite().all(dim=2) & v.isfinite().all(dim=2)
+    k, v = (x.masked_fill(~usable[..., None], 0.0) for x in (k, v))
+    e = torch.bmm(k, window.q.transpose(1, 2)).sub_(window.log_z[:, None, :]).clamp_(max=MAX_LOG_MASS).exp_()
+    e.masked_fill_(hidden | ~usable[..., None], 0.0)
+    outside = (window.log_z_ctx - window.log_z).exp_()
+    votes, mass = _votes(e, (1 - outside).clamp_(min=0.0), c.log_votes, c.fixed)
+    attention = e.mul_(votes.exp()[..., None]).div_((outside + mass).clamp(min=1e-30)[:, None])
+    residual = _output(c) - attention.transpose(1, 2) @ v
+    attention[:, : c.fixed] = 0.0  # their part is in the residual
+    delta, solved = _ridge(attention, residual)
+    v = v + torch.where(solved[:, None, None], delta, 0.0)
+    return Merged(k, v, votes.masked_fill(~usable, torch.nan), rewrites_all=True)
+
+
+def _votes(e: torch.Tensor, share: torch.Tensor, start: torch.Tensor, fixed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """e [H, m, Q], share [H, Q], start [H, m] -> log votes [H, m] and the mass [H, Q] that they give."""
+    tiny = 1e-30
+    total, lv = e.sum(dim=2), start
+    mass = (lv.exp()[:, None] @ e)[:, 0]
+    for _ in range(VOTE_STEPS):
+        factor = (e @ (share / mass.clamp(min=tiny))[..., None])[..., 0] / total.clamp(min=tiny)
+        change = torch.where(total > tiny, factor.clamp(min=tiny).log_(), 0.0)  # nobody looks: as it was
+        change[:, :fixed] = 0.0
+        lv = (lv - start + change).clamp_(-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION) + start
+        mass = (lv.exp()[:, None] @ e)[:, 0]
+    return lv, mass
+
+
+def _output(c: Clusters) -> torch.Tensor:
+    """[H, Q, D]: the span's part of the queries' attention outputs."""
+    first_hidden = int(c.window.position.min()) + 1
+    output = c.v.new_zeros(())
+    for block in c.window.blocks():
+        attention = c.window.attention(block)
+        seen = min(max(first_hidden - block.start, 0), attention.shape[1])
+        output = output + attention[:, :seen].transpose(1, 2) @ c.v[:, block][:, :seen]
+        if seen < attention.shape[1]:
+            hidden = c.window.hidden(slice(block.start + seen, block.stop))
+            late = attention[:, seen:].masked_fill(hidden, 0.0)
+            output = output + late.transpose(1, 2) @ c.v[:, block][:, seen:]
+    return output
+
+
+def _ridge(a: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """delta [H, m, D] = (A A^T + lambda I)^-1 A R = A (A^T A + lambda I)^-1 R, a [H, m, Q], r [H, Q, D]; solved [H]."""
+    m, queries = a.shape[1:]
+    power = a.square().sum(dim=(1, 2)) / queries
+    gram = a @ a.transpose(1, 2) if m <= queries else a.transpose(1, 2) @ a
+    gram.diagonal(dim1=1, dim2=2).add_((RIDGE * power + MIN_RIDGE)[:, None])
+    factor, info = torch.linalg.cholesky_ex(gram)
+    delta = torch.cholesky_solve(a @ r, factor) if m <= queries else a @ torch.cholesky_solve(r, factor)
+    return delta, (info == 0) & delta.isfinite().flatten(1).all(dim=1)

@@ -1,0 +1,103 @@
+"""`attention_matching` by hand, what it gains and that it stays bounded. Reference: test_merging.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from keepkv_sglang.kernels.merge import reference
+from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer, merge_from_assignment
+
+F64 = torch.float64
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def layer(seed: int, n=200, w=48, group=3, dim=32, ctx=0) -> LayerInput:
+    """One kv head with random keys that share a direction; every query sees every token."""
+    k, v, q = normal(seed, n, 1, dim) * 0.7 + 1, normal(seed + 1, n, 1, dim), normal(seed + 2, w, group, dim)
+    k_ctx, lv = normal(seed + 3, ctx, 1, dim), torch.zeros(n, 1, dtype=F64)
+    return LayerInput(q, torch.full((w,), n - 1), k_ctx, k_ctx[:, :, 0] * 0, k, v, lv, dim**-0.5)
+
+
+def test_by_hand():
+    """Keys 0, ln 2, ln 4 and q = 1, so a = 1/7, 2/7, 4/7. Tokens 0 and 1 merge: key (2/3) ln 2; token 2 is dropped.
+    One slot and one query: M = S after the first step, so u = 7 / 2^(2/3), and all attention is on the slot, A = 1:
+    the value moves from the mean 3 by R / (1 + lambda)."""
+    k = torch.tensor([0.0, math.log(2), math.log(4)], dtype=F64)[:, None, None]
+    v = torch.tensor([1.0, 4.0, -8.0], dtype=F64)[:, None, None]
+    lv = torch.zeros(3, 1, dtype=F64)
+    x = LayerInput(torch.ones(1, 1, 1, dtype=F64), torch.tensor([2]), k[:0], lv[:0], k, v, lv, 1.0)
+    k_r, v_r, lv_r = merge_from_assignment(x, torch.tensor([[0]]), torch.tensor([[0, 0, -1]]), "attention_matching")
+    output = (1 + 2 * 4 - 4 * 8) / 7
+    assert float(k_r) == pytest.approx(2 / 3 * math.log(2))
+    assert float(lv_r.exp()) == pytest.approx(7 / 2 ** (2 / 3))
+    assert float(v_r) == pytest.approx(3 + (output - 3) / (1 + 0.03 + 0.001))
+
+
+def test_slots_of_one_token_are_fitted_too():
+    """Nothing merges, half is dropped: the kept keys stay bit for bit, votes and values take over what was dropped."""
+    x = layer(0)
+    r = compress_layer(x, SpanPolicy(100, "attention_matching", 16, 4, 1.0))
+    assert torch.equal(r.k, x.k[:, 0][r.kept[0]][:, None])
+    assert not torch.equal(r.v, x.v[:, 0][r.kept[0]][:, None])
+    assert float(r.lv.exp().sum()) > 120
+
+
+def outputs(q: torch.Tensor, x: LayerInput, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor) -> torch.Tensor:
+    """With a context whose values are 0: [Q, D]."""
+    keys, votes = torch.cat((x.k_ctx, k))[:, 0], torch.cat((x.lv_ctx, lv))[:, 0]
+    return (torch.softmax(q @ keys.T * x.scale + votes, 1) @ torch.cat((x.k_ctx * 0, v))[:, 0]).flatten()
+
+
+@pytest.mark.parametrize("ctx", [0, 60])
+def test_queries_and_later_queries_come_closer(ctx):
+    """Mean over 5 random layers, 10 % kept, against the same clusters merged by `mean`, and against least_squares."""
+    error: dict[str, list[float]] = {}
+    for seed in range(0, 50, 10):
+        x = layer(seed, ctx=ctx)
+        for rule in ("mean", "least_squares", "attention_matching"):
+            r = compress_layer(x, SpanPolicy(20, rule, 8, 4, 0.6, scorer="rms"))
+            for i, q in enumerate((x.q.flatten(0, 1), normal(seed + 5, 96, 32))):
+                off = outputs(q, x, r.k, r.v, r.lv) - outputs(q, x, x.k, x.v, x.lv)
+                error.setdefault(rule, [0.0, 0.0])[i] += float(off.norm())
+    for fitted, squares, mean in zip(*(error[r] for r in ("attention_matching", "least_squares", "mean")), strict=True):
+        assert fitted < squares < 1.01 * mean
+
+
+@pytest.mark.parametrize("far", [3.0, 10.0, 30.0, 300.0])
+def test_slots_that_nobody_looks_at_stay_small(far):
+    """Both queries want tokens 5 and 6; 6 is dropped, and so is most of the rest. Filling a gap with slots of e^-far of
+    the attention would take values or votes of e^far."""
+    x = layer(0, n=40, w=2, group=1)
+    q = x.q.flatten(0, 1)
+    wanted = torch.linalg.pinv(q) @ torch.ones(2, dtype=F64) / x.scale  # key with logit 1 at both queries
+    k = (x.k - (x.k @ q.T) @ torch.linalg.pinv(q).T).clone()  # logits 0
+    k[5] = k[6] = wanted * (far + math.log(40))
+    assign = (torch.arange(40) % 3)[None]
+    assign[0, 5], assign[0, 6] = 3, -1
+    args = torch.tensor([[0, 1, 2, 5]]), assign
+    x = replace(x, k=k)
+    _, v, lv = merge_from_assignment(x, *args, "attention_matching")
+    _, base, votes = merge_from_assignment(x, *args, "mean")
+    # singular values of (A A^T + 0.001)^-1 A are at most 16; R has two rows, each at most twice the largest value
+    assert float((v - base).norm()) < 16 * math.sqrt(2) * 2 * float(x.v.norm(dim=2).max())
+    assert ((lv - votes).abs() <= 4.0 + 1e-12).all()
+
+
+def test_protected_tokens_stay_and_the_others_make_up_for_it():
+    """SpanPolicy.whole: bit for bit as they were; the result equals the float64 loops."""
+    x = layer(0)
+    p = SpanPolicy(60, "attention_matching", 8, 4, 0.6, scorer="rms", whole=((50, 62), (90, 100)))
+    r = compress_layer(x, p)
+    kept = torch.tensor([*range(50, 62), *range(90, 100)])
+    assert torch.equal(r.kept[0, :22], kept)
+    assert torch.equal(r.k[:22], x.k[kept]) and torch.equal(r.v[:22], x.v[kept]) and not r.lv[:22].any()
+    assert (r.lv[22:] != 0).all(), "every other slot is fitted"
+    for ours, theirs in zip((r.kept, r.assign, r.k, r.v, r.lv), reference.compress(x, p), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
