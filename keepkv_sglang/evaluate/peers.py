@@ -4,8 +4,8 @@
 folder goes to the END of sys.path, so that everything we have comes from our own environment.
 
 Importing kvpress replaces every attention function of transformers by a wrapper; that is undone here (KVzip needs it
-only while it runs, and what it would mask becomes a log vote of -inf). A press hooks into the model's own forward
-pass, so each measurement prefills anew, with transformers' `sdpa` in the place of the probe's attention.
+only while it runs, and what it would mask becomes a log vote of -inf). A press is a hook on the model's own forward pass,
+here with transformers' `sdpa` in the place of the probe's attention; one pass is recorded and given to all presses.
 
 Slots are equal to ours: a ratio is chosen that makes kvpress keep exactly ceil(budget * n). kvpress wants a
 `cache_position`, which transformers 5.19 no longer hands to attention layers, so it is given by hand.
@@ -14,6 +14,7 @@ Slots are equal to ours: a ratio is chosen that makes kvpress keep exactly ceil(
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 import sys
@@ -48,6 +49,7 @@ def load() -> Any:
         sys.path.append(str(place))
     with _attention_functions_kept():
         kvpress = importlib.import_module("kvpress")
+    logging.getLogger("kvpress.presses.kvzip_press").setLevel(logging.ERROR)  # it says for every text that it is slow
     if not Path(kvpress.__file__).is_relative_to(place):
         raise ValueError(f"kvpress comes from {kvpress.__file__}, not from {place}: uninstall that one")
     return kvpress
@@ -85,10 +87,41 @@ class Peer:
     def cache(self, probe: Probe, ids: Sequence[int], m: int) -> Any:
         """A DynamicCache of m slots per layer and head: kvpress keeps int(n (1 - ratio))."""
         press = self.press(load(), 1 - (m + 0.5) / len(ids))
-        cache = _empty_cache()
+        prompt, cache = prefilled(probe, tuple(ids)), _dynamic_cache()
+        with torch.no_grad(), press(probe.model):
+            for module, kwargs, k, v in prompt:
+                cache.update(k, v, module.layer_idx)
+                press.forward_hook(module, [], {**kwargs, "past_key_values": cache}, [None, None])
+        return cache
+
+    def slow_cache(self, probe: Probe, ids: Sequence[int], m: int) -> Any:
+        """The same as kvpress is used by others, with a forward pass of its own. For the tests."""
+        press, cache = self.press(load(), 1 - (m + 0.5) / len(ids)), _dynamic_cache()
         with plain_attention(probe), press(probe.model):
             _prefill(probe, ids, cache)
         return cache
+
+
+@lru_cache(maxsize=1)
+def prefilled(probe: Probe, ids: tuple[int, ...]) -> list[tuple[Any, dict[str, Any], torch.Tensor, torch.Tensor]]:
+    """What kvpress's hooks would see in one forward pass: (attention layer, its arguments, keys, values) per layer.
+
+    A press writes to the cache only after the layer has attended, so nothing that a later layer sees depends on it,
+    and one pass serves all presses and budgets of a prompt. The last prompt is kept.
+    """
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    cache, layers = _dynamic_cache(), probe.model.model.layers
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda m, _, kwargs, __: seen.append((m, kwargs)), with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        with plain_attention(probe):
+            _prefill(probe, ids, cache)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(m, kwargs, x.keys, x.values) for (m, kwargs), x in zip(seen, cache.layers, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -133,7 +166,7 @@ class KVzip:
         config, n = probe.model.config, len(ids)
         heads = config.num_hidden_layers * config.num_key_value_heads
         press = load().KVzipPress(compression_ratio=1 - m / n + 0.5 / (heads * n))
-        cache, attention = _empty_cache(), [layer.self_attn for layer in probe.model.model.layers]
+        cache, attention = _dynamic_cache(), [layer.self_attn for layer in probe.model.model.layers]
         found: list[torch.Tensor] = []
         choose = press.compress_post
 
@@ -166,7 +199,7 @@ def plain_attention(probe: Probe) -> Iterator[None]:
         probe.model.set_attn_implementation(own)
 
 
-def _empty_cache() -> Any:
+def _dynamic_cache() -> Any:
     from transformers import DynamicCache
 
     return DynamicCache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,9 +29,11 @@ motion to close the bridge to lorries was carried by nine votes to four, and the
 
 
 @pytest.fixture(scope="module")
-def probe(model_path) -> Probe:
-    torch.manual_seed(0)
-    return Probe(str(model_path))
+def probe(model_path) -> Iterator[Probe]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # contexts this short gain nothing from more, and lose much on a busy machine
+    yield Probe(str(model_path))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +60,10 @@ def hugging_face(probe: Probe, cache, following: list[int]) -> torch.Tensor:
 def test_a_row_is_the_press_s_own_cache(name, probe, text, full):
     ids, following = text
     peer = PEERS[name]
-    row = peer.prefill(probe, ids, BUDGET, full)
+    row = peer.prefill(probe, ids, BUDGET, full)  # from a recorded forward pass
+    cache = peer.slow_cache(probe, ids, M)
     assert all(layer.k.shape[0] == M for layer in row.layers) and row.tokens == TOKENS
-    expected = hugging_face(probe, peer.cache(probe, ids, M), following)
+    expected = hugging_face(probe, cache, following)
     # float32 logits of order 20; two orders of summation
     torch.testing.assert_close(row.feed(following), expected, rtol=0, atol=1e-4)
     assert (expected - full.clone().feed(following)).abs().max() > 0.05  # it did drop something
@@ -107,7 +111,8 @@ def kept(row: Row, full: Row) -> list[torch.Tensor]:
     """[Hkv, m] per layer, ascending: which token each slot is, by its key."""
     found = []
     for layer, whole in zip(row.layers, full.layers, strict=True):
-        distance = torch.cdist(layer.k.transpose(0, 1), whole.k.transpose(0, 1))
+        slots, tokens = layer.k.transpose(0, 1), whole.k.transpose(0, 1)
+        distance = torch.cdist(slots, tokens, compute_mode="donot_use_mm_for_euclid_dist")
         nearest = distance.min(dim=2)
         assert nearest.values.max() < 1e-2
         found.append(nearest.indices.sort(dim=1).values)
@@ -117,13 +122,15 @@ def kept(row: Row, full: Row) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("label", "share"),
     # pools differ at the window's edge; the rest: a rounding may swap the last two
-    [("SnapKV", 0.98), ("Knorm", 0.9995), ("TOVA", 0.9995), ("KeyDiff", 0.9995), ("ExpectedAttention", 0.999), ("StreamingLLM", 1.0)],
+    [("SnapKV", 0.98), ("Knorm", 0.9995), ("TOVA", 0.9995), ("ExpectedAttention", 0.999)],
 )
 def test_parity_pairs_keep_the_same_tokens(label, share, probe, text, full):
     mine, theirs = PAIRS[label]
     a = kept(mine.prefill(probe, text[0], BUDGET, full), full)
     b = kept(PEERS[theirs].prefill(probe, text[0], BUDGET, full), full)
-    same = sum(len(set(x.tolist()) & set(y.tolist())) for p, q in zip(a, b, strict=True) for x, y in zip(p, q))
+    same = sum(
+        len(set(x.tolist()) & set(y.tolist())) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
     assert same / sum(p.numel() for p in a) >= share
     if label == "TOVA":
         assert all((p == p[0]).all() for p in a)  # one choice per layer

@@ -15,7 +15,7 @@ from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
 
 F64 = torch.float64
-WINDOWED = ("tova", "gkv", "value_norm", "expected_attention", "keydiff", "streaming_llm")
+WINDOWED = ("tova", "gkv", "value_norm", "expected_attention", "keydiff", "knorm", "streaming_llm")
 
 
 def layer(n=40, heads=2, group=3, w=6, ctx=0, dim=6, dtype=F64, behind=0, spread=1.0) -> LayerInput:
@@ -41,7 +41,7 @@ def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
 
 def test_every_scorer_has_a_reference():
     with_loops = {"snapkv", "keepkv"} | set(reference_scores.SCORES)
-    assert with_loops == set(SCORERS.names) == {"snapkv", "keepkv", "h2o", *WINDOWED}
+    assert with_loops == set(SCORERS.names) == {"snapkv", "keepkv", "h2o", "expected_attention_full", *WINDOWED}
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -66,6 +66,17 @@ def test_h2o_wants_every_query():
     for short in (layer(n=20, w=19), replace(x, q_index=torch.full((20,), 19))):
         with pytest.raises(ValueError, match=r"needs the attention of every query.*offline.*snapkv"):
             compress_layer(short, SpanPolicy(5, "mean", 2, 1, 0.6, scorer="h2o"))
+
+
+def test_expected_attention_full_wants_a_query_per_token():
+    x = layer(n=20, w=16)
+    for block in (1 << 20, 7):
+        scores = get_scorer("expected_attention_full")(window_of(x, block), 7)
+        torch.testing.assert_close(scores, reference_scores.score(x, "expected_attention_full"))
+        assert (scores[:, :4] > scores[:, 4:].max()).all()
+    for w in (15, 20):
+        with pytest.raises(ValueError, match=r"the query of every token but the first 4.*offline only"):
+            get_scorer("expected_attention_full")(window_of(layer(n=20, w=w)), 7)
 
 
 def by_hand(logits: list[list[float]], values: list[list[float]], position: list[int]) -> Window:
