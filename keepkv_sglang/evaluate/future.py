@@ -36,7 +36,7 @@ class ExpectedAttentionFull:
         )
         layers = []
         for layer, q in zip(row.layers, row.queries, strict=True):
-            ahead = mean_future(probe, q, n, FUTURE)[SINKS:]
+            ahead = same_moments(mean_future(probe, q, n, FUTURE)[SINKS:])
             index = torch.full((len(ahead),), n - 1)  # from the future, everything is seen
             none = layer.cut(0, 0)
             result = compress_layer(
@@ -59,6 +59,17 @@ def mean_future(probe: Probe, q: torch.Tensor, end: int, count: int) -> torch.Te
     square = cos.square() + sin.square()
     before = (q * cos[:end] - _half_turn(q) * sin[:end]) / square[:end]
     return before * cos[end:].mean(0) + _half_turn(before) * sin[end:].mean(0)
+
+
+def same_moments(q: torch.Tensor) -> torch.Tensor:
+    """q [w, Hq, D] -> [2 D, Hq, D] with the mean and covariance (divided by w) of q in every head: mean +- sqrt(D l) e
+    for each eigenvalue l and unit eigenvector e of the covariance. The scorer reads only these two moments, and 128
+    queries cost a tenth of a prompt's."""
+    x = q.double()
+    mean = x.mean(0)
+    values, vectors = torch.linalg.eigh(torch.einsum("whd,whe->hde", x - mean, x - mean) / len(x))
+    steps = vectors.mT * (values.clamp(min=0) * x.shape[2]).sqrt()[..., None]  # [Hq, D, D]: a step per row
+    return torch.cat((mean[:, None] + steps, mean[:, None] - steps), dim=1).transpose(0, 1).to(q.dtype)
 
 
 def _half_turn(x: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.evaluate.documents import SOURCES, Document
 from keepkv_sglang.evaluate.fidelity import Fidelity
 from keepkv_sglang.evaluate.future import ExpectedAttentionFull
-from keepkv_sglang.evaluate.methods import Method, ours
+from keepkv_sglang.evaluate.methods import Ours, ours
 from keepkv_sglang.evaluate.results import grouped
 from keepkv_sglang.evaluate.statistics import geometric_mean, paired_ratio
 from keepkv_sglang.evaluate.task import Setup
@@ -46,11 +46,11 @@ def tova_all_heads(window: Window, pool_kernel: int) -> torch.Tensor:
     return scores.mean(dim=0, keepdim=True).expand_as(scores)
 
 
-def _evict(name: str, scorer: str, **settings: int) -> Method:
+def _evict(name: str, scorer: str, **settings: int) -> Ours:
     return ours(f"ours {name}", scorer=scorer, merge="evict", **settings)
 
 
-PAIRS: dict[str, tuple[Method, str]] = {
+PAIRS: dict[str, tuple[Ours | ExpectedAttentionFull, str]] = {
     "SnapKV": (
         _evict("SnapKV", "snapkv", window=32, recent=32, sinks=0),
         "kvpress SnapKV (window 32, kernel 7)",
@@ -79,7 +79,7 @@ class Parity(Fidelity):
         """Ten documents of the half unless --items says otherwise."""
         return super().items(setup) if setup.items else super().items(_with_items(setup, 2 * len(SOURCES)))
 
-    def pairs(self, setup: Setup) -> list[tuple[Method, float]]:
+    def pairs(self, setup: Setup) -> list[tuple[Any, float]]:
         """Its own methods, not setup.methods; budgets 10 and 20 % where these are asked for."""
         from keepkv_sglang.evaluate.peers import PEERS, load
 

@@ -3,8 +3,8 @@
 `make kvpress` puts it into a folder of its own, because its metadata excludes the transformers that SGLang pins. The
 folder goes to the END of sys.path, so that everything we have comes from our own environment.
 
-Importing kvpress replaces every attention function of transformers by a wrapper; that is undone here (KVzip needs it
-only while it runs, and what it would mask becomes a log vote of -inf). A press is a hook on the model's own forward pass,
+Importing kvpress replaces every attention function of transformers by a wrapper; that is undone here (only KVzip's
+mask needs it, and what it would mask becomes a log vote of -inf). A press is a hook on the model's own forward pass,
 here with transformers' `sdpa` in the place of the probe's attention; one pass is recorded and given to all presses.
 
 Slots are equal to ours: a ratio is chosen that makes kvpress keep exactly ceil(budget * n). kvpress wants a
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from keepkv_sglang.evaluate.documents import REPO
-from keepkv_sglang.evaluate.methods import Method, slots_of
+from keepkv_sglang.evaluate.methods import slots_of
 from keepkv_sglang.evaluate.probe import Probe, Row, Slots
 
 VERSION = "0.5.5"
@@ -50,7 +50,7 @@ def load() -> Any:
     with _attention_functions_kept():
         kvpress = importlib.import_module("kvpress")
     logging.getLogger("kvpress.presses.kvzip_press").setLevel(logging.ERROR)  # it says for every text that it is slow
-    if not Path(kvpress.__file__).is_relative_to(place):
+    if not Path(str(kvpress.__file__)).is_relative_to(place):
         raise ValueError(f"kvpress comes from {kvpress.__file__}, not from {place}: uninstall that one")
     return kvpress
 
@@ -237,7 +237,7 @@ PEERS: dict[str, Peer | KVzip] = {
 }
 
 
-def peers() -> list[Method]:
+def peers() -> list[Peer | KVzip]:
     """All of them; ValueError when kvpress is not installed."""
     load()
     return list(PEERS.values())

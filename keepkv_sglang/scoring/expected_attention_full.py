@@ -20,17 +20,18 @@ FUTURE = 512
 def expected_attention_full(window: Window, pool_kernel: int) -> torch.Tensor:
     """[H, n]: `expected_attention` over the tokens from SINKS on; the sinks score above all of them.
 
-    The window's queries must be those of the prompt's tokens from SINKS on, turned to the mean rotation of the next
-    FUTURE positions (evaluate/future.py): that map is linear, so mean and covariance of the turned queries are the
-    paper's R mu and R Sigma R^T. ValueError unless there is one for each of those tokens. `pool_kernel` is unused.
+    The window's queries stand for the future: those of the prompt's tokens from SINKS on, turned to the mean rotation
+    of the next FUTURE positions, or any with the same mean and covariance per head (evaluate/future.py). That map is
+    linear, so these are the paper's moments R mu and R Sigma R^T. They see every token: ValueError when the window's
+    positions are not all n - 1, as of queries that nobody has moved. `pool_kernel` is unused.
 
     Votes; otherwise differs from the paper in nothing but the epsilon beside the norm, 0 as in kvpress's default.
     """
-    n, w = window.k.shape[1], window.position.shape[0]
-    if w != n - SINKS or w < 1:
+    n = window.k.shape[1]
+    if n <= SINKS or not (len(window.position) and bool((window.position == n - 1).all())):
         raise ValueError(
-            f"scorer 'expected_attention_full' needs the query of every token but the first {SINKS}, turned to future "
-            f"positions, and for {n} tokens the window has {w} (offline only); use 'expected_attention' on a server"
+            "scorer 'expected_attention_full' needs queries moved behind the span (offline only: evaluate/future.py) "
+            f"and more than {SINKS} tokens; use 'expected_attention' with the queries of a window"
         )
     scores = log_expected(window, SINKS)
     return F.pad(scores, (SINKS, 0), value=float(scores.max()) + 1)

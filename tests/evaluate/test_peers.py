@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from keepkv_sglang.evaluate import peers
-from keepkv_sglang.evaluate.future import mean_future
+from keepkv_sglang.evaluate.future import mean_future, same_moments
 from keepkv_sglang.evaluate.methods import slots_of
 from keepkv_sglang.evaluate.parity import PAIRS
 from keepkv_sglang.evaluate.peers import PEERS, KVzip, Peer
@@ -146,10 +146,12 @@ def test_moments_of_future_queries_are_kvpress_s(probe, text, full):
     hook.remove()
     with torch.no_grad():
         mu, cov = press.get_query_statistics(module, seen["hidden_states"])
-    q = mean_future(probe, full.queries[7], TOKENS, FUTURE)[SINKS:].transpose(0, 1)
-    torch.testing.assert_close(q.mean(1), mu[0], rtol=1e-4, atol=1e-4)
-    centred = q - q.mean(1, keepdim=True)
-    torch.testing.assert_close(centred.transpose(1, 2) @ centred / q.shape[1], cov[0], rtol=1e-3, atol=1e-3)
+    every = mean_future(probe, full.queries[7], TOKENS, FUTURE)[SINKS:]
+    for queries in (every, same_moments(every)):
+        q = queries.transpose(0, 1)
+        torch.testing.assert_close(q.mean(1), mu[0], rtol=1e-4, atol=1e-4)
+        centred = q - q.mean(1, keepdim=True)
+        torch.testing.assert_close(centred.mT @ centred / q.shape[1], cov[0], rtol=1e-3, atol=1e-3)
 
 
 def test_loading_changes_nothing_else(probe):

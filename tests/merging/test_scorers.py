@@ -68,15 +68,16 @@ def test_h2o_wants_every_query():
             compress_layer(short, SpanPolicy(5, "mean", 2, 1, 0.6, scorer="h2o"))
 
 
-def test_expected_attention_full_wants_a_query_per_token():
+def test_expected_attention_full_wants_queries_of_the_future():
     x = layer(n=20, w=16)
+    y = replace(x, q_index=torch.full((16,), 19))
     for block in (1 << 20, 7):
-        scores = get_scorer("expected_attention_full")(window_of(x, block), 7)
-        torch.testing.assert_close(scores, reference_scores.score(x, "expected_attention_full"))
+        scores = get_scorer("expected_attention_full")(window_of(y, block), 7)
+        torch.testing.assert_close(scores, reference_scores.score(y, "expected_attention_full"))
         assert (scores[:, :4] > scores[:, 4:].max()).all()
-    for w in (15, 20):
-        with pytest.raises(ValueError, match=r"the query of every token but the first 4.*offline only"):
-            get_scorer("expected_attention_full")(window_of(layer(n=20, w=w)), 7)
+    for wrong in (x, layer(n=4, w=1)):
+        with pytest.raises(ValueError, match=r"moved behind the span \(offline only"):
+            get_scorer("expected_attention_full")(window_of(wrong), 7)
 
 
 def by_hand(logits: list[list[float]], values: list[list[float]], position: list[int]) -> Window:
