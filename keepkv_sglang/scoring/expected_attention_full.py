@@ -6,7 +6,6 @@ Offline only: a server keeps the last queries, not all of them.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from keepkv_sglang.scoring.base import Window
 from keepkv_sglang.scoring.expected_attention import log_expected
@@ -34,4 +33,5 @@ def expected_attention_full(window: Window, pool_kernel: int) -> torch.Tensor:
             f"and more than {SINKS} tokens; use 'expected_attention' with the queries of a window"
         )
     scores = log_expected(window, SINKS)
-    return F.pad(scores, (SINKS, 0), value=float(scores.max()) + 1)
+    above = scores.amax(dim=1, keepdim=True) + 1
+    return torch.cat((above.expand(-1, SINKS), scores), dim=1)
