@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint soak bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -34,6 +34,21 @@ env: $(STAMP) ## .venv with SGLang (quick when it exists)
 
 model: env ## the demo model as a Hugging Face folder in .cache (quick when it exists)
 	@$(BIN)/keepkv model
+
+# --no-deps: kvpress's metadata asks for an older transformers than SGLang pins, and it runs with that one (peers.py).
+# The other three are what it imports and we lack. Exact versions: parity is with this one release.
+KVPRESS := kvpress==0.5.5
+KVPRESS_NEEDS := cachetools==5.5.2 fire==0.6.0 termcolor==3.3.0
+KVPRESS_DIR := $(KEEPKV_CACHE)/kvpress
+KVPRESS_STAMP := $(KVPRESS_DIR)/.$(subst ==,-,$(KVPRESS))
+
+kvpress: env $(KVPRESS_STAMP) ## kvpress beside ours for keepkv eval --peers (quick when it exists)
+
+$(KVPRESS_STAMP):
+	@echo "== $(KVPRESS) into $(KVPRESS_DIR)"
+	@rm -rf $(KVPRESS_DIR)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(KVPRESS_DIR) $(KVPRESS) $(KVPRESS_NEEDS)
+	@touch $@
 
 soak: env model ## the long runs that make test leaves out
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)

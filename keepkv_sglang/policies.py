@@ -57,14 +57,16 @@ SCORERS = Registry(
         "rms",
         "keepkv",
         "keydiff",
+        "knorm",
         "tova",
         "gkv",
         "value_norm",
         "expected_attention",
+        "expected_attention_full",
         "streaming_llm",
         "h2o",
     ),
-    frozenset({"keydiff", "streaming_llm"}),
+    frozenset({"keydiff", "knorm", "streaming_llm"}),
     "keepkv_sglang.scoring",
     "keepkv_sglang.scorers",
     "keepkv_sglang.scoring.trial:try_scorer",
@@ -77,7 +79,7 @@ MERGE_RULES = Registry(
     "keepkv_sglang.merge_rules",
     "keepkv_sglang.merging.trial:try_rule",
 )
-OFFLINE_SCORERS = frozenset({"h2o"})
+OFFLINE_SCORERS = frozenset({"h2o", "expected_attention_full"})
 """They need the attention of every query; a server keeps the last ones only."""
 
 

@@ -16,6 +16,7 @@ from keepkv_sglang.evaluate.documents import HALVES, REPO, data_folder
 
 TASKS = {
     "fidelity": "keepkv_sglang.evaluate.fidelity:Fidelity",
+    "parity": "keepkv_sglang.evaluate.parity:Parity",  # needs kvpress: only with --peers, or when asked for
 }
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     budgets = args.budget or list(BUDGETS)
     if not all(0 < budget <= 1 for budget in budgets):
         raise ValueError("--budget takes fractions in (0, 1]")
-    names = args.task or list(TASKS)
+    names = args.task or [name for name in TASKS if args.peers or name != "parity"]
     path = args.model or str(model.prepare(None, False))
     results = Results(
         args.out / f"{args.half}.jsonl", {"model": Path(path).name, "tokens": args.tokens, "half": args.half}
@@ -77,9 +78,10 @@ def _task(name: str) -> Any:
 
 
 def _methods(wanted: Sequence[str] | None, peers: bool) -> list[Any]:
+    from keepkv_sglang.evaluate.future import EXPECTED_ATTENTION_FULL
     from keepkv_sglang.evaluate.methods import OURS
 
-    known: list[Any] = list(OURS.values())
+    known: list[Any] = [*OURS.values(), EXPECTED_ATTENTION_FULL]
     if peers:
         from keepkv_sglang.evaluate.peers import peers as load_peers
 

@@ -117,6 +117,7 @@ OURS: dict[str, Ours] = {
         ours("snapkv least_squares", scorer="snapkv", merge="least_squares"),
         ours("snapkv value_refit", scorer="snapkv", merge="value_refit"),
         ours("keydiff evict", scorer="keydiff", merge="evict"),
+        ours("knorm evict", scorer="knorm", merge="evict"),
         ours("tova evict", scorer="tova", merge="evict"),
         ours("gkv evict", scorer="gkv", merge="evict"),
         ours("value_norm evict", scorer="value_norm", merge="evict"),

@@ -30,7 +30,11 @@ class Setup:
 
 
 class Task(Protocol):
-    """One question about quality. `run` below calls it; it keeps nothing between items but what `prepare` returns."""
+    """One question about quality. `run` below calls it; it keeps nothing between items but what `prepare` returns.
+
+    A task that compares methods of its own also has `pairs(setup) -> list[tuple[Method, float]]`: methods and budgets
+    in the place of setup's.
+    """
 
     name: str
 
@@ -58,7 +62,8 @@ class Task(Protocol):
 def run(task: Task, setup: Setup, results: Results) -> None:
     """Measures what `results` lacks. Interrupt it whenever you like."""
     items = task.items(setup)
-    pairs = [(method, budget) for budget in setup.budgets for method in setup.methods]
+    own = getattr(task, "pairs", None)
+    pairs = own(setup) if own else [(method, budget) for budget in setup.budgets for method in setup.methods]
     with tqdm(total=len(items) * len(pairs), desc=task.name, mininterval=2.0, smoothing=0.02) as bar:
         for item in items:
             todo = [(m, b) for m, b in pairs if not results.has(task.name, m.name, b, item.number)]

@@ -22,7 +22,8 @@ def attention_matching(c: Clusters) -> Merged:
 
     k_c = weighted mean of the cluster's keys, e_cq = exp(q.k_c) / Z_q for a slot whose first member q sees, else 0;
     S_q = sum_{i seen by q} a_qi, the span's share of the query's attention (1 without a context).
-    Slots that a client protects (Clusters.fixed) keep votes and values. Votes: u_c = sum p; five times u_c <- u_c sum_q e_cq S_q / M_q / sum_q e_cq, M_q = sum_c u_c e_cq,
+    Slots that a client protects (Clusters.fixed) keep votes and values.
+    Votes: u_c = sum p; five times u_c <- u_c sum_q e_cq S_q / M_q / sum_q e_cq, M_q = sum_c u_c e_cq,
     which lowers the Kullback-Leibler distance of M from S at every step and keeps u positive;
     log u_c stays within 4 of log sum p.
     Values: with A_cq = u_c e_cq / (Z_ctx,q / Z_q + M_q) and V the weighted means of the cluster's values,

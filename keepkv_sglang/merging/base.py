@@ -23,8 +23,8 @@ class Clusters:
     """H heads, m clusters each; compute dtype (float32, or float64 for float64 storage).
 
     k, v [H, n, D]; lv [H, n] log votes; assign [H, n] cluster of each token, -1 dropped; window: the queries
-    Q and what they give to the span; seg: the members of all clusters. fixed: the first so many clusters are single tokens that
-    no rule may rewrite; a rule that fits slots to each other takes them as given.
+    Q and what they give to the span; seg: the members of all clusters. fixed: the first so many clusters are
+    single tokens that no rule may rewrite; a rule that fits slots to each other takes them as given.
     """
 
     k: torch.Tensor

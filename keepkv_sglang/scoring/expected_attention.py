@@ -19,9 +19,15 @@ def expected_attention(window: Window, pool_kernel: int) -> torch.Tensor:
 
     Differs from the paper: the moments are those of the w window queries as they are, after RoPE and at their own
     positions, so Sigma has rank below w; the paper takes the hidden states of the whole prompt and rotates the
-    moments to the mean of the next 512 positions. Votes; the softmax is over the span, without the context
-    (one constant per q head, which matters only for the mean over the group). No epsilon beside the norm.
+    moments to the mean of the next 512 positions (expected_attention_full). Votes; the softmax is over the span,
+    without the context (one constant per q head, which matters only for the mean over the group). No epsilon beside
+    the norm.
     """
+    return log_expected(window, 0)
+
+
+def log_expected(window: Window, first: int) -> torch.Tensor:
+    """[H, n - first]: the score of the tokens from `first` on, the softmax over these alone."""
     w, group = window.position.shape[0], window.group
 
     def expected(block: slice) -> torch.Tensor:  # [H, b, G]
@@ -29,5 +35,6 @@ def expected_attention(window: Window, pool_kernel: int) -> torch.Tensor:
         spread = logits.var(dim=2, correction=0).mul_(0.5)
         return spread.add_(logits.mean(dim=2)).add_(window.lv[:, block, None])
 
-    log_share = torch.log_softmax(torch.cat([expected(block) for block in window.blocks()], dim=1), dim=1)
-    return torch.logsumexp(log_share, dim=2) - math.log(group) + window.v.norm(dim=2).log()
+    log_mass = torch.cat([expected(block) for block in window.blocks()], dim=1)[:, first:]
+    log_share = torch.log_softmax(log_mass, dim=1)
+    return torch.logsumexp(log_share, dim=2) - math.log(group) + window.v[:, first:].norm(dim=2).log()

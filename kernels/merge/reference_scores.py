@@ -43,13 +43,23 @@ def value_norm(a: Head, group: int) -> list[float]:
 
 def expected_attention(a: Head, group: int) -> list[float]:
     """arXiv 2510.00636 with the window's moments: log of |v| mean_g softmax(log p + mu.k + k^T Sigma k / 2)."""
-    share = torch.zeros(len(a.k), dtype=a.k.dtype)
+    return _expected(a, group, 0)
+
+
+def expected_attention_full(a: Head, group: int) -> list[float]:
+    """The same without the 4 sinks, which score above all; the queries are turned to the future already."""
+    scores = _expected(a, group, 4)
+    return [max(scores) + 1] * 4 + scores
+
+
+def _expected(a: Head, group: int, first: int) -> list[float]:
+    k, share = a.k[first:], torch.zeros(len(a.k) - first, dtype=a.k.dtype)
     for g in range(group):
         q = a.q[g::group]
         mu = q.mean(0)
         sigma = (q - mu).T @ (q - mu) / len(q)
-        share += torch.softmax(a.lv + a.k @ mu + (a.k @ sigma * a.k).sum(1) / 2, 0) / group
-    return (share * a.v.norm(dim=1)).log().tolist()
+        share += torch.softmax(a.lv[first:] + k @ mu + (k @ sigma * k).sum(1) / 2, 0) / group
+    return (share * a.v[first:].norm(dim=1)).log().tolist()
 
 
 def keydiff(a: Head, group: int) -> list[float]:
@@ -57,6 +67,11 @@ def keydiff(a: Head, group: int) -> list[float]:
     unit = a.k / a.k.norm(dim=1, keepdim=True)
     anchor = unit.mean(0)
     return (-(unit @ anchor) / anchor.norm()).tolist()
+
+
+def knorm(a: Head, group: int) -> list[float]:
+    """arXiv 2406.11430: minus the norm of the key."""
+    return (-a.k.norm(dim=1)).tolist()
 
 
 def streaming_llm(a: Head, group: int) -> list[float]:
@@ -69,7 +84,20 @@ def h2o(a: Head, group: int) -> list[float]:
     return _attention(a).sum(1).tolist()
 
 
-SCORES = {f.__name__: f for f in (tova, gkv, value_norm, expected_attention, keydiff, streaming_llm, h2o)}
+SCORES = {
+    f.__name__: f
+    for f in (
+        tova,
+        gkv,
+        value_norm,
+        expected_attention,
+        expected_attention_full,
+        keydiff,
+        knorm,
+        streaming_llm,
+        h2o,
+    )
+}
 
 
 def score(x: Any, name: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:

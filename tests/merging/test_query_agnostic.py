@@ -57,7 +57,11 @@ def raw_keydiff(keys: list[list[float]]) -> list[float]:
     return [-dot / (norm * length) for dot, norm in zip(dots, norms, strict=True)]
 
 
-RAW = {"keydiff": raw_keydiff}
+def raw_knorm(keys: list[list[float]]) -> list[float]:
+    return [-math.sqrt(sum(c * c for c in key)) for key in keys]
+
+
+RAW = {"keydiff": raw_keydiff, "knorm": raw_knorm}
 
 
 @pytest.mark.parametrize("scorer", SCORERS)

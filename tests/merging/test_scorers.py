@@ -15,7 +15,7 @@ from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
 
 F64 = torch.float64
-WINDOWED = ("tova", "gkv", "value_norm", "expected_attention", "keydiff", "streaming_llm")
+WINDOWED = ("tova", "gkv", "value_norm", "expected_attention", "keydiff", "knorm", "streaming_llm")
 
 
 def layer(n=40, heads=2, group=3, w=6, ctx=0, dim=6, dtype=F64, behind=0, spread=1.0) -> LayerInput:
@@ -41,7 +41,7 @@ def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
 
 def test_every_scorer_has_a_reference():
     with_loops = {"snapkv", "rms", "keepkv"} | set(reference_scores.SCORES)
-    assert with_loops == set(SCORERS.names) == {"snapkv", "rms", "keepkv", "h2o", *WINDOWED}
+    assert with_loops == set(SCORERS.names) == {"snapkv", "rms", "keepkv", "h2o", "expected_attention_full", *WINDOWED}
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -66,6 +66,18 @@ def test_h2o_wants_every_query():
     for short in (layer(n=20, w=19), replace(x, q_index=torch.full((20,), 19))):
         with pytest.raises(ValueError, match=r"needs the attention of every query.*offline.*snapkv"):
             compress_layer(short, SpanPolicy(5, "mean", 2, 1, 0.6, scorer="h2o"))
+
+
+def test_expected_attention_full_wants_queries_of_the_future():
+    x = layer(n=20, w=16)
+    y = replace(x, q_index=torch.full((16,), 19))
+    for block in (1 << 20, 7):
+        scores = get_scorer("expected_attention_full")(window_of(y, block), 7)
+        torch.testing.assert_close(scores, reference_scores.score(y, "expected_attention_full"))
+        assert (scores[:, :4] > scores[:, 4:].amax(1, keepdim=True)).all()
+    for wrong in (x, layer(n=4, w=1)):
+        with pytest.raises(ValueError, match=r"moved behind the span \(offline only"):
+            get_scorer("expected_attention_full")(window_of(wrong), 7)
 
 
 def by_hand(logits: list[list[float]], values: list[list[float]], position: list[int]) -> Window:
