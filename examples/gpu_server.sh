@@ -31,7 +31,7 @@ keepkv)
         --enable-cache-report
         --enable-keepkv
         --keepkv-budget 0.2          # slots kept of each turn's tokens; a request may ask for another
-        --keepkv-merge least_squares # or tangent, zip, mean, evict
+        --keepkv-merge attention_matching # or least_squares, tangent, zip, mean, evict
         --keepkv-interval 64         # generated tokens between two compressions of a reply
     )
     CUDA_VISIBLE_DEVICES="" exec python -m sglang.launch_server --model-path "$model" \

@@ -129,11 +129,11 @@ class KeepKVConfig:
 
     enabled: bool = False
     budget: float | int = 0.2
-    merge: str = "least_squares"
-    scorer: str = "snapkv"
+    merge: str = "attention_matching"
+    scorer: str = "rms"
     chunk: int = 1
     window: int = 32
-    references: int = 0
+    references: int = 256
     recent: int = 32
     sinks: int = 4
     threshold: float = 0.6
@@ -246,7 +246,7 @@ HELP: dict[str, str] = {
     "chunk": f"Tokens that are kept or dropped together, as in ChunkKV; 1: each on its own (tokens, 1 to {MAX_CHUNK}).",
     "window": f"Number of last queries whose attention scores the tokens (1 to {MAX_WINDOW}).",
     "references": "Queries of tokens all over a prompt that score it beside the window, moved to the positions behind "
-    f"its end (0 to {MAX_REFERENCES}).",
+    f"its end (0 to {MAX_REFERENCES}; 0 for the published form of other scorers and merge rules).",
     "recent": "Most recent tokens of a span that are always kept (tokens; at most half of the span's slots).",
     "sinks": "First tokens of the sequence that are always kept (tokens; only where nothing precedes them).",
     "threshold": "Cosine similarity of keys above which a token is merged instead of dropped (-1 to 1).",

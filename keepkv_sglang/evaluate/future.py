@@ -31,9 +31,7 @@ class ExpectedAttentionFull:
         n, m = len(ids), slots_of(budget, len(ids))
         if m >= row.slots:
             return row
-        policy = replace(
-            span_policy(self.config, m, at_start=True), scorer="expected_attention_full", sinks=min(SINKS, m)
-        )
+        policy = replace(span_policy(self.config, m, sinks=min(SINKS, m)), scorer="expected_attention_full")
         layers = []
         for layer, q in zip(row.layers, row.queries, strict=True):
             ahead = same_moments(mean_future(probe, q, n, FUTURE)[SINKS:])

@@ -96,8 +96,8 @@ def compress_tail(
 
 
 def ours(name: str, **settings: object) -> Ours:
-    """`settings` are fields of KeepKVConfig."""
-    return Ours(name, KeepKVConfig(enabled=True, **settings))  # type: ignore[arg-type]
+    """`settings` are fields of KeepKVConfig; without reference queries, as the papers have it, unless asked for."""
+    return Ours(name, KeepKVConfig(enabled=True, **{"references": 0, **settings}))  # type: ignore[arg-type]
 
 
 SNAPKV = "snapkv evict"
@@ -107,7 +107,7 @@ DEFAULT = "default"
 OURS: dict[str, Ours] = {
     method.name: method
     for method in (
-        ours(DEFAULT),
+        Ours(DEFAULT, KeepKVConfig(enabled=True)),
         ours(SNAPKV, scorer="snapkv", merge="evict"),
         ours(RELEASED, scorer="keepkv", merge="mean", threshold=0.8),
         ours("keepkv evict", scorer="keepkv", merge="evict"),
@@ -116,6 +116,10 @@ OURS: dict[str, Ours] = {
         ours("snapkv tangent", scorer="snapkv", merge="tangent"),
         ours("snapkv least_squares", scorer="snapkv", merge="least_squares"),
         ours("snapkv value_refit", scorer="snapkv", merge="value_refit"),
+        ours("rms attention_matching, no references", scorer="rms", merge="attention_matching"),
+        ours("rms attention_matching, 128 references", scorer="rms", merge="attention_matching", references=128),
+        ours("rms least_squares, 256 references", scorer="rms", merge="least_squares", references=256),
+        ours("rms evict, 256 references", scorer="rms", merge="evict", references=256),
         ours("keydiff evict", scorer="keydiff", merge="evict"),
         ours("knorm evict", scorer="knorm", merge="evict"),
         ours("tova evict", scorer="tova", merge="evict"),
@@ -124,6 +128,6 @@ OURS: dict[str, Ours] = {
         ours("expected_attention evict", scorer="expected_attention", merge="evict"),
         ours("streaming_llm evict", scorer="streaming_llm", merge="evict"),
         ours("chunkkv evict", scorer="snapkv", merge="evict", chunk=10),
-        Ours("h2o evict", KeepKVConfig(enabled=True, merge="evict"), offline_scorer="h2o"),
+        Ours("h2o evict", KeepKVConfig(enabled=True, merge="evict", references=0), offline_scorer="h2o"),
     )
 }

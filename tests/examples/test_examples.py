@@ -98,7 +98,7 @@ def test_gpu_server_is_valid_shell_and_names_flags_that_exist(tmp_path: Path) ->
     assert plain.stdout.startswith("[0] -m sglang.launch_server --model-path some model ")
     assert "keepkv" not in plain.stdout and "--port 30000" in plain.stdout
     assert keepkv.stdout.startswith("[] -m sglang.launch_server") and "--port 31234" in keepkv.stdout
-    assert "--enable-keepkv --keepkv-budget 0.2 --keepkv-merge least_squares" in keepkv.stdout
+    assert "--enable-keepkv --keepkv-budget 0.2 --keepkv-merge attention_matching" in keepkv.stdout
     assert start().returncode == start("gpu", "model").returncode == 2
 
 
