@@ -93,9 +93,13 @@ class Window:
     def mean_received(self) -> torch.Tensor:
         """[H, n]: received(), mean over the queries that see the token, so that late tokens are not at a
         disadvantage; 0 for a token that none sees."""
+        return self.received() / self.viewers()
+
+    def viewers(self) -> torch.Tensor:
+        """[n], compute dtype: how many of the Q queries see each token, at least 1."""
         token = torch.arange(self.k.shape[1], device=self.k.device)
-        viewers = (token[:, None] <= self.position[None, :]).sum(dim=1) * self.group
-        return self.received() / viewers.clamp(min=1).to(self.k.dtype)
+        earlier = torch.searchsorted(self.position.sort().values, token)
+        return ((self.position.shape[0] - earlier) * self.group).clamp(min=1).to(self.k.dtype)
 
     def log_weight(self) -> torch.Tensor:
         """[H, n]: log w_i = log(p_i s_hat_i), s_hat_i = mean over the Q queries of exp(l_qi) / Z_q.

@@ -15,7 +15,5 @@ def rms(window: Window, pool_kernel: int) -> torch.Tensor:
     A token that few queries want much counts more than with a mean: with reference queries from all over the prompt,
     few want any one thing. Differs from the paper: pooling; votes.
     """
-    token = torch.arange(window.k.shape[1], device=window.k.device)
-    viewers = (token[:, None] <= window.position[None, :]).sum(dim=1) * window.group
-    score = window.received_norm() / viewers.clamp(min=1).to(window.k.dtype).sqrt()
+    score = window.received_norm() / window.viewers().sqrt()
     return F.avg_pool1d(score[:, None], pool_kernel, 1, pool_kernel // 2, count_include_pad=False)[:, 0]
