@@ -33,7 +33,7 @@ def attention_matching(c: Clusters) -> Merged:
 
     What was dropped is thus spread over all slots. One Cholesky per head, of the smaller of [Q, Q] and [m, m]. A head
     whose factorisation fails or gives values that are not finite keeps V. Wants many queries that look at
-    different things: with references (mixed_heads.py), not with the last few queries alone.
+    different things: with references (scoring/references.py), not with the last few queries alone.
 
     Measured (SmolLM2-135M, 1,536 tokens, 128 teacher-forced, 16 dev documents, scorer rms, window 32, 384 references
     in 128 rows): KL to the full cache over that of SnapKV with eviction .48 at 10 % and .51 at 20 % kept, over
