@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from keepkv_sglang.evaluate.methods import Method
+from keepkv_sglang.evaluate.methods import OURS, Method, Ours
 from keepkv_sglang.evaluate.probe import Probe
 from keepkv_sglang.evaluate.results import Results
 
@@ -30,7 +30,11 @@ class Setup:
 
 
 class Task(Protocol):
-    """One question about quality. `run` below calls it; it keeps nothing between items but what `prepare` returns."""
+    """One question about quality. `run` below calls it; it keeps nothing between items but what `prepare` returns.
+
+    A task may also have `pairs(setup) -> list[tuple[Method, float]]`: what it measures per item, where that is not
+    every method at every budget.
+    """
 
     name: str
 
@@ -55,10 +59,22 @@ class Task(Protocol):
         ...
 
 
+def ours_only(setup: Setup, names: Sequence[str]) -> list[tuple[Method, float]]:
+    """For a task that compresses piece by piece, which peers cannot do: our methods at every budget. Only those of
+    `names` when the run asks for all of ours."""
+    chosen: list[Method] = [method for method in setup.methods if isinstance(method, Ours)]
+    if len(chosen) >= len(OURS):
+        chosen = [method for method in chosen if method.name in names]
+    return [(method, budget) for budget in setup.budgets for method in chosen]
+
+
 def run(task: Task, setup: Setup, results: Results) -> None:
     """Measures what `results` lacks. Interrupt it whenever you like."""
     items = task.items(setup)
-    pairs = [(method, budget) for budget in setup.budgets for method in setup.methods]
+    if hasattr(task, "pairs"):
+        pairs = task.pairs(setup)
+    else:
+        pairs = [(method, budget) for budget in setup.budgets for method in setup.methods]
     with tqdm(total=len(items) * len(pairs), desc=task.name, mininterval=2.0, smoothing=0.02) as bar:
         for item in items:
             todo = [(m, b) for m, b in pairs if not results.has(task.name, m.name, b, item.number)]
