@@ -22,6 +22,9 @@ TASKS = {
     "needle_after": "keepkv_sglang.evaluate.recall:NeedleAfter",
     "instructions": "keepkv_sglang.evaluate.instructions:Instructions",
     "leakage": "keepkv_sglang.evaluate.leakage:Leakage",
+    "turns": "keepkv_sglang.evaluate.turns:Turns",
+    "repeated": "keepkv_sglang.evaluate.repeated:Repeated",
+    "decoding": "keepkv_sglang.evaluate.repeated:Decoding",
 }
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 

@@ -26,7 +26,8 @@ def pieces(probe: Probe, parts: Sequence[tuple[Sequence[Message], bool]]) -> lis
     that follows, the template's opening of that reply belongs to the part. ValueError for a template that writes
     earlier messages differently once others follow: such a chat cannot be cut."""
     made: list[list[int]] = []
-    before, messages = "", []
+    before = ""
+    messages: list[Message] = []
     for more, reply_follows in parts:
         messages += more
         text = rendered(probe, messages, reply_follows)

@@ -33,7 +33,9 @@ class Instructions(SystemPromptTask):
         texts = fillers(setup)
         mine = rows[HALVES.index(setup.half) :: 2][: setup.items or ITEMS]
         return [
-            Item(row["key"], (message("system", INTRODUCTION + row["prompt"]), request(texts[i % len(texts)], ASK)), row)
+            Item(
+                row["key"], (message("system", INTRODUCTION + row["prompt"]), request(texts[i % len(texts)], ASK)), row
+            )
             for i, row in enumerate(mine)
         ]
 
@@ -51,7 +53,7 @@ class Instructions(SystemPromptTask):
 
 
 def usable(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
-    """Prompts with several instructions that can be checked and fit an answer; and how many were left out, by reason."""
+    """Prompts with several instructions that can be checked and fit an answer; how many were left out, by reason."""
     left_out = {"one instruction": 0, "no check": 0, "too long an answer": 0}
     chosen = []
     for row in rows:

@@ -29,15 +29,16 @@ FULL = Full()
 ANSWER_TOKENS = 8
 NEEDLE_SOURCES = ("ruler",)  # texts that are made of facts themselves
 NAMES = (
-    "Alice Boris Clara Derek Elena Frank Grace Henry Irene Jacob Karen Lucas Maria Nolan Olivia Peter Rachel Simon "
-    "Teresa Victor"
-).split()
+    "Alice", "Boris", "Clara", "Derek", "Elena", "Frank", "Grace", "Henry", "Irene", "Jacob", "Karen", "Lucas",
+    "Maria", "Nolan", "Olivia", "Peter", "Rachel", "Simon", "Teresa", "Victor",
+)  # fmt: skip
 WORDS = (
-    "walnut harbor copper velvet lantern meadow pepper saddle thunder window garden bottle castle dragon engine "
-    "feather guitar hammer island jacket kitten ladder magnet needle orange pencil rabbit silver ticket violin "
-    "anchor basket candle desert eagle forest glove honey ivory jungle kettle lemon mirror ocean pirate quartz river "
-    "shadow tiger valley"
-).split()
+    "walnut", "harbor", "copper", "velvet", "lantern", "meadow", "pepper", "saddle", "thunder", "window", "garden",
+    "bottle", "castle", "dragon", "engine", "feather", "guitar", "hammer", "island", "jacket", "kitten", "ladder",
+    "magnet", "needle", "orange", "pencil", "rabbit", "silver", "ticket", "violin", "anchor", "basket", "candle",
+    "desert", "eagle", "forest", "glove", "honey", "ivory", "jungle", "kettle", "lemon", "mirror", "ocean",
+    "pirate", "quartz", "river", "shadow", "tiger", "valley",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,10 @@ class Prepared:
 
 
 class Recall:
-    """Exact match of one of six passwords; the question is compressed with the text."""
+    """Exact match of one of four passwords; the question is compressed with the text."""
 
     name = "recall"
-    facts = 6
+    facts = 4
     question_seen = True
 
     def items(self, setup: Setup) -> Sequence[Item]:
@@ -72,22 +73,23 @@ class Recall:
 
     def pairs(self, setup: Setup) -> list[tuple[Method, float]]:
         """The full cache once, then all methods."""
-        return [(FULL, 1.0)] + [(method, budget) for budget in setup.budgets for method in setup.methods]
+        full: list[tuple[Method, float]] = [(FULL, 1.0)]
+        return full + [(method, budget) for budget in setup.budgets for method in setup.methods]
 
     def prepare(self, setup: Setup, item: Item) -> Prepared:
         ids = item.prompt + (setup.probe.ids(question(item.asked)) if self.question_seen else [])
         return Prepared(item, ids, setup.probe.row(ids))
 
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
-        """hits of `asked` questions. With the question in the prompt one is asked; else every one, of the same cache."""
+        """hits of `asked` questions. With the question in the prompt one is asked; else every one of it."""
         probe, item = setup.probe, prepared.item
         row = method.prefill(probe, prepared.ids, budget, prepared.full)
         slots = row.slots
         words = dict(item.facts)
         if self.question_seen:
-            answers = {item.asked: answer(probe, row, opening(item.asked))}
+            answers = {item.asked: answer(probe, row, opening())}
         else:
-            answers = {name: answer(probe, row.clone(), question(name) + opening(name)) for name in words}
+            answers = {name: answer(probe, row.clone(), question(name) + opening()) for name in words}
         hits = sum(found == words[name] for name, found in answers.items())
         return {
             "source": item.source,
@@ -100,7 +102,8 @@ class Recall:
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
         of_full = [row for row in rows if row["method"] == FULL.name]
         lines = [
-            f"Full cache: {_rate(of_full)} of {sum(row['asked'] for row in of_full)} questions, {len(of_full)} prompts.",
+            f"Full cache: {_rate(of_full)} % of {sum(row['asked'] for row in of_full)} questions"
+            f" in {len(of_full)} prompts.",
             "",
             "| method | budget | prompts | questions | correct % [95 %] | of those the full cache answers, % |",
             "|---|---|---|---|---|---|",
@@ -125,7 +128,7 @@ class Recall:
 
 
 class RecallAfter(Recall):
-    """Exact match of six passwords, each asked for only after the text was compressed without any question."""
+    """Exact match of four passwords, each asked for only after the text was compressed without any question."""
 
     name = "recall_after"
     question_seen = False
@@ -184,13 +187,14 @@ def plant(
 
 
 def question(name: str) -> str:
-    """Comes behind the text; part of the prompt when the question is seen."""
-    return f"\n\nQuestion: What is the password of {name}?\n"
+    """Comes behind the text; part of the prompt when the question is seen. A sentence to complete: the demo model
+    answers twice as many of these as of "Question: ... Answer: ..."."""
+    return f"\n\nAs the text above says, the password of {name}"
 
 
-def opening(name: str) -> str:
+def opening() -> str:
     """How the answer begins. Never compressed: were it, the full cache would choose the answer's first token."""
-    return f"Answer: The password of {name} is '"
+    return " is '"
 
 
 def answer(probe: Probe, row: Row, opening_text: str) -> str:

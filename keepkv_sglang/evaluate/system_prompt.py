@@ -117,8 +117,8 @@ class SystemPromptTask:
         full, without = (mean([100 * row[name] for row in first]).text(1) for name in ("full", "without"))
         lines = [
             f"{self.scored} over {len(first)} prompts, system prompt of"
-            f" {mean([row['system_tokens'] for row in first]).mean:.0f} tokens on average. Full cache: {full}; without the"
-            f" system prompt: {without}. Both variants hold the same number of slots.",
+            f" {mean([row['system_tokens'] for row in first]).mean:.0f} tokens on average. Full cache: {full};"
+            f" without the system prompt: {without}. Both variants hold the same number of slots.",
             "",
             "| method | budget | slots | unprotected % | protected % | protected - unprotected"
             " | protected - full | KL unprotected | KL protected |",
@@ -143,7 +143,9 @@ class SystemPromptTask:
                 points[budget] = 100 * mean([row[variant] for row in chosen]).mean
         first = list({row["item"]: row for row in rows}.values())
         for name in ("full", "without"):
-            curves[name] = dict.fromkeys(sorted({row["budget"] for row in rows}), 100 * mean([r[name] for r in first]).mean)
+            curves[name] = dict.fromkeys(
+                sorted({row["budget"] for row in rows}), 100 * mean([r[name] for r in first]).mean
+            )
         return [plots.curves(curves, folder / f"{self.name}.png", "slots kept behind the system prompt",
                              f"{self.scored} (%)", log=False)]  # fmt: skip
 

@@ -47,7 +47,7 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Item:
-    """anchor: tokens of the system message. turns: (prompt, reply) token ids; the first prompt begins with the anchor."""
+    """anchor: tokens of the system message. turns: (prompt, reply) token ids; the first prompt has the anchor."""
 
     number: int
     source: str
@@ -69,7 +69,8 @@ class Turns:
     name = "turns"
 
     def items(self, setup: Setup) -> Sequence[Item]:
-        made, half = [], HALVES.index(setup.half)
+        made: list[Item] = []
+        half = HALVES.index(setup.half)
         talks = [(source, talk) for source, path in FILES.items() for talk in lines(setup.data / path)]
         for number, (source, talk) in enumerate(talks):
             if number % 2 == half and len(made) < (setup.items or ITEMS):
@@ -110,13 +111,15 @@ class Turns:
         return "\n\n".join(parts)
 
     def plot(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-        curves = {
+        curves: dict[str, dict[float, float]] = {
             f"{method}, {budget:.0%}": {
                 turn + 1: 100 * mean([row["top1"][turn] for row in chosen]).mean for turn in range(TURNS)
             }
             for (budget, method), chosen in sorted(grouped(rows, "budget", "method").items())
         }
-        return [plots.curves(curves, folder / "turns.png", "turn", "top-1 agreement with the full cache (%)", log=False)]
+        return [
+            plots.curves(curves, folder / "turns.png", "turn", "top-1 agreement with the full cache (%)", log=False)
+        ]
 
 
 class Conversation:
