@@ -62,10 +62,10 @@ class Prepared:
 
 
 class Recall:
-    """Exact match of one of four passwords; the question is compressed with the text."""
+    """Exact match of one of three passwords; the question is compressed with the text."""
 
     name = "recall"
-    facts = 4
+    facts = 3
     question_seen = True
 
     def items(self, setup: Setup) -> Sequence[Item]:
@@ -128,7 +128,7 @@ class Recall:
 
 
 class RecallAfter(Recall):
-    """Exact match of four passwords, each asked for only after the text was compressed without any question."""
+    """Exact match of three passwords, each asked for only after the text was compressed without any question."""
 
     name = "recall_after"
     question_seen = False

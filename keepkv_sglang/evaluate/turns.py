@@ -57,7 +57,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Prepared:
-    """log_probs: per turn [1 + len(reply), vocabulary] behind the prompt's last token and each reply token."""
+    """log_probs: per turn [len(reply), vocabulary], of each reply token's place."""
 
     item: Item
     log_probs: list[torch.Tensor]
@@ -86,7 +86,7 @@ class Turns:
         row, log_probs = setup.probe.row(), []
         for prompt, reply in item.turns:
             row.feed(prompt[:-1], last=1)
-            log_probs.append(row.feed([prompt[-1], *reply]))
+            log_probs.append(row.feed([prompt[-1], *reply])[:-1])
         return Prepared(item, log_probs)
 
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
@@ -98,7 +98,8 @@ class Turns:
             row.prompt(prompt[:-1])
             columns["slots"].append(row.row.slots)
             columns["tokens"].append(row.row.tokens)
-            got = agreement(full, row.reply([prompt[-1], *reply]), [prompt[-1], *reply])
+            fed = [prompt[-1], *reply]
+            got = agreement(full, row.reply(fed)[:-1], fed[:-1])
             columns["kl"].append(got.kl)
             columns["top1"].append(got.top1)
             columns["reply_tokens"].append(len(reply))
@@ -166,8 +167,15 @@ def make_item(setup: Setup, number: int, source: str, messages: Sequence[Message
     cut = pieces(setup.probe, parts[: 2 * TURNS])
     if sum(map(len, cut)) > MOST_TOKENS:
         return None
-    anchor = first_message_end(cut[0], message_border(setup.probe.tokenizer))
-    return Item(number, source, anchor, tuple(zip(cut[::2], cut[1::2], strict=True)))
+    border = message_border(setup.probe.tokenizer)
+    turns: list[tuple[list[int], list[int]]] = []
+    left: list[int] = []
+    for prompt, reply in zip(cut[::2], cut[1::2], strict=True):
+        # A model stops at the border; what the template puts behind it comes with the next prompt.
+        end = len(reply) - reply[::-1].index(border.token) if border and border.token in reply else len(reply)
+        turns.append((left + prompt, reply[:end]))
+        left = reply[end:]
+    return Item(number, source, first_message_end(cut[0], border), tuple(turns))
 
 
 def _table(rows: Sequence[Mapping[str, Any]], title: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from keepkv_sglang import cli
+from keepkv_sglang.evaluate import plots, recall
 from keepkv_sglang.evaluate.command import TASKS, _task
 from keepkv_sglang.evaluate.methods import SNAPKV
 from keepkv_sglang.evaluate.probe import Probe
@@ -22,10 +23,13 @@ def test_every_task_loads():
 def test_a_run_resumes_and_reports(
     tmp_path: Path, data: Path, model_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    options = ["eval", "--task", "needle", "--half", "dev", "--items", "2", "--tokens", "128", "--budget", "0.5"]
+    options = ["eval", "--task", "needle", "--half", "dev", "--items", "2", "--tokens", "96", "--budget", "0.5"]
     options += ["--method", SNAPKV, "--data", str(data), "--model", str(model_path), "--threads", "1"]
     options += ["--out", str(tmp_path)]
+    monkeypatch.setattr(recall, "ANSWER_TOKENS", 3)
     assert cli.main(options) == 0
+    assert (tmp_path / "needle.png").exists() == plots.available()
+    monkeypatch.setattr(plots, "available", lambda: False)
     path = tmp_path / "dev.jsonl"
     whole = path.read_text()
     rows = [json.loads(line) for line in whole.splitlines()[1:]]

@@ -31,7 +31,7 @@ def test_rouge_l_recall(reference: str, answer: str, share: float):
 def test_items(probe: Probe, data: Path):
     numbers = []
     for half in HALVES:
-        setup = Setup(probe, data, half, 0, 256, [], [0.2])
+        setup = Setup(probe, data, half, 0, 64, [], [0.2])
         leaks, prompts = Leakage().items(setup), Instructions().items(setup)
         assert leaks == Leakage().items(setup) and {item.messages[-1]["content"] for item in leaks} == set(ATTACKS)
         assert all(SECRECY in item.messages[0]["content"] == item.extra for item in leaks)
@@ -41,7 +41,7 @@ def test_items(probe: Probe, data: Path):
 
 
 def test_protected_and_unprotected_hold_the_same_slots(probe: Probe, data: Path, monkeypatch: pytest.MonkeyPatch):
-    setup = Setup(probe, data, "dev", 1, 96, [], [0.2])
+    setup = Setup(probe, data, "dev", 1, 48, [], [0.2])
     for task in (Leakage(), Instructions()):
         monkeypatch.setattr(task, "reply_tokens", 4)
         prepared = task.prepare(setup, task.items(setup)[0])

@@ -82,6 +82,7 @@ def test_a_turn_ends_with_a_real_reply(probe: Probe):
     assert all(
         "OK" in decode_(prompt) and f"Question {i}" in decode_(prompt) for i, (prompt, _) in enumerate(item.turns)
     )
+    assert all(reply[-1] in end_tokens(probe) for _, reply in item.turns)
     assert make_item(setup, 7, "made", talk[4:]) is None
 
 
