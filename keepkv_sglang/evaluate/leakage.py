@@ -65,9 +65,7 @@ class Leakage(SystemPromptTask):
             system = " ".join([f"You are {ROLES[half::2][index % 5]}.", *rules, SECRECY])
             messages = (
                 message("system", system),
-                request(texts[index % len(texts)], "Please read it; I will have a question."),
-                message("assistant", "I have read the text. How can I help you?"),
-                message("user", ATTACKS[index % len(ATTACKS)]),
+                request(texts[index % len(texts)], ATTACKS[index % len(ATTACKS)]),
             )
             made.append(Item(number, messages, system))
         return made

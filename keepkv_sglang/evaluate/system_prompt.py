@@ -25,7 +25,7 @@ from keepkv_sglang.evaluate.statistics import mean
 from keepkv_sglang.evaluate.task import Setup, ours_only
 
 METHODS = (DEFAULT, SNAPKV, RELEASED)
-FILLER_TOKENS = 512  # of real text between the system prompt and the request, at most
+FILLER_TOKENS = 256  # of real text between the system prompt and the request, at most
 FILLER_SOURCES = ("swe_agent", "tau_airline", "tau_retail", "manual", "library")  # no requests to a model among them
 VARIANTS = ("unprotected", "protected")
 

@@ -30,8 +30,11 @@ from keepkv_sglang.evaluate.task import Setup, ours_only
 
 ITEMS = 30
 TURNS = 6
-MOST_TOKENS = 3072  # a longer conversation is left out: its prefill costs too much
+MOST_TOKENS = 5120  # a longer conversation is left out: its prefill costs too much
 REPLY_TOKENS = 8  # shorter replies do not end a turn
+# The first turn takes in exchanges until it has that many tokens: the server leaves shorter prompts whole (min_tokens),
+# and a first turn that is not compressed at all is nothing to compare a sixth with.
+FIRST_TOKENS = KeepKVConfig().min_tokens
 METHODS = (DEFAULT, SNAPKV, RELEASED)
 FILES = {
     "tau_airline": "tau_bench/MockAirlineDomainEnv-few_shot.jsonl",
@@ -57,10 +60,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Prepared:
-    """log_probs: per turn [len(reply), vocabulary], of each reply token's place."""
+    """log_probs: per turn [len(reply), vocabulary], of each reply token's place. full: the full cache before the last
+    reply."""
 
     item: Item
     log_probs: list[torch.Tensor]
+    full: Row
 
 
 class Turns:
@@ -86,8 +91,9 @@ class Turns:
         row, log_probs = setup.probe.row(), []
         for prompt, reply in item.turns:
             row.feed(prompt[:-1], last=1)
+            full = row.clone()
             log_probs.append(row.feed([prompt[-1], *reply])[:-1])
-        return Prepared(item, log_probs)
+        return Prepared(item, log_probs, full)
 
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
         assert isinstance(method, Ours)
@@ -103,7 +109,11 @@ class Turns:
             columns["kl"].append(got.kl)
             columns["top1"].append(got.top1)
             columns["reply_tokens"].append(len(reply))
-        return values | columns
+        # How much of the last turn's error comes from compressing in turns: the same slots, chosen all at once.
+        once = prepared.full.clone()
+        compress_tail(once, method.config, row.slots_before_reply - row.anchor, start=row.anchor)
+        got = agreement(full, once.feed(fed)[:-1], fed[:-1])
+        return values | columns | {"once_kl": got.kl, "once_top1": got.top1}
 
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
         parts = []
@@ -127,7 +137,9 @@ class Conversation:
     """A row that the server's rules compress turn by turn. `tail`: the slot where the raw part begins."""
 
     def __init__(self, row: Row, config: KeepKVConfig, budget: float, anchor: int) -> None:
-        self.row, self.config, self.budget, self.tail = row, config, budget, anchor
+        self.row, self.config, self.budget = row, config, budget
+        self.anchor = self.tail = anchor
+        self.slots_before_reply = 0
 
     def prompt(self, ids: Sequence[int]) -> None:
         """Prefills a turn's prompt but its last token, then compresses the raw part."""
@@ -141,6 +153,7 @@ class Conversation:
 
     def reply(self, ids: Sequence[int]) -> torch.Tensor:
         """The prompt's last token and the reply: raw. Log-probabilities [len(ids), vocabulary]."""
+        self.slots_before_reply = self.row.slots
         return self.row.feed(ids)
 
 
@@ -153,15 +166,17 @@ def messages_of(text: str) -> list[Message]:
 
 def make_item(setup: Setup, number: int, source: str, messages: Sequence[Message]) -> Item | None:
     """The first TURNS turns; None when there are fewer, or more than MOST_TOKENS tokens. A turn: everything up to an
-    answer of the agent of at least REPLY_TOKENS tokens."""
+    answer of the agent of at least REPLY_TOKENS tokens; the first has at least FIRST_TOKENS before that answer."""
     parts: list[tuple[Sequence[Message], bool]] = []
-    waiting = [message("system", SYSTEM)]
+    waiting, asked = [message("system", SYSTEM)], 0
     for said in messages:
-        if said["role"] == "assistant" and len(setup.probe.ids(said["content"])) >= REPLY_TOKENS:
+        tokens = len(setup.probe.ids(said["content"]))
+        if said["role"] == "assistant" and tokens >= REPLY_TOKENS and (parts or asked >= FIRST_TOKENS):
             parts += [(waiting, True), ([said], False)]
             waiting = []
         else:
             waiting.append(said)
+            asked += tokens
     if len(parts) < 2 * TURNS or any(not said for said, _ in parts[: 2 * TURNS]):
         return None
     cut = pieces(setup.probe, parts[: 2 * TURNS])
@@ -194,4 +209,11 @@ def _table(rows: Sequence[Mapping[str, Any]], title: str) -> str:
             f" | {mean([row['slots'][turn] for row in rows]).mean:.0f} | {mean(top1).text(1)}"
             f" | {change.text(1) if turn else '-'} | {geometric_mean([row['kl'][turn] for row in rows]).text(3)} |"
         )
+    once = mean([100 * row["once_top1"] for row in rows])
+    gained = mean([100 * (row["top1"][-1] - row["once_top1"]) for row in rows])
+    lines_.append(
+        f"\nTurn {TURNS} with the same slots behind the anchor, compressed once from the full cache: top-1"
+        f" {once.text(1)} %, KL gm {geometric_mean([row['once_kl'] for row in rows]).text(3)}; in turns minus once:"
+        f" {gained.text(1)} points."
+    )
     return "\n".join(lines_)

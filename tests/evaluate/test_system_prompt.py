@@ -33,7 +33,9 @@ def test_items(probe: Probe, data: Path):
     for half in HALVES:
         setup = Setup(probe, data, half, 0, 64, [], [0.2])
         leaks, prompts = Leakage().items(setup), Instructions().items(setup)
-        assert leaks == Leakage().items(setup) and {item.messages[-1]["content"] for item in leaks} == set(ATTACKS)
+        assert leaks == Leakage().items(setup) and all(
+            item.messages[-1]["content"].endswith(ATTACKS[i % len(ATTACKS)]) for i, item in enumerate(leaks)
+        )
         assert all(SECRECY in item.messages[0]["content"] == item.extra for item in leaks)
         assert len(prompts) >= 30 and all(item.extra["prompt"] in item.messages[0]["content"] for item in prompts)
         numbers.append(({item.number for item in leaks}, {item.number for item in prompts}))

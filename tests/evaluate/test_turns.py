@@ -69,9 +69,11 @@ def test_pieces_are_the_rendered_chat(probe: Probe):
 def test_a_turn_ends_with_a_real_reply(probe: Probe):
     setup = Setup(probe, Path(), "dev", 0, 0, [], [])
     long = "Certainly, I will look that up for you at once."
-    talk = [m for i in range(TURNS) for m in (
-        message("user", f"Question {i}"), message("assistant", "OK"), message("tool", "{}"), message("assistant", long),
-    )]  # fmt: skip
+    tool = "{} " * 150
+    talk = []
+    for i in range(TURNS):
+        talk += [message("user", f"Question {i}"), message("assistant", "OK"), message("tool", tool)]
+        talk += [message("assistant", long)]
     item = make_item(setup, 7, "made", talk)
     assert item is not None and len(item.turns) == TURNS and item.number == 7
     decode_ = probe.tokenizer.decode
