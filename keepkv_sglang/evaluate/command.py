@@ -17,6 +17,15 @@ from keepkv_sglang.evaluate.documents import HALVES, REPO, data_folder
 TASKS = {
     "fidelity": "keepkv_sglang.evaluate.fidelity:Fidelity",
     "parity": "keepkv_sglang.evaluate.parity:Parity",  # needs kvpress: only with --peers, or when asked for
+    "recall": "keepkv_sglang.evaluate.recall:Recall",
+    "recall_after": "keepkv_sglang.evaluate.recall:RecallAfter",
+    "needle": "keepkv_sglang.evaluate.recall:Needle",
+    "needle_after": "keepkv_sglang.evaluate.recall:NeedleAfter",
+    "instructions": "keepkv_sglang.evaluate.instructions:Instructions",
+    "leakage": "keepkv_sglang.evaluate.leakage:Leakage",
+    "turns": "keepkv_sglang.evaluate.turns:Turns",
+    "repeated": "keepkv_sglang.evaluate.repeated:Repeated",
+    "decoding": "keepkv_sglang.evaluate.repeated:Decoding",
 }
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 

@@ -107,11 +107,11 @@ def _dialogues(name: str) -> Callable[[Path], Iterator[Pair]]:
 
 
 def _joined(texts: Sequence[str], seed: int) -> Iterator[Pair]:
-    """Shuffled texts one after the other, 7,400 characters a document, no text twice."""
+    """Shuffled texts one after the other, 8,000 characters a document, no text twice."""
     shuffled = random.Random(seed).sample(list(texts), len(texts))
     joined = "\n\n".join(shuffled)
-    for start in range(0, len(joined) - 7_400, 7_400):
-        yield joined[start : start + 7_400], ""
+    for start in range(0, len(joined) - 8_000, 8_000):
+        yield joined[start : start + 8_000], ""
 
 
 def _mt_bench(folder: Path) -> Iterator[Pair]:

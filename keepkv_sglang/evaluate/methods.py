@@ -23,7 +23,10 @@ from keepkv_sglang.span_policy import span_policy
 class Method(Protocol):
     """One way to compress a prompt."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in the results; the same name is the same measurement."""
+        ...
 
     def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
         """A row that stands for `ids` in ceil(budget * len(ids)) slots per layer.

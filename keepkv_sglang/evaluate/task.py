@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from keepkv_sglang.evaluate.methods import Method
+from keepkv_sglang.evaluate.methods import OURS, Method, Ours
 from keepkv_sglang.evaluate.probe import Probe
 from keepkv_sglang.evaluate.results import Results
 
@@ -57,6 +57,15 @@ class Task(Protocol):
     def plot(self, rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         """PNG files, if any."""
         ...
+
+
+def ours_only(setup: Setup, names: Sequence[str]) -> list[tuple[Method, float]]:
+    """For a task that compresses piece by piece, which peers cannot do: our methods at every budget. Only those of
+    `names` when the run asks for all of ours."""
+    chosen: list[Method] = [method for method in setup.methods if isinstance(method, Ours)]
+    if len(chosen) >= len(OURS):
+        chosen = [method for method in chosen if method.name in names]
+    return [(method, budget) for budget in setup.budgets for method in chosen]
 
 
 def run(task: Task, setup: Setup, results: Results) -> None:

@@ -1,0 +1,58 @@
+"""`keepkv eval` from one end to the other on two tiny items, interrupted and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from keepkv_sglang import cli
+from keepkv_sglang.evaluate import plots, recall
+from keepkv_sglang.evaluate.command import TASKS, _task
+from keepkv_sglang.evaluate.methods import SNAPKV
+from keepkv_sglang.evaluate.probe import Probe
+
+
+def test_every_task_loads():
+    for name in TASKS:
+        task = _task(name)
+        assert task.name == name and type(task).__doc__
+
+
+def test_a_run_resumes_and_reports(
+    tmp_path: Path, data: Path, model_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    options = ["eval", "--task", "needle", "--half", "dev", "--items", "2", "--tokens", "96", "--budget", "0.5"]
+    options += ["--method", SNAPKV, "--data", str(data), "--model", str(model_path), "--threads", "1"]
+    options += ["--out", str(tmp_path)]
+    monkeypatch.setattr(recall, "ANSWER_TOKENS", 3)
+    assert cli.main(options) == 0
+    assert (tmp_path / "needle.png").exists() == plots.available()
+    monkeypatch.setattr(plots, "available", lambda: False)
+    path = tmp_path / "dev.jsonl"
+    whole = path.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()[1:]]
+    assert {(row["item"], row["method"], row["budget"]) for row in rows} == {
+        (item, method, budget) for item in (0, 2) for method, budget in (("full", 1.0), (SNAPKV, 0.5))
+    }
+    report = (tmp_path / "report-dev.md").read_text()
+    assert "## needle" in report and f"| {SNAPKV} | 50% | 2 | 2 |" in report and report in capsys.readouterr().out
+    assert json.loads((tmp_path / "results-dev.json").read_text()) == rows
+
+    path.write_text(whole[:-20])  # interrupted while the last row was written
+    assert cli.main(options) == 0
+    assert path.read_text() == whole
+
+    monkeypatch.setattr(Probe, "__init__", lambda *_: pytest.fail("a report needs no model"))
+    assert cli.main([*options, "--report"]) == 0
+    assert path.read_text() == whole
+    assert cli.main([*options, "--report", "--tokens", "64"]) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_mistakes_are_told(tmp_path: Path, model_path: Path, capsys: pytest.CaptureFixture[str]):
+    common = ["eval", "--out", str(tmp_path), "--model", str(model_path)]
+    assert cli.main([*common, "--method", "nonesuch"]) == 1
+    assert cli.main([*common, "--budget", "1.5"]) == 1
+    assert "--list shows all" in capsys.readouterr().err

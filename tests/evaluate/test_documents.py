@@ -1,0 +1,53 @@
+"""Texts: the same every time, and none in both halves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from keepkv_sglang.evaluate.documents import HALVES, SOURCES, data_folder, documents
+from keepkv_sglang.evaluate.fidelity import DOCUMENTS, FOLLOWING
+from keepkv_sglang.evaluate.probe import Probe
+
+
+def words(text: str) -> list[int]:
+    """A tokenizer that is quick: one number per word."""
+    return [hash(word) for word in text.split()]
+
+
+def test_halves_are_disjoint_and_even(data: Path):
+    made = documents(words, data, 2 * len(SOURCES), 200, 20)
+    assert made == documents(words, data, 2 * len(SOURCES), 200, 20)
+    assert [d.number for d in made] == list(range(len(made)))
+    halves = [[d for d in made if d.half == half] for half in HALVES]
+    assert [sorted(d.source for d in half) for half in halves] == [sorted(SOURCES)] * 2
+    assert all(len(d.prompt) == 200 and len(d.following) == 20 for d in made)
+
+    def runs(half: list, size: int = 40) -> set[tuple[int, ...]]:
+        return {
+            tuple((d.prompt + d.following)[i : i + size])
+            for d in half
+            if d.source not in ("bfcl", "swe_agent")  # they begin alike: tool documents, instructions to the agent
+            for i in range(220 - size + 1)
+        }
+
+    assert not runs(halves[0]) & runs(halves[1])
+    assert len({tuple(d.following) for d in made}) == len(made)
+
+
+def test_the_default_number_of_documents_exists(data: Path, probe: Probe):
+    made = documents(probe.ids, data, DOCUMENTS, 1536, FOLLOWING)
+    assert len(made) == DOCUMENTS and len({tuple(d.prompt + d.following) for d in made}) == DOCUMENTS
+
+
+def test_too_much_asked_for_is_an_error(data: Path):
+    with pytest.raises(ValueError, match="not enough text"):
+        documents(words, data, 1000, 200, 40)
+
+
+def test_a_folder_without_sources_is_not_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "SOURCES.md").touch()
+    assert data_folder(tmp_path) == tmp_path
+    monkeypatch.setenv("KEEPKV_DATA", str(tmp_path))
+    assert data_folder(tmp_path / "none") == tmp_path

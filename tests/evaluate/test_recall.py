@@ -1,0 +1,69 @@
+"""Password items: well-formed, deterministic, different in the two halves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from keepkv_sglang.evaluate import recall
+from keepkv_sglang.evaluate.documents import HALVES
+from keepkv_sglang.evaluate.methods import ours
+from keepkv_sglang.evaluate.probe import Probe
+from keepkv_sglang.evaluate.recall import ITEMS, NAMES, WORDS, Needle, Recall, RecallAfter, make_items, plant
+from keepkv_sglang.evaluate.task import Setup
+
+
+@pytest.fixture(scope="module")
+def setups(probe: Probe, data: Path) -> dict[str, Setup]:
+    return {half: Setup(probe, data, half, 0, 256, [], [0.5]) for half in HALVES}
+
+
+def test_lists():
+    assert len(set(NAMES)) == len(NAMES) and len(set(WORDS)) == len(WORDS)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_items_are_well_formed(setups: dict[str, Setup], half: str):
+    made = Recall().items(setups[half])
+    assert len({item.number for item in made}) == ITEMS
+    for item in made:
+        text = setups[half].probe.tokenizer.decode(item.prompt)
+        assert len(item.prompt) == 256
+        places = [text.index(f"The password of {name} is '{word}'.") for name, word in item.facts]
+        assert places == sorted(places)
+        assert text.count("The password of") == Recall.facts
+        assert item.asked in dict(item.facts)
+        assert len(dict(item.facts)) == len({word for _, word in item.facts}) == Recall.facts
+    assert len({item.facts for item in made}) == ITEMS
+
+
+def test_items_stay_the_same_and_halves_differ(setups: dict[str, Setup]):
+    dev, held = (make_items(setups[half], 3, 12) for half in HALVES)
+    assert dev == make_items(setups["dev"], 3, 12)
+    assert not {item.number for item in dev} & {item.number for item in held}
+    for part in (0, 1):
+        assert not {fact[part] for item in dev for fact in item.facts} & {f[part] for i in held for f in i.facts}
+    assert all(len(item.facts) == 1 for item in make_items(setups["dev"], Needle.facts, 3))
+
+
+def test_too_little_room(probe: Probe, ids: list[int]):
+    import random
+
+    with pytest.raises(ValueError, match="too few"):
+        plant(probe, ids, [("Alice", "walnut")], 20, random.Random(0))
+
+
+def test_a_cache_at_full_budget_answers_as_the_full_cache(probe: Probe, data: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing compressed: the same hits, in both orders of question and compression."""
+    monkeypatch.setattr(recall, "ANSWER_TOKENS", 2)
+    setup = Setup(probe, data, "dev", 1, 128, [], [0.5])
+    for task in (Recall(), RecallAfter()):
+        item = task.items(setup)[0]
+        prepared = task.prepare(setup, item)
+        full = task.measure(setup, prepared, task.pairs(setup)[0][0], 1.0)
+        same = task.measure(setup, prepared, ours("default"), 1.0)
+        assert full == same
+        assert full["asked"] == (1 if task.question_seen else Recall.facts)
+        half = task.measure(setup, prepared, ours("default"), 0.5)
+        assert half["slots"] == -(-len(prepared.ids) // 2)

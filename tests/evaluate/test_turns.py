@@ -1,0 +1,119 @@
+"""Multi-turn rows: slots after every turn, finished turns untouched, conversations cut where replies are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.evaluate.conversation import end_tokens, message, pieces, rendered
+from keepkv_sglang.evaluate.documents import HALVES
+from keepkv_sglang.evaluate.methods import ours, slots_of
+from keepkv_sglang.evaluate.probe import Probe
+from keepkv_sglang.evaluate.repeated import InPieces, decode, feed_in_pieces
+from keepkv_sglang.evaluate.task import Setup
+from keepkv_sglang.evaluate.turns import SYSTEM, TURNS, Conversation, Turns, make_item, messages_of
+
+CONFIG = KeepKVConfig(enabled=True)
+
+
+def test_slots_after_every_turn(probe: Probe, ids: list[int]):
+    """anchor + sum of ceil(budget * n) over compressed spans; a span of fewer than min_tokens joins the next."""
+    anchor, budget, at = 20, 0.2, 0
+    row = Conversation(probe.row(), CONFIG, budget, anchor)
+    turns = [(100, 30), (40, 10), (20, 5), (70, 12)]  # (prompt, reply) tokens; the first prompt has the anchor
+    spans, raw, finished = 0, -anchor, None
+    for prompt, reply in turns:
+        row.prompt(ids[at : at + prompt])
+        raw += prompt
+        if raw >= CONFIG.min_tokens:
+            spans, raw = spans + slots_of(budget, raw), 0
+        assert row.row.slots == anchor + spans + raw
+        assert row.tail == anchor + spans
+        if finished is not None:  # finished turns are bit for bit what they were
+            for old, new in zip(finished, row.row.layers, strict=True):
+                assert all(torch.equal(a, b[: len(a)]) for a, b in zip(old, new, strict=True))
+        finished = [slots.cut(0, row.tail) for slots in row.row.layers]
+        assert row.reply(ids[at + prompt : at + prompt + reply]).shape[0] == reply
+        raw += reply
+        at += prompt + reply
+        assert row.row.tokens == at
+    assert spans == sum(slots_of(budget, n) for n in (80, 70, 105))  # the third turn's 30 tokens waited
+
+
+def test_full_budget_is_the_full_cache(probe: Probe, ids: list[int]):
+    row, full = Conversation(probe.row(), CONFIG, 1.0, 4), probe.row()
+    for at in (0, 80):
+        row.prompt(ids[at : at + 70])
+        full.feed(ids[at : at + 70])
+        assert torch.equal(row.reply(ids[at + 70 : at + 80]), full.feed(ids[at + 70 : at + 80]))
+
+
+def test_messages_of():
+    text = "user: Hi: there\nand more\nassistant: None\ntool: {}\nassistant: Yes.\nuser: no user: here"
+    assert [(m["role"], m["content"]) for m in messages_of(text)] == [
+        ("user", "Hi: there\nand more"), ("tool", "{}"), ("assistant", "Yes."), ("user", "no user: here"),
+    ]  # fmt: skip
+
+
+def test_pieces_are_the_rendered_chat(probe: Probe):
+    said = [message("system", "S"), message("user", "Hello."), message("assistant", "Yes, what?"), message("user", "A")]
+    cut = pieces(probe, [(said[:2], True), (said[2:3], False), (said[3:], True)])
+    assert probe.tokenizer.decode([i for piece in cut for i in piece]) == rendered(probe, said, True)
+    assert probe.tokenizer.decode(cut[1]).startswith("Yes, what?")
+    assert cut[1][-2] in end_tokens(probe) or cut[1][-1] in end_tokens(probe)
+
+
+def test_a_turn_ends_with_a_real_reply(probe: Probe):
+    setup = Setup(probe, Path(), "dev", 0, 0, [], [])
+    long = "Certainly, I will look that up for you at once."
+    tool = "{} " * 150
+    talk = []
+    for i in range(TURNS):
+        talk += [message("user", f"Question {i}"), message("assistant", "OK"), message("tool", tool)]
+        talk += [message("assistant", long)]
+    item = make_item(setup, 7, "made", talk)
+    assert item is not None and len(item.turns) == TURNS and item.number == 7
+    decode_ = probe.tokenizer.decode
+    assert SYSTEM in decode_(item.turns[0][0][: item.anchor]) and "Question" not in decode_(
+        item.turns[0][0][: item.anchor]
+    )
+    assert all(decode_(reply).startswith(long) for _, reply in item.turns)
+    assert all(
+        "OK" in decode_(prompt) and f"Question {i}" in decode_(prompt) for i, (prompt, _) in enumerate(item.turns)
+    )
+    assert all(reply[-1] in end_tokens(probe) for _, reply in item.turns)
+    assert make_item(setup, 7, "made", talk[4:]) is None
+
+
+def test_enough_conversations_in_each_half(probe: Probe, data: Path):
+    halves = [Turns().items(Setup(probe, data, half, 0, 0, [], [])) for half in HALVES]
+    assert all(len(half) >= 12 for half in halves)
+    assert not {i.number for i in halves[0]} & {i.number for i in halves[1]}
+
+
+@pytest.mark.parametrize("pieces_", [1, 2, 4])
+def test_pieces_end_with_the_same_slots(probe: Probe, ids: list[int], pieces_: int):
+    base = ours("x")
+    rows = [
+        feed_in_pieces(probe.row(), ids[:130], InPieces("y", base.config, base="x", pieces=pieces_, again=again), 0.2)
+        for again in (False, True)
+    ]
+    assert [row.slots for row in rows] == [26, 26] and [row.tokens for row in rows] == [130, 130]
+    if pieces_ == 1:
+        once = base.prefill(probe, ids[:130], 0.2)
+        assert all(torch.equal(a.k, b.k) for row in rows for a, b in zip(row.layers, once.layers, strict=True))
+
+
+def test_a_reply_compressed_while_it_grows(probe: Probe, ids: list[int]):
+    prompt = probe.row(ids[:20])
+    full = prompt.clone().feed(ids[20:90])
+    row = prompt.clone()
+    log_probs, slots = decode(row, ids[20:90], ours("x", interval=32).config, 0.2)
+    assert torch.equal(log_probs[:32], prompt.clone().feed(ids[20:52]))  # raw until the first compression
+    assert (log_probs[:32] - full[:32]).abs().max() < 1e-4 < (log_probs[32:] - full[32:]).abs().max()
+    assert row.slots == 20 + slots_of(0.2, 64) + 6 and row.tokens == 90
+    held = [*range(1, 33), *range(8, 40), *range(14, 20)]
+    assert slots == pytest.approx(sum(held) / 70)
