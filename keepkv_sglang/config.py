@@ -26,7 +26,7 @@ MIN_SPAN_TOKENS = 64
 MAX_CHUNK = 1024
 KEYED_BY_TOKEN = ("protect", "fair")  # part of a span's tokens instead: protect.py
 # Bump when scoring, selection or merging change in a way that makes old entries mean something else.
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 
 
 class ConfigError(ValueError):

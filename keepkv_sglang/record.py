@@ -16,20 +16,22 @@ _sequence = itertools.count()
 
 
 class Recorder:
-    """Collects one compression: kept [layers, H, m] and assign [layers, H, slots]."""
+    """Collects one compression: kept [layers, H, m], assign [layers, H, slots] and log votes lv [layers, m, H]."""
 
     def __init__(self, folder: str, facts: dict[str, Any]) -> None:
         self.path = os.path.join(folder, f"{next(_sequence):05d}-{facts['rid'][:16]}.pt")
         self.facts = facts
         self.kept: list[torch.Tensor] = []
         self.assign: list[torch.Tensor] = []
+        self.lv: list[torch.Tensor] = []
 
     def layer(self, result: Any) -> None:
         self.kept.append(result.kept.cpu())
         self.assign.append(result.assign.cpu())
+        self.lv.append(result.lv.cpu())
 
     def write(self) -> None:
-        data = {**self.facts, "kept": torch.stack(self.kept), "assign": torch.stack(self.assign)}
+        data = {name: torch.stack(getattr(self, name)) for name in ("kept", "assign", "lv")} | self.facts
         torch.save(data, self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
 
