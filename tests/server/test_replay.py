@@ -52,7 +52,13 @@ def worst(answer: Answer, first: torch.Tensor, rest: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True))
 
 
-@pytest.mark.parametrize(("rule", "references"), [*((rule, 0) for rule in MERGE_RULES), ("attention_matching", 256)])
+with_overlap = pytest.mark.parametrize("server", ["overlap"], indirect=True, scope="module")
+
+# Every rule with the overlap scheduler on; without it, and with chunks, the default.
+RULES = [*(("overlap", rule, 0) for rule in MERGE_RULES), *((mode, "attention_matching", 256) for mode in MODES)]
+
+
+@pytest.mark.parametrize(("server", "rule", "references"), RULES, indirect=["server"], scope="module")
 def test_compressed_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule, references):
     params = {"merge": rule, "references": references}
     answer = generate(server, prompt, 65, params)
@@ -73,6 +79,7 @@ def test_compressed_request_and_its_next_turn(server, record, prompt, prefilled,
     numbers(server)
 
 
+@with_overlap
 def test_selection_agrees_with_float64_up_to_ties(server, record, prompt, prefilled):
     """Every recorded choice that differs from the float64 one lies within 1e-4 (relative) of its tie."""
     flush(server)
@@ -134,6 +141,7 @@ def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prom
     numbers(server)
 
 
+@with_overlap
 def test_fair_shares_in_every_layer_and_head(server, record, prompt, prefilled):
     answer = generate(server, prompt, 8, {"fair": "100-130,130-200", "protect": "100-105"})
     (event,) = events_of(record, answer.rid)
@@ -167,6 +175,7 @@ def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, pref
     numbers(server)
 
 
+@with_overlap
 def test_keepkv_eval_keeps_the_same_slots_with_the_same_votes(server, record, prompt, model_path):
     """The server and the offline harness on the same tokens. Both compute in float32, by different attention kernels
     (differences of 1e-5), so near ties may fall differently: at most one kept token or cluster in a thousand."""
@@ -186,6 +195,7 @@ def test_keepkv_eval_keeps_the_same_slots_with_the_same_votes(server, record, pr
     numbers(server)
 
 
+@with_overlap
 def test_whole_number_budget_merges_its_own_chain_again(server, record, prompt, prefilled, text_tokens):
     """A budget in slots: prompt, reply and earlier turns together hold that many past the anchor."""
     answer = generate(server, prompt, 65, {"budget": 40})
