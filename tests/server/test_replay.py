@@ -54,12 +54,18 @@ def worst(answer: Answer, first: torch.Tensor, rest: list[float]) -> float:
 
 with_overlap = pytest.mark.parametrize("server", ["overlap"], indirect=True, scope="module")
 
-# Every rule with the overlap scheduler on; without it, and with chunks, the default.
-RULES = [*(("overlap", rule, 0) for rule in MERGE_RULES), *((mode, "attention_matching", 256) for mode in MODES)]
+@with_overlap
+@pytest.mark.parametrize("rule", MERGE_RULES)
+def test_every_rule_on_a_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule):
+    """Without reference queries, as published."""
+    request_and_next_turn(server, record, prompt, prefilled, text_tokens, rule, 0)
 
 
-@pytest.mark.parametrize(("server", "rule", "references"), RULES, indirect=["server"], scope="module")
-def test_compressed_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule, references):
+def test_default_on_a_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens):
+    request_and_next_turn(server, record, prompt, prefilled, text_tokens, "attention_matching", 256)
+
+
+def request_and_next_turn(server, record, prompt, prefilled, text_tokens, rule: str, references: int) -> None:
     params = {"merge": rule, "references": references}
     answer = generate(server, prompt, 65, params)
     events = events_of(record, answer.rid)
