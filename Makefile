@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -68,6 +68,9 @@ bench-tree: env ## a million cached tokens: our tree against SGLang's RadixCache
 
 bench-span-quality: env model ## quality of merging without queries, and of cutting long turns (needs ../shared/data)
 	$(BIN)/python benchmarks/bench_span_quality.py
+
+bench-quality: env model kvpress ## keepkv eval on the held-out documents, kvpress beside ours: hours (needs ../shared/data)
+	$(BIN)/keepkv eval --peers
 
 clean: ## caches and build output; keeps .venv and the model
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

@@ -21,7 +21,7 @@ from keepkv_sglang.votes import QueryArena
 logger = logging.getLogger("keepkv")
 
 WARMUP = "keepkv"  # name in SGLang's --warmups
-QUERIES = 32
+QUERIES = 128
 
 
 def rotary_of(model: Any) -> Rotary | None:

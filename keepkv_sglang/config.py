@@ -136,7 +136,7 @@ class KeepKVConfig:
     references: int = 256
     recent: int = 32
     sinks: int = 4
-    threshold: float = 0.6
+    threshold: float = 0.85
     interval: int = 64
     min_tokens: int = 64
     span_tokens: int = 0

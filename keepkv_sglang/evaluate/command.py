@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.evaluate.documents import HALVES, REPO, data_folder
 
 TASKS = {
@@ -67,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--budget takes fractions in (0, 1]")
     names = args.task or [name for name in TASKS if args.peers or name != "parity"]
     path = args.model or str(model.prepare(None, False))
-    results = Results(
-        args.out / f"{args.half}.jsonl", {"model": Path(path).name, "tokens": args.tokens, "half": args.half}
-    )
+    # The fingerprint: results of other defaults must not pass for those of these.
+    defaults = KeepKVConfig(enabled=True).fingerprint()
+    description = {"model": Path(path).name, "tokens": args.tokens, "half": args.half, "defaults": defaults}
+    results = Results(args.out / f"{args.half}.jsonl", description)
     if not args.report:
         torch.set_num_threads(args.threads)
         probe = Probe(path)

@@ -54,6 +54,7 @@ def worst(answer: Answer, first: torch.Tensor, rest: list[float]) -> float:
 
 with_overlap = pytest.mark.parametrize("server", ["overlap"], indirect=True, scope="module")
 
+
 @with_overlap
 @pytest.mark.parametrize("rule", MERGE_RULES)
 def test_every_rule_on_a_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule):
