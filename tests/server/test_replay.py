@@ -2,6 +2,10 @@
 
 max |dlogprob| <= 1e-4 over 64 tokens. The server computes in float32: a forward pass of this model alone differs from
 float64 by about 2e-5, so the bound leaves a factor of five; a wrong vote, position or cluster shows as 1e-2 and more.
+
+With reference queries the fit of attention_matching amplifies: relative noise of 1e-5 on float64 queries, keys and
+values moves log-probabilities by up to 1.7e-3 (1e-6: 1.7e-4). There the bound is 3e-3; the formulas themselves agree
+to 1e-9 (tests/merging).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from keepkv_sglang.layer_compress import SpanPolicy
 
 pytestmark = pytest.mark.server
 BOUND = 1e-4
+BOUND_FITTED = 3e-3
 FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32", "--max-total-tokens", "6000")
 MODES = {
     "overlap": (),
@@ -68,13 +73,14 @@ def test_default_on_a_request_and_its_next_turn(server, record, prompt, prefille
 
 def request_and_next_turn(server, record, prompt, prefilled, text_tokens, rule: str, references: int) -> None:
     params = {"merge": rule, "references": references}
+    bound = BOUND_FITTED if references else BOUND
     answer = generate(server, prompt, 65, params)
     events = events_of(record, answer.rid)
     assert [event["end"] for event in events] == [299, 331, 363]
     assert [event["references"] for event in events] == [references, 0, 0]
     assert answer.keepkv["compressions"] == 3
     row, first = prefilled[0].clone(), prefilled[1]
-    assert worst(answer, first, row.follow(answer.ids, events)) <= BOUND
+    assert worst(answer, first, row.follow(answer.ids, events)) <= bound
 
     # The next turn extends the matched entries; the raw tail of the reply is compressed with its prompt.
     turn2 = prompt + answer.ids + text_tokens[500:620]
@@ -82,7 +88,7 @@ def request_and_next_turn(server, record, prompt, prefilled, text_tokens, rule: 
     assert second.keepkv["cached_compressed_tokens"] == second.cached >= 364
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
-    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= bound
     numbers(server)
 
 
@@ -129,7 +135,7 @@ def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prom
         assert ((assign >= 0) & (assign < len(whole))).sum(-1).unique().tolist() == [len(whole)], "joined by nobody"
     assert answer.keepkv["protected_tokens"] == 40
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND_FITTED
 
     turn2 = prompt + answer.ids + text_tokens[500:620]
     second = generate(server, turn2, 40, {"protect": PROTECT + ",400-420"})
@@ -137,7 +143,7 @@ def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prom
     assert second.keepkv["protected_tokens"] == 60
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
-    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND_FITTED
     for index, layer in enumerate(row.layers):
         full = prefilled[0].layers[index]
         assert torch.equal(layer.k[:29], full.k[PROTECTED[:29]]) and torch.equal(layer.v[:29], full.v[PROTECTED[:29]])
@@ -156,7 +162,7 @@ def test_fair_shares_in_every_layer_and_head(server, record, prompt, prefilled):
     for start, end, least in ((100, 130, 10), (130, 200, 14)):
         assert ((event["kept"] >= start) & (event["kept"] < end)).sum(-1).min() >= least
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, [event])) <= BOUND
+    assert worst(answer, prefilled[1], row.follow(answer.ids, [event])) <= BOUND_FITTED
 
 
 def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, prefilled, text_tokens):
@@ -166,7 +172,7 @@ def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, pref
     assert [(event["end"], event["m"]) for event in events] == [(299, 40 + 29), (331, 40 + 40), (363, 40 + 40)]
     assert events[2]["whole"] == ((0, 40),)
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND_FITTED
     turn2 = prompt + answer.ids + text_tokens[700:760]
     second = generate(server, turn2, 8, {"budget": 40, "protect": PROTECT + ",400-405"})
     assert second.keepkv["cached_compressed_tokens"] >= 363
@@ -174,7 +180,7 @@ def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, pref
     first2 = row.feed(turn2[second.cached :])[-1]
     events = events_of(record, second.rid)
     assert events[0]["m"] == 40 + 45 and events[0]["whole"][0] == (0, 40)
-    assert worst(second, first2, row.follow(second.ids, events)) <= BOUND
+    assert worst(second, first2, row.follow(second.ids, events)) <= BOUND_FITTED
     for index, layer in enumerate(row.layers):
         full = prefilled[0].layers[index]
         assert torch.equal(layer.k[:29], full.k[PROTECTED[:29]]) and torch.equal(layer.v[:29], full.v[PROTECTED[:29]])
@@ -209,12 +215,12 @@ def test_whole_number_budget_merges_its_own_chain_again(server, record, prompt, 
     events = events_of(record, answer.rid)
     assert all(event["m"] == 40 and event["start"] == 0 for event in events) and len(events) == 3
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND_FITTED
     assert answer.keepkv["slots_held"] <= 40 + 32
     turn2 = prompt + answer.ids + text_tokens[700:760]
     second = generate(server, turn2, 8, {"budget": 40})
     assert second.keepkv["cached_compressed_tokens"] >= 363
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
-    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND_FITTED
     numbers(server)
