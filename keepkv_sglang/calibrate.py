@@ -1,7 +1,7 @@
 """Queries of a fixed text, kept when the server starts: what scores a prefix that is merged while nothing uses it.
 
 SGLang runs `warm_up` before it listens: the text goes through the server as an ordinary prompt, and the scheduler
-process, which knows it by its tokens, keeps 32 of its queries for good (scoring/pseudo.py says what for). No client's
+process, which knows it by its tokens, keeps some of its queries for good (scoring/pseudo.py says what for). No client's
 queries are ever kept: no tenant shapes another's cache. A weight update does not renew them. Where this cannot run
 (sgl.Engine, no tokenizer, several kinds of rotary embedding), keys score themselves (scoring/keydiff.py).
 """
