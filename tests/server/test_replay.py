@@ -62,26 +62,15 @@ with_overlap = pytest.mark.parametrize("server", ["overlap"], indirect=True, sco
 
 @with_overlap
 @pytest.mark.parametrize("rule", MERGE_RULES)
-def test_every_rule_on_a_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens, rule):
-    """Without reference queries, as published."""
-    request_and_next_turn(server, record, prompt, prefilled, text_tokens, rule, 0)
+def test_every_rule(server, record, prompt, prefilled, rule):
+    """Prompt and reply, without reference queries, as published."""
+    compressed(server, record, prompt, prefilled, {"merge": rule, "references": 0}, BOUND)
 
 
-def test_default_on_a_request_and_its_next_turn(server, record, prompt, prefilled, text_tokens):
-    request_and_next_turn(server, record, prompt, prefilled, text_tokens, "attention_matching", 256)
-
-
-def request_and_next_turn(server, record, prompt, prefilled, text_tokens, rule: str, references: int) -> None:
-    params = {"merge": rule, "references": references}
-    bound = BOUND_FITTED if references else BOUND
-    answer = generate(server, prompt, 65, params)
-    events = events_of(record, answer.rid)
-    assert [event["end"] for event in events] == [299, 331, 363]
-    assert [event["references"] for event in events] == [references, 0, 0]
-    assert answer.keepkv["compressions"] == 3
-    row, first = prefilled[0].clone(), prefilled[1]
-    assert worst(answer, first, row.follow(answer.ids, events)) <= bound
-
+@pytest.mark.parametrize(("references", "bound"), [(0, BOUND), (256, BOUND_FITTED)])
+def test_default_and_the_next_turn(server, record, prompt, prefilled, text_tokens, references, bound):
+    params = {"references": references}
+    answer, row = compressed(server, record, prompt, prefilled, params, bound)
     # The next turn extends the matched entries; the raw tail of the reply is compressed with its prompt.
     turn2 = prompt + answer.ids + text_tokens[500:620]
     second = generate(server, turn2, 65, params)
@@ -90,6 +79,18 @@ def request_and_next_turn(server, record, prompt, prefilled, text_tokens, rule: 
     first2 = row.feed(turn2[second.cached :])[-1]
     assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= bound
     numbers(server)
+
+
+def compressed(server, record, prompt, prefilled, params: dict, bound: float) -> tuple[Answer, Replay]:
+    """A prompt and a reply that are compressed three times: checked against the replay, which is returned."""
+    answer = generate(server, prompt, 65, params)
+    events = events_of(record, answer.rid)
+    assert [event["end"] for event in events] == [299, 331, 363]
+    assert [event["references"] for event in events] == [params["references"], 0, 0]
+    assert answer.keepkv["compressions"] == 3
+    row, first = prefilled[0].clone(), prefilled[1]
+    assert worst(answer, first, row.follow(answer.ids, events)) <= bound
+    return answer, row
 
 
 @with_overlap
@@ -120,9 +121,10 @@ PROTECT = "40-60,290-310"  # the prompt is 300 tokens long, so 299 and on are th
 PROTECTED = [*range(40, 60), *range(290, 310)]
 
 
+@with_overlap
 def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prompt, prefilled, text_tokens):
     """In every layer and head; on top of the budget; in the reply too. Ranges added later leave old entries valid."""
-    answer = generate(server, prompt, 65, {"protect": PROTECT})
+    answer = generate(server, prompt, 65, {"protect": PROTECT, "references": 0})
     events = events_of(record, answer.rid)
     # Of [0, 299) 29 tokens are protected, of [299, 331) 11.
     assert [(event["end"], event["m"]) for event in events] == [(299, 54 + 29), (331, 5 + 11), (363, 6)]
@@ -135,52 +137,52 @@ def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prom
         assert ((assign >= 0) & (assign < len(whole))).sum(-1).unique().tolist() == [len(whole)], "joined by nobody"
     assert answer.keepkv["protected_tokens"] == 40
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND_FITTED
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
 
     turn2 = prompt + answer.ids + text_tokens[500:620]
-    second = generate(server, turn2, 40, {"protect": PROTECT + ",400-420"})
+    second = generate(server, turn2, 40, {"protect": PROTECT + ",400-420", "references": 0})
     assert second.keepkv["cached_compressed_tokens"] == second.cached >= 364
     assert second.keepkv["protected_tokens"] == 60
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
-    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND_FITTED
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
     for index, layer in enumerate(row.layers):
         full = prefilled[0].layers[index]
         assert torch.equal(layer.k[:29], full.k[PROTECTED[:29]]) and torch.equal(layer.v[:29], full.v[PROTECTED[:29]])
         assert not layer.lv[:29].any(), "one vote each"
     # The prompt's entry does not hold what others mark in it; that of the reply is another with other marks.
-    assert generate(server, turn2, 2, {"protect": "40-61"}).cached == 0
-    assert generate(server, turn2, 2, {"protect": "40-60,290-311"}).cached == 299
+    assert generate(server, turn2, 2, {"protect": "40-61", "references": 0}).cached == 0
+    assert generate(server, turn2, 2, {"protect": "40-60,290-311", "references": 0}).cached == 299
     numbers(server)
 
 
 @with_overlap
 def test_fair_shares_in_every_layer_and_head(server, record, prompt, prefilled):
-    answer = generate(server, prompt, 8, {"fair": "100-130,130-200", "protect": "100-105"})
+    answer = generate(server, prompt, 8, {"fair": "100-130,130-200", "protect": "100-105", "references": 0})
     (event,) = events_of(record, answer.rid)
     assert event["m"] == 5 + 59 and event["shares"] == ((100, 130, 5), (130, 200, 14))
     for start, end, least in ((100, 130, 10), (130, 200, 14)):
         assert ((event["kept"] >= start) & (event["kept"] < end)).sum(-1).min() >= least
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, [event])) <= BOUND_FITTED
+    assert worst(answer, prefilled[1], row.follow(answer.ids, [event])) <= BOUND
 
 
 def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, prefilled, text_tokens):
     """Where the chain is merged again, protected tokens are the first slots of what was merged before."""
-    answer = generate(server, prompt, 65, {"budget": 40, "protect": PROTECT})
+    answer = generate(server, prompt, 65, {"budget": 40, "protect": PROTECT, "references": 0})
     events = events_of(record, answer.rid)
     assert [(event["end"], event["m"]) for event in events] == [(299, 40 + 29), (331, 40 + 40), (363, 40 + 40)]
     assert events[2]["whole"] == ((0, 40),)
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND_FITTED
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
     turn2 = prompt + answer.ids + text_tokens[700:760]
-    second = generate(server, turn2, 8, {"budget": 40, "protect": PROTECT + ",400-405"})
+    second = generate(server, turn2, 8, {"budget": 40, "protect": PROTECT + ",400-405", "references": 0})
     assert second.keepkv["cached_compressed_tokens"] >= 363
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
     events = events_of(record, second.rid)
     assert events[0]["m"] == 40 + 45 and events[0]["whole"][0] == (0, 40)
-    assert worst(second, first2, row.follow(second.ids, events)) <= BOUND_FITTED
+    assert worst(second, first2, row.follow(second.ids, events)) <= BOUND
     for index, layer in enumerate(row.layers):
         full = prefilled[0].layers[index]
         assert torch.equal(layer.k[:29], full.k[PROTECTED[:29]]) and torch.equal(layer.v[:29], full.v[PROTECTED[:29]])
@@ -211,16 +213,16 @@ def test_keepkv_eval_keeps_the_same_slots_with_the_same_votes(server, record, pr
 @with_overlap
 def test_whole_number_budget_merges_its_own_chain_again(server, record, prompt, prefilled, text_tokens):
     """A budget in slots: prompt, reply and earlier turns together hold that many past the anchor."""
-    answer = generate(server, prompt, 65, {"budget": 40})
+    answer = generate(server, prompt, 65, {"budget": 40, "references": 0})
     events = events_of(record, answer.rid)
     assert all(event["m"] == 40 and event["start"] == 0 for event in events) and len(events) == 3
     row = prefilled[0].clone()
-    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND_FITTED
+    assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
     assert answer.keepkv["slots_held"] <= 40 + 32
     turn2 = prompt + answer.ids + text_tokens[700:760]
-    second = generate(server, turn2, 8, {"budget": 40})
+    second = generate(server, turn2, 8, {"budget": 40, "references": 0})
     assert second.keepkv["cached_compressed_tokens"] >= 363
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
-    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND_FITTED
+    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= BOUND
     numbers(server)
