@@ -26,7 +26,7 @@ def table(positions: int = 400) -> torch.Tensor:
 
 
 def arena() -> QueryArena:
-    return QueryArena(LAYERS, 64, Q_HEADS, DIM, torch.float32, "cpu")
+    return QueryArena(LAYERS, 2 * QUERIES, Q_HEADS, DIM, torch.float32, "cpu")
 
 
 def run(calibration: Calibration, store: QueryArena, chunks: list[tuple[int, int]], at: int = 0) -> None:

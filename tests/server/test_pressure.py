@@ -11,7 +11,7 @@ from client import BORDER, Router, body, flush, generate, numbers, tokens
 from replay import events_of
 
 pytestmark = pytest.mark.server
-BOUND = 1e-4  # as in test_replay.py
+BOUND = 3e-3  # the default rule fits: BOUND_FITTED of test_replay.py
 
 
 FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32", "--max-total-tokens", "1200")

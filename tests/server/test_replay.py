@@ -3,9 +3,9 @@
 max |dlogprob| <= 1e-4 over 64 tokens. The server computes in float32: a forward pass of this model alone differs from
 float64 by about 2e-5, so the bound leaves a factor of five; a wrong vote, position or cluster shows as 1e-2 and more.
 
-With reference queries the fit of attention_matching amplifies: relative noise of 1e-5 on float64 queries, keys and
-values moves log-probabilities by up to 1.7e-3 (1e-6: 1.7e-4). There the bound is 3e-3; the formulas themselves agree
-to 1e-9 (tests/merging).
+The fit of attention_matching amplifies: relative noise of 1e-5 on float64 queries, keys and values moves
+log-probabilities by up to 7e-4, with reference queries 1.7e-3 (docs/log.md). There the bound is 3e-3; the formulas
+themselves agree to 1e-9 (tests/merging).
 """
 
 from __future__ import annotations
@@ -64,12 +64,15 @@ with_overlap = pytest.mark.parametrize("server", ["overlap"], indirect=True, sco
 @pytest.mark.parametrize("rule", MERGE_RULES)
 def test_every_rule(server, record, prompt, prefilled, rule):
     """Prompt and reply, without reference queries, as published."""
-    compressed(server, record, prompt, prefilled, {"merge": rule, "references": 0}, BOUND)
+    bound = BOUND_FITTED if rule == "attention_matching" else BOUND
+    compressed(server, record, prompt, prefilled, {"merge": rule, "references": 0}, bound)
 
 
-@pytest.mark.parametrize(("references", "bound"), [(0, BOUND), (256, BOUND_FITTED)])
-def test_default_and_the_next_turn(server, record, prompt, prefilled, text_tokens, references, bound):
-    params = {"references": references}
+@pytest.mark.parametrize(
+    ("merge", "references", "bound"), [("least_squares", 0, BOUND), ("attention_matching", 256, BOUND_FITTED)]
+)
+def test_next_turn(server, record, prompt, prefilled, text_tokens, merge, references, bound):
+    params = {"merge": merge, "references": references}
     answer, row = compressed(server, record, prompt, prefilled, params, bound)
     # The next turn extends the matched entries; the raw tail of the reply is compressed with its prompt.
     turn2 = prompt + answer.ids + text_tokens[500:620]
@@ -117,6 +120,7 @@ def test_selection_agrees_with_float64_up_to_ties(server, record, prompt, prefil
     assert different <= 0.02 * 10 * 3 * event["m"], "ties are rare; this many differences are a different formula"
 
 
+STRICT_RULE = {"merge": "least_squares", "references": 0}  # fits nothing across slots: the strict bound holds
 PROTECT = "40-60,290-310"  # the prompt is 300 tokens long, so 299 and on are the reply's span
 PROTECTED = [*range(40, 60), *range(290, 310)]
 
@@ -124,7 +128,7 @@ PROTECTED = [*range(40, 60), *range(290, 310)]
 @with_overlap
 def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prompt, prefilled, text_tokens):
     """In every layer and head; on top of the budget; in the reply too. Ranges added later leave old entries valid."""
-    answer = generate(server, prompt, 65, {"protect": PROTECT, "references": 0})
+    answer = generate(server, prompt, 65, {"protect": PROTECT, **STRICT_RULE})
     events = events_of(record, answer.rid)
     # Of [0, 299) 29 tokens are protected, of [299, 331) 11.
     assert [(event["end"], event["m"]) for event in events] == [(299, 54 + 29), (331, 5 + 11), (363, 6)]
@@ -140,7 +144,7 @@ def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prom
     assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
 
     turn2 = prompt + answer.ids + text_tokens[500:620]
-    second = generate(server, turn2, 40, {"protect": PROTECT + ",400-420", "references": 0})
+    second = generate(server, turn2, 40, {"protect": PROTECT + ",400-420", **STRICT_RULE})
     assert second.keepkv["cached_compressed_tokens"] == second.cached >= 364
     assert second.keepkv["protected_tokens"] == 60
     row.truncate(second.cached)
@@ -151,14 +155,14 @@ def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prom
         assert torch.equal(layer.k[:29], full.k[PROTECTED[:29]]) and torch.equal(layer.v[:29], full.v[PROTECTED[:29]])
         assert not layer.lv[:29].any(), "one vote each"
     # The prompt's entry does not hold what others mark in it; that of the reply is another with other marks.
-    assert generate(server, turn2, 2, {"protect": "40-61", "references": 0}).cached == 0
-    assert generate(server, turn2, 2, {"protect": "40-60,290-311", "references": 0}).cached == 299
+    assert generate(server, turn2, 2, {"protect": "40-61", **STRICT_RULE}).cached == 0
+    assert generate(server, turn2, 2, {"protect": "40-60,290-311", **STRICT_RULE}).cached == 299
     numbers(server)
 
 
 @with_overlap
 def test_fair_shares_in_every_layer_and_head(server, record, prompt, prefilled):
-    answer = generate(server, prompt, 8, {"fair": "100-130,130-200", "protect": "100-105", "references": 0})
+    answer = generate(server, prompt, 8, {"fair": "100-130,130-200", "protect": "100-105", **STRICT_RULE})
     (event,) = events_of(record, answer.rid)
     assert event["m"] == 5 + 59 and event["shares"] == ((100, 130, 5), (130, 200, 14))
     for start, end, least in ((100, 130, 10), (130, 200, 14)):
@@ -169,14 +173,14 @@ def test_fair_shares_in_every_layer_and_head(server, record, prompt, prefilled):
 
 def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, prefilled, text_tokens):
     """Where the chain is merged again, protected tokens are the first slots of what was merged before."""
-    answer = generate(server, prompt, 65, {"budget": 40, "protect": PROTECT, "references": 0})
+    answer = generate(server, prompt, 65, {"budget": 40, "protect": PROTECT, **STRICT_RULE})
     events = events_of(record, answer.rid)
     assert [(event["end"], event["m"]) for event in events] == [(299, 40 + 29), (331, 40 + 40), (363, 40 + 40)]
     assert events[2]["whole"] == ((0, 40),)
     row = prefilled[0].clone()
     assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
     turn2 = prompt + answer.ids + text_tokens[700:760]
-    second = generate(server, turn2, 8, {"budget": 40, "protect": PROTECT + ",400-405", "references": 0})
+    second = generate(server, turn2, 8, {"budget": 40, "protect": PROTECT + ",400-405", **STRICT_RULE})
     assert second.keepkv["cached_compressed_tokens"] >= 363
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
@@ -213,14 +217,14 @@ def test_keepkv_eval_keeps_the_same_slots_with_the_same_votes(server, record, pr
 @with_overlap
 def test_whole_number_budget_merges_its_own_chain_again(server, record, prompt, prefilled, text_tokens):
     """A budget in slots: prompt, reply and earlier turns together hold that many past the anchor."""
-    answer = generate(server, prompt, 65, {"budget": 40, "references": 0})
+    answer = generate(server, prompt, 65, {"budget": 40, **STRICT_RULE})
     events = events_of(record, answer.rid)
     assert all(event["m"] == 40 and event["start"] == 0 for event in events) and len(events) == 3
     row = prefilled[0].clone()
     assert worst(answer, prefilled[1], row.follow(answer.ids, events)) <= BOUND
     assert answer.keepkv["slots_held"] <= 40 + 32
     turn2 = prompt + answer.ids + text_tokens[700:760]
-    second = generate(server, turn2, 8, {"budget": 40, "references": 0})
+    second = generate(server, turn2, 8, {"budget": 40, **STRICT_RULE})
     assert second.keepkv["cached_compressed_tokens"] >= 363
     row.truncate(second.cached)
     first2 = row.feed(turn2[second.cached :])[-1]
