@@ -7,6 +7,7 @@ positions. `feed` appends tokens, `replace_span` puts merged slots in the place 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from keepkv_sglang.scoring.rotary import Rotary
 
-_NAME = "keepkv_probe"
+_numbers = itertools.count()  # attention functions are registered by name, for the whole process: one per probe
 
 
 class Slots(NamedTuple):
@@ -89,10 +90,11 @@ class Probe:
     def __init__(self, path: str) -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-        AttentionInterface.register(_NAME, self._attend)
+        name = f"keepkv_probe_{next(_numbers)}"
+        AttentionInterface.register(name, self._attend)
         self.path = path
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=_NAME).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=name).eval()
         config = self.model.config
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layer_count = config.num_hidden_layers

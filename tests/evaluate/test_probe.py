@@ -124,3 +124,9 @@ def test_agreement_of_known_distributions():
     assert got.kl == pytest.approx(0.5 * (0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()).item())
     assert got.top1 == 0.5  # equal probabilities: the first token
     assert got.nll == pytest.approx(-torch.tensor(0.75).log().item())
+
+
+def test_two_probes_in_one_process(model_path, probe, ids):
+    """Each has its own attention function and its own row."""
+    other = Probe(str(model_path))
+    assert torch.equal(other.row().feed(ids[:20]), probe.row().feed(ids[:20]))
