@@ -68,11 +68,17 @@ def test_every_rule(server, record, prompt, prefilled, rule):
     compressed(server, record, prompt, prefilled, {"merge": rule, "references": 0}, bound)
 
 
-@pytest.mark.parametrize(
-    ("merge", "references", "bound"), [("least_squares", 0, BOUND), ("attention_matching", 256, BOUND_FITTED)]
-)
-def test_next_turn(server, record, prompt, prefilled, text_tokens, merge, references, bound):
-    params = {"merge": merge, "references": references}
+def test_default_and_the_next_turn(server, record, prompt, prefilled, text_tokens):
+    params = {"merge": "attention_matching", "references": 256}
+    next_turn(server, record, prompt, prefilled, text_tokens, params, BOUND_FITTED)
+
+
+@with_overlap
+def test_strict_rule_and_the_next_turn(server, record, prompt, prefilled, text_tokens):
+    next_turn(server, record, prompt, prefilled, text_tokens, {"merge": "least_squares", "references": 0}, BOUND)
+
+
+def next_turn(server, record, prompt, prefilled, text_tokens, params: dict, bound: float) -> None:
     answer, row = compressed(server, record, prompt, prefilled, params, bound)
     # The next turn extends the matched entries; the raw tail of the reply is compressed with its prompt.
     turn2 = prompt + answer.ids + text_tokens[500:620]
@@ -171,6 +177,7 @@ def test_fair_shares_in_every_layer_and_head(server, record, prompt, prefilled):
     assert worst(answer, prefilled[1], row.follow(answer.ids, [event])) <= BOUND
 
 
+@with_overlap
 def test_protected_tokens_survive_a_budget_in_slots(server, record, prompt, prefilled, text_tokens):
     """Where the chain is merged again, protected tokens are the first slots of what was merged before."""
     answer = generate(server, prompt, 65, {"budget": 40, "protect": PROTECT, **STRICT_RULE})
