@@ -51,7 +51,7 @@ def check_last_computation(answer, prompt, events, row):
     now = [event for event in events if event["retractions"] == last]
     done = now[0]["prefill_tokens"] - len(prompt)
     assert [event["end"] for event in now][-2:] == [271, 303], "borders moved"
-    assert [tuple(event["window"]) for event in now][-2:] == [(239, 271), (271, 303)], "a window shrank"
+    assert [event["window"] for event in now][-2:] == [[*range(239, 271)], [*range(271, 303)]], "a window shrank"
     if now[0]["end"] == 271:  # the prompt's span survived in the cache: it was made in an earlier computation
         row.feed(prompt[:239])
         row.compress(next(event for event in events if event["end"] == 239))
