@@ -24,20 +24,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from span_quality import FOLLOWING, Cache, Document, Layer, Probe, data_folder, documents, half_turn
+from span_quality import FOLLOWING, Layer, SpanProbe
 from tqdm import tqdm
 
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import (
-    LayerInput,
-    SpanPolicy,
-    compress_layer,
-    match,
-    merge_from_assignment,
-    select,
-)
+from keepkv_sglang.evaluate.documents import Document, data_folder, documents
+from keepkv_sglang.evaluate.future import half_turn
+from keepkv_sglang.evaluate.probe import Slots
+from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
 from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
 from keepkv_sglang.scoring.rotary import Rotary
+from keepkv_sglang.selection import SpanPolicy, match, select
+from keepkv_sglang.span_policy import span_policy
 
 COLD_TOKENS, CUT_TOKENS = 1024, 1536
 BUDGETS = (0.1, 0.2)
@@ -111,7 +109,7 @@ class Calibration:
     product: dict[int, PseudoQueries]
 
     @staticmethod
-    def of(probe: Probe) -> Calibration:
+    def of(probe: SpanProbe) -> Calibration:
         tokens = probe.tokenizer(CALIBRATION)["input_ids"]
         layers, _ = probe.prefill(tokens, 1)
         positions = torch.arange(len(tokens))
@@ -127,7 +125,7 @@ class Calibration:
         product = PseudoQueries(torch.stack([layer.q[rows] for layer in layers]), rows, Rotary(table))
         return Calibration(queries, moments, {WINDOW: product})
 
-    def pseudo(self, probe: Probe, layer: int, start: int, count: int, step: int = 1) -> torch.Tensor:
+    def pseudo(self, probe: SpanProbe, layer: int, start: int, count: int, step: int = 1) -> torch.Tensor:
         """[count, Hq, D]: queries spread evenly over the text, at positions start, start + step, ..."""
         if step == 1:
             return self.product[count].behind(layer, start)
@@ -136,7 +134,7 @@ class Calibration:
         return probe.rotate(q[index], start + step * torch.arange(count))
 
 
-def expected_attention(probe: Probe, m: Moments, k: torch.Tensor, v: torch.Tensor, start: int, scale: float):
+def expected_attention(probe: SpanProbe, m: Moments, k: torch.Tensor, v: torch.Tensor, start: int, scale: float):
     """[H, n]: (softmax over tokens of mu.k + k' Sigma k / 2, + EPSILON) |v|, mean over the group's heads; mu and
     Sigma under the mean rotation of the FUTURE positions from `start` (arXiv 2510.00636, as kvpress has it)."""
     cos, sin = probe.model.model.rotary_emb(k, torch.arange(start, start + FUTURE)[None])
@@ -163,7 +161,7 @@ class Cold(NamedTuple):
 # Candidates for a cold span
 
 
-def cold_candidates(probe: Probe, calibration: Calibration, scale: float) -> dict[str, Cold]:
+def cold_candidates(probe: SpanProbe, calibration: Calibration, scale: float) -> dict[str, Cold]:
     """Every selection and merge rule that is compared on cold spans."""
 
     def plain(score):
@@ -211,7 +209,7 @@ def cold_candidates(probe: Probe, calibration: Calibration, scale: float) -> dic
     return out
 
 
-def compress_cold(layers: list[Layer], cold: Cold, m: int, scale: float) -> list[Cache]:
+def compress_cold(layers: list[Layer], cold: Cold, m: int, scale: float) -> list[Slots]:
     """`layers` hold the span only."""
     out = []
     for i, layer in enumerate(layers):
@@ -220,28 +218,28 @@ def compress_cold(layers: list[Layer], cold: Cold, m: int, scale: float) -> list
         index = torch.full((len(q),), n - 1) if cold.behind else torch.arange(n - len(q), n)
         lv = torch.zeros(n, heads)
         x = LayerInput(q, index, layer.k[:0], lv[:0], layer.k, layer.v, lv, scale)
-        p = default_policy(m, cold.rule)
+        p = fixed_policy(m, cold.rule)
         if cold.scores is None:
             r = compress_layer(x, p)
-            out.append(Cache(r.k, r.v, r.lv))
+            out.append(Slots(r.k, r.v, r.lv))
         else:
             out.append(by_scores(x, p, cold.scores(i, layer)))
     return out
 
 
-def by_scores(x: LayerInput, p: SpanPolicy, scores: torch.Tensor) -> Cache:
+def by_scores(x: LayerInput, p: SpanPolicy, scores: torch.Tensor) -> Slots:
     """compress_layer with scores from outside."""
     kept, absorbs = select(scores, p)
     assign = torch.full(scores.shape, -1).scatter_(1, kept, torch.arange(p.m).expand_as(kept))
     if p.merge != "evict":
         assign = match(x.k.transpose(0, 1).contiguous(), kept, absorbs, assign, p, 64 << 20)
-    return Cache(*merge_from_assignment(x, kept, assign, p.merge, guard=True))
+    return Slots(*merge_from_assignment(x, kept, assign, p.merge, guard=True))
 
 
-def default_policy(m: int, rule: str) -> SpanPolicy:
-    """The policy of a server without further flags."""
-    config = KeepKVConfig()
-    return SpanPolicy(m=m, merge=rule, recent=config.recent, sinks=config.sinks, threshold=config.threshold)
+def fixed_policy(m: int, rule: str) -> SpanPolicy:
+    """SnapKV's scores and a threshold of 0.6 for every rule; sinks and recent tokens as a server has them."""
+    config = KeepKVConfig(scorer="snapkv", merge=rule, threshold=0.6)
+    return span_policy(config, m, sinks=config.sinks)
 
 
 # Cutting
@@ -265,13 +263,13 @@ def cut_candidates() -> dict[str, Cut]:
     return out
 
 
-def compress_cut(layers: list[Layer], cut: Cut, budget: float, scale: float) -> list[Cache]:
+def compress_cut(layers: list[Layer], cut: Cut, budget: float, scale: float) -> list[Slots]:
     """Piece by piece, the earlier pieces already compressed when a later one is scored, as in the server."""
     config = KeepKVConfig(budget=budget)
     out = []
     for layer in layers:
         n, heads, _ = layer.k.shape
-        zero, done = torch.zeros(n, heads), Cache(layer.k[:0], layer.v[:0], torch.zeros(0, heads))
+        zero, done = torch.zeros(n, heads), Slots(layer.k[:0], layer.v[:0], torch.zeros(0, heads))
         for start in range(0, n, cut.tokens or n):
             end = min(n, start + (cut.tokens or n))
             size, last = end - start, end == n
@@ -280,10 +278,10 @@ def compress_cut(layers: list[Layer], cut: Cut, budget: float, scale: float) -> 
                 layer.q[end - window : end], torch.arange(size - window, size), done.k, done.lv,
                 layer.k[start:end], layer.v[start:end], zero[start:end], scale,
             )  # fmt: skip
-            p = default_policy(config.kept_slots(start, end), cut.rule)
+            p = fixed_policy(config.kept_slots(start, end), cut.rule)
             p = replace(p, sinks=p.sinks if start == 0 else 0, recent=p.recent if last or cut.recent_inside else 0)
             r = compress_layer(x, p)
-            done = Cache(*(torch.cat(pair) for pair in zip(done, (r.k, r.v, r.lv), strict=True)))
+            done = Slots(*(torch.cat(pair) for pair in zip(done, (r.k, r.v, r.lv), strict=True)))
         out.append(done)
     return out
 
@@ -291,7 +289,7 @@ def compress_cut(layers: list[Layer], cut: Cut, budget: float, scale: float) -> 
 # Measuring
 
 
-def measure(probe: Probe, docs: list[Document], kind: str, only: set[str]) -> Iterator[dict]:
+def measure(probe: SpanProbe, docs: list[Document], kind: str, only: set[str]) -> Iterator[dict]:
     """One row per document, candidate and budget."""
     config = probe.model.config
     scale = (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) ** -0.5
@@ -354,7 +352,7 @@ def interval(logs: torch.Tensor) -> tuple[float, float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
-    parser.add_argument("--documents", type=int, default=16, help="up to 32; half of them are held out")
+    parser.add_argument("--documents", type=int, default=16, help="up to 40; half of them are held out")
     parser.add_argument("--only", choices=["cold", "cut"])
     parser.add_argument("--half", choices=["dev", "held-out"], help="documents of one half only")
     parser.add_argument("--all", action="store_true", help="also the candidates that lost (three times as many)")
@@ -365,10 +363,10 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     try:
         folder = data_folder(options.data)
-        probe, rows = Probe(options.model), []
+        probe, rows = SpanProbe(options.model), []
         for kind, tokens in (("cold", COLD_TOKENS), ("cut", CUT_TOKENS)):
             if options.only in (None, kind):
-                docs = documents(probe, folder, options.documents, tokens)
+                docs = documents(probe.ids, folder, options.documents, tokens, FOLLOWING)
                 docs = [d for d in docs if options.half in (None, d.half)]
                 for row in measure(probe, docs, kind, set() if options.all else set(MAIN)):
                     rows.append(row)

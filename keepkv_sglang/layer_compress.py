@@ -17,10 +17,7 @@ from keepkv_sglang.merging.base import Clusters
 from keepkv_sglang.policies import MERGE_RULES, SCORERS
 from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
-from keepkv_sglang.selection import SpanPolicy, check_ranges, chunk_scores, match, own_cluster, select
-
-__all__ = ["LayerInput", "LayerResult", "SpanPolicy", "chunk_scores", "compress_layer", "match",
-           "merge_from_assignment", "observed", "select"]  # fmt: skip
+from keepkv_sglang.selection import SpanPolicy, check_ranges, match, own_cluster, select
 
 
 @dataclass(frozen=True)

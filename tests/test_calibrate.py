@@ -11,9 +11,10 @@ import torch
 from keepkv_sglang.calibrate import QUERIES, Calibration, rotary_of
 from keepkv_sglang.compressor import SCRATCH_BYTES, merge_unused
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
+from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.scoring.pseudo import PseudoQueries, calibration_rows
 from keepkv_sglang.scoring.rotary import Rotary
+from keepkv_sglang.selection import SpanPolicy
 from keepkv_sglang.votes import QueryArena, VoteStore
 
 TOKENS = list(range(500, 700))

@@ -13,8 +13,9 @@ import torch
 from keepkv_sglang import config as config_module
 from keepkv_sglang import policies
 from keepkv_sglang.config import HELP, ConfigError, KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
+from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.merging.base import Clusters, Merged
+from keepkv_sglang.selection import SpanPolicy
 
 NUMBER = 7
 
@@ -134,7 +135,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPT = """
 import torch
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer
+from keepkv_sglang.layer_compress import LayerInput, compress_layer
+from keepkv_sglang.selection import SpanPolicy
 import sys
 config = KeepKVConfig(enabled=True).with_request({"scorer": sys.argv[1]}) if sys.argv[2:] else None
 config = config or KeepKVConfig(enabled=True, scorer=sys.argv[1])

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from keepkv_sglang.anchor import MessageBorder
 from keepkv_sglang.config import ConfigError, KeepKVConfig
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer, select
+from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.merging import RULES
 from keepkv_sglang.protect import MAX_RANGES, WHOLE_MARK, Protection, marked, plain
 from keepkv_sglang.request import RequestState
+from keepkv_sglang.selection import SpanPolicy, select
 
 ON = KeepKVConfig(enabled=True)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy
+from keepkv_sglang.layer_compress import LayerInput
+from keepkv_sglang.selection import SpanPolicy
 from keepkv_sglang.stop_rule import attention_lost, smallest_m
 
 F64 = torch.float64

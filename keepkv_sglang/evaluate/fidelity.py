@@ -35,7 +35,7 @@ class Prepared:
 
 
 class Fidelity:
-    """KL(full || compressed) over FOLLOWING teacher-forced tokens behind a compressed prompt."""
+    """KL(full || compressed) over 128 teacher-forced tokens behind a compressed prompt."""
 
     name = "fidelity"
 

@@ -55,8 +55,8 @@ def mean_future(probe: Probe, q: torch.Tensor, end: int, count: int) -> torch.Te
     assert len(q) == end, "queries of the whole prompt"
     cos, sin = (t[0, :, None] for t in probe.model.model.rotary_emb(q, torch.arange(end + count)[None]))
     square = cos.square() + sin.square()
-    before = (q * cos[:end] - _half_turn(q) * sin[:end]) / square[:end]
-    return before * cos[end:].mean(0) + _half_turn(before) * sin[end:].mean(0)
+    before = (q * cos[:end] - half_turn(q) * sin[:end]) / square[:end]
+    return before * cos[end:].mean(0) + half_turn(before) * sin[end:].mean(0)
 
 
 def same_moments(q: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def same_moments(q: torch.Tensor) -> torch.Tensor:
     return torch.cat((mean[:, None] + steps, mean[:, None] - steps), dim=1).transpose(0, 1).to(q.dtype)
 
 
-def _half_turn(x: torch.Tensor) -> torch.Tensor:
+def half_turn(x: torch.Tensor) -> torch.Tensor:
     """Each pair (i, i + D / 2) turned by 90 degrees, as Hugging Face rotates."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)

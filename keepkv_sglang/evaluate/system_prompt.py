@@ -7,6 +7,7 @@ slots go differs. ("The Pitfalls of KV Cache Compression", arXiv 2510.00231, com
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,18 +56,20 @@ class Prepared:
     without: float
 
 
-class SystemPromptTask:
+class SystemPromptTask(ABC):
     """Base: a task gives items and the score of an answer in [0, 1]."""
 
     name = ""
     scored = ""
     reply_tokens = 128
 
+    @abstractmethod
     def items(self, setup: Setup) -> Sequence[Item]:
-        raise NotImplementedError
+        """As Task.items."""
 
+    @abstractmethod
     def score(self, item: Item, answer: str) -> float:
-        raise NotImplementedError
+        """Of one answer, in [0, 1]."""
 
     def pairs(self, setup: Setup) -> list[tuple[Method, float]]:
         return ours_only(setup, METHODS)

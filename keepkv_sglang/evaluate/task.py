@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,6 @@ class Setup:
     tokens: int
     methods: Sequence[Method]
     budgets: Sequence[float]
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):

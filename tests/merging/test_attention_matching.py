@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer, merge_from_assignment
+from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.selection import SpanPolicy
 
 F64 = torch.float64
 

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer, merge_from_assignment
+from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
 from keepkv_sglang.merging import RULES, get_rule
 from keepkv_sglang.merging.least_squares import _ridge
+from keepkv_sglang.selection import SpanPolicy
 
 MERGING = [rule for rule in RULES if rule != "evict"]
 COPYING = [rule for rule in RULES if rule != "attention_matching"]

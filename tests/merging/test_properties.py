@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from keepkv_sglang.config import SCORERS
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, LayerResult, SpanPolicy, compress_layer, merge_from_assignment
+from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer, merge_from_assignment
 from keepkv_sglang.merging import RULES
+from keepkv_sglang.selection import SpanPolicy
 
 F64 = torch.float64
 MERGING = [rule for rule in RULES if rule != "evict"]

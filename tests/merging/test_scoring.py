@@ -17,9 +17,10 @@ from keepkv_sglang.kernels.merge.torch_impl import (
     segment_softmax,
     segment_sum,
 )
-from keepkv_sglang.layer_compress import LayerInput, SpanPolicy, compress_layer, match, select
+from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
+from keepkv_sglang.selection import SpanPolicy, match, select
 
 
 def policy(m: int, merge: str = "evict", **changes) -> SpanPolicy:

@@ -19,7 +19,7 @@ from keepkv_sglang.config import MERGE_RULES, KeepKVConfig
 from keepkv_sglang.evaluate.methods import compress_tail, slots_of
 from keepkv_sglang.evaluate.probe import Probe
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import SpanPolicy
+from keepkv_sglang.selection import SpanPolicy
 
 pytestmark = pytest.mark.server
 BOUND = 1e-4
