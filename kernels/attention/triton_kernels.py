@@ -82,13 +82,9 @@ def decode_split(
         known = index < last
         slot = tl.load(table_ptr + row * stride_table + index, mask=known, other=0).to(tl.int64)
         at = kv_head * DIM + d
-        k = tl.load(
-            k_ptr + slot[None, :] * stride_ks + at[:, None], mask=known[None, :] & mask_d[:, None], other=0.0
-        )
+        k = tl.load(k_ptr + slot[None, :] * stride_ks + at[:, None], mask=known[None, :] & mask_d[:, None], other=0.0)
         logits = _biased(_dot(q, k, UPCAST) * scale, votes_ptr, slot, stride_votes, kv_head, known, HAS_VOTES)
-        v = tl.load(
-            v_ptr + slot[:, None] * stride_vs + at[None, :], mask=known[:, None] & mask_d[None, :], other=0.0
-        )
+        v = tl.load(v_ptr + slot[:, None] * stride_vs + at[None, :], mask=known[:, None] & mask_d[None, :], other=0.0)
         top, total, acc = _online_softmax(logits, top, total, acc, v, UPCAST)
     some = total > 0
     out = (request * HEADS_KV * GROUP + head) * SPLITS + split
@@ -169,15 +165,11 @@ def extend_tile(
         known = index < length
         slot = tl.load(table_ptr + row * stride_table + index, mask=known, other=0).to(tl.int64)
         at = kv_head * DIM + d
-        k = tl.load(
-            k_ptr + slot[None, :] * stride_ks + at[:, None], mask=known[None, :] & mask_d[:, None], other=0.0
-        )
+        k = tl.load(k_ptr + slot[None, :] * stride_ks + at[:, None], mask=known[None, :] & mask_d[:, None], other=0.0)
         logits = _biased(_dot(q, k, UPCAST) * scale, votes_ptr, slot, stride_votes, kv_head, known, HAS_VOTES)
         if CAUSAL:
             logits = tl.where(index[None, :] <= visible[:, None], logits, float("-inf"))
-        v = tl.load(
-            v_ptr + slot[:, None] * stride_vs + at[None, :], mask=known[:, None] & mask_d[None, :], other=0.0
-        )
+        v = tl.load(v_ptr + slot[:, None] * stride_vs + at[None, :], mask=known[:, None] & mask_d[None, :], other=0.0)
         top, total, acc = _online_softmax(logits, top, total, acc, v, UPCAST)
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     tl.store(

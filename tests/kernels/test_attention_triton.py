@@ -18,11 +18,11 @@ SHAPES = [
 ]
 
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
 @pytest.fixture(autouse=True)
-def _poisoned_scratch(monkeypatch):
-    """Scratch starts as NaN: a read of what was not written is noticed."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+def _few_programs(monkeypatch):
     if INTERPRETED:  # a program takes 10 ms: few splits, and all of them once
         monkeypatch.setattr(triton_impl, "_DECODE_PROGRAMS", 16)
 
