@@ -108,9 +108,9 @@ def gather_kernel(
     tl.store(out_v_ptr + out[:, None] * WIDTH_V + w[None, :], v, mask=mask)
     if tl.program_id(1) == 0:
         h = tl.arange(0, BLOCK_H)
-        mask = (i < n)[:, None] & (h < HEADS)[None, :]
-        lv = tl.load(lv_ptr + slot[:, None] * stride_ls + h[None, :], mask=mask, other=0.0)
-        tl.store(out_lv_ptr + out[:, None] * HEADS + h[None, :], lv, mask=mask)
+        mask_h = (i < n)[:, None] & (h < HEADS)[None, :]
+        lv = tl.load(lv_ptr + slot[:, None] * stride_ls + h[None, :], mask=mask_h, other=0.0)
+        tl.store(out_lv_ptr + out[:, None] * HEADS + h[None, :], lv, mask=mask_h)
 
 
 def nearest_kept(
