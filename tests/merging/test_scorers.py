@@ -1,4 +1,4 @@
-"""The scorers of other papers against loops in float64 (reference_scores.py), and formulas by hand."""
+"""The scorers of other papers against loops in float64 (kernels/score/reference.py), and formulas by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keepkv_sglang.kernels.merge import reference, reference_scores
+from keepkv_sglang.kernels.merge import reference
+from keepkv_sglang.kernels.score import reference as reference_scores
 from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.scoring import get_scorer
