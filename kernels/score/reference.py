@@ -69,6 +69,16 @@ def gkv(a: Head, group: int) -> list[float]:
     return total.log().tolist()
 
 
+def window_references(a: Head, group: int) -> list[float]:
+    """max(2 share of the window, share of the references) of the pooled root of summed squares; see the scorer."""
+    attention, shares = _attention(a), []
+    for mine, weight in ((~a.reference, 2.0), (a.reference, 1.0)):
+        norm = attention[:, mine].square().sum(1).sqrt()
+        pooled = torch.stack([norm[max(0, i - 3) : i + 4].mean() for i in range(len(norm))])
+        shares.append(weight * pooled / pooled.sum())
+    return torch.maximum(*shares).tolist()
+
+
 def value_norm(a: Head, group: int) -> list[float]:
     """arXiv 2406.12335: mean attention of the queries that see the token, times |v|_1."""
     attention, viewers = _attention(a), a.seen.sum(1)
@@ -123,6 +133,7 @@ SCORES = {
     for f in (
         tova,
         gkv,
+        window_references,
         value_norm,
         expected_attention,
         expected_attention_full,
