@@ -152,7 +152,7 @@ def build(job: Job, jobs: int = 1) -> dict[str, list[int]]:
     RuntimeError with the compiler's last words.
     """
     env = environment(job.arch)
-    child = [sys.executable, "-m", __name__ if __name__ != "__main__" else "keepkv_sglang.kernels.attention.flashinfer_build"]
+    child = [sys.executable, "-m", f"{__package__}.flashinfer_build"]
     made = json.loads(_run([*child, "--generate", job.kind], env).splitlines()[-1])
     targets = [made["library"]]
     if job.target:
@@ -203,15 +203,18 @@ def parse(output: str) -> dict[str, list[int]]:
             entry = ""
     if not found or entry:
         raise RuntimeError(f"no kernels in the compiler's output: {output[-500:]}")
-    return dict(zip(_demangle(list(found)), found.values(), strict=True))
+    names = _demangle(list(found))
+    assert len(set(names)) == len(names), "two kernels of one name would hide each other in the table"
+    return dict(zip(names, found.values(), strict=True))
 
 
 def _demangle(names: list[str]) -> list[str]:
+    """Short readable names: without parameters, namespaces and casts. RuntimeError without binutils' c++filt."""
     tool = shutil.which("c++filt")
     if tool is None:
-        return names
-    lines = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    drop = re.compile(r"^void |flashinfer::|\(anonymous namespace\)::|\(.*\)$|\((?:\w+::)*\w+\)(?=\d)|(?<=\d)u\b")
+        raise RuntimeError("c++filt is not installed: apt-get install binutils")
+    lines = subprocess.run([tool, "-p", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    drop = re.compile(r"^void |\b(?:flashinfer|cutlass|cute)::|\((?:\w+::)*\w+\)(?=-?\d)|(?<=\d)u\b")
     return [drop.sub("", line).strip() for line in lines]
 
 
