@@ -19,7 +19,9 @@ logger = logging.getLogger("keepkv")
 ATTRIBUTE = "_keepkv"
 RADIX_BACKEND = "keepkv"
 CPU_BACKEND = "keepkv_cpu"
+FLASHINFER_BACKEND = "keepkv_flashinfer"  # compiled, never run on a GPU: only for those who name it
 ATTENTION_BACKENDS = (CPU_BACKEND,)
+BY_NAME = {"cuda": (FLASHINFER_BACKEND,)}
 CHOICES = {"pressure": PRESSURE_MODES}
 
 
@@ -66,22 +68,24 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
 
 def _choose_backends(values: dict[str, Any]) -> None:
     """--enable-keepkv alone selects our backends; another choice by the user is an error."""
-    device = values.get("device") or _default_device()
-    if not str(device).startswith("cpu"):
+    device = str(values.get("device") or _default_device())
+    wanted_attention = values.get("attention_backend")
+    allowed = ATTENTION_BACKENDS if device.startswith("cpu") else BY_NAME.get(device.partition(":")[0], ())
+    if not device.startswith("cpu") and wanted_attention not in allowed:
+        untested = "".join(f"--attention-backend {name} (never run on a GPU) is there to try; " for name in allowed)
         raise ConfigError(
-            f"KeepKV's attention backends for {device} are not part of this release: run it on the CPU "
+            f"no attention backend of KeepKV for {device} is part of this release: {untested}run it on the CPU "
             "(--device cpu on a machine without an accelerator), or start the server without --enable-keepkv"
         )
-    wanted_attention = values.get("attention_backend")
     if wanted_attention in (None, "auto"):
         values["attention_backend"] = CPU_BACKEND
-    elif wanted_attention not in ATTENTION_BACKENDS:
+    elif wanted_attention not in allowed:
         raise ConfigError(
-            f"--attention-backend {wanted_attention} cannot weight attention by votes; leave it out or use "
-            + " or ".join(ATTENTION_BACKENDS)
+            f"--attention-backend {wanted_attention} cannot weight attention by votes on {device}; leave it out or use "
+            + " or ".join(allowed)
         )
     for name in ("prefill_attention_backend", "decode_attention_backend"):
-        if values.get(name) not in (None, *ATTENTION_BACKENDS):
+        if values.get(name) not in (None, *allowed):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {values[name]} cannot weight attention by votes; leave it out")
     if values.get("radix_cache_backend") not in (None, RADIX_BACKEND):

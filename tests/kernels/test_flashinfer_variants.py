@@ -71,7 +71,9 @@ def source(kind: str, args: list, declaration: str) -> str:
         structs = params_structs("batch_decode_customize_config.jinja", args)
     else:
         defines += f"#define CUSTOM {'true' if kind == 'custom' else 'false'}\n#define PREFILL\n"
-        defines += "#define PARAMS RaggedParams\n#define RAGGED\n" if kind == "ragged" else "#define PARAMS PagedParams\n"
+        defines += (
+            "#define PARAMS RaggedParams\n#define RAGGED\n" if kind == "ragged" else "#define PARAMS PagedParams\n"
+        )
         structs = params_structs("batch_prefill_customize_config.jinja", args)
     # A member alias `using DTypeQ = DTypeQ` of the templates is an error for g++ (-fpermissive lets it pass).
     driver = (HERE / "flashinfer_host.cpp").read_text()
@@ -168,9 +170,7 @@ class Case:
                 visible[: self.qo_lens[b], :length, 0] = self.mask[b]
             inside = np.broadcast_to((np.arange(keys) < length)[None, :, None], out.shape)
             if self.kind == "fa3":
-                out, inside = (
-                    x.reshape(keys, self.kv_heads, self.group).transpose(1, 0, 2) for x in (out, inside)
-                )
+                out, inside = (x.reshape(keys, self.kv_heads, self.group).transpose(1, 0, 2) for x in (out, inside))
             logits.append(out.reshape(-1))
             masks.append(np.broadcast_to(visible, (queries, keys, self.heads)).reshape(-1))
             used.append(inside.reshape(-1))
@@ -225,7 +225,11 @@ def test_the_declarations_are_equation_6(kind, tmp_path, record_property):
 
 VOTE = "x = vote > -1.0e+29f ? x + vote : -math::inf;"
 MUTANTS = {
-    "page_index": ("custom", "params.paged_kv.indptr[batch_idx] + page)", "params.paged_kv.indptr[batch_idx] + kv_idx)"),
+    "page_index": (
+        "custom",
+        "params.paged_kv.indptr[batch_idx] + page)",
+        "params.paged_kv.indptr[batch_idx] + kv_idx)",
+    ),
     "no_entry": ("decode", "uint32_t(params.paged_kv.page_size) + entry", "uint32_t(params.paged_kv.page_size)"),
     "first_request": ("decode", "params.paged_kv.indptr[batch_idx]", "params.paged_kv.indptr[0]"),
     "no_guard": ("decode", "if (kv_idx < kv_len) {", "if (true) {"),
