@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak flashinfer-gate bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -53,6 +53,9 @@ $(KVPRESS_STAMP):
 soak: env model ## the long runs that make test leaves out
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -m soak --timeout 1800 $(PYTEST_ARGS)
+
+flashinfer-gate: env ## compile the FlashInfer kernels without a GPU: no register or spill more than recorded (10 min)
+	$(BIN)/python -m keepkv_sglang.kernels.attention.flashinfer_build --gate
 
 bench-kernels: env ## attention kernels against SGLang's torch_native
 	$(BIN)/python benchmarks/bench_attention.py

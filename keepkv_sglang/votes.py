@@ -28,9 +28,9 @@ class VoteStore:
 class QueryArena:
     """Bounded scratch for the window queries of prompts and of coming decode compressions.
 
-    queries: [layers, rows + 1, q_heads, head_dim] in the model's dtype. A request takes `window` rows and gives them back
-    after its compression; one that does not fit waits for the next round (DESIGN.md, decision 7). One row more, `spare`,
-    is never handed out: a CUDA graph, which copies every query somewhere, writes those nobody wants there.
+    queries: [layers, rows + 1, q_heads, head_dim] in the model's dtype. A request takes `window` rows and gives them
+    back after its compression; one that does not fit waits for the next round (DESIGN.md, decision 7). The last row,
+    `spare`, is never handed out: a CUDA graph, which copies every query somewhere, writes those nobody wants there.
     """
 
     def __init__(

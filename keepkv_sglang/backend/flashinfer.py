@@ -99,6 +99,8 @@ class LayerVotes:
 class KeepKVFlashInferBackend(LayerVotes, FlashInferAttnBackend):
     """SGLang's FlashInfer backend, with votes where KeepKV is on and unchanged where it is off."""
 
+    use_paged: bool
+
     def __init__(self, runner: Any) -> None:
         super().__init__(runner, init_new_workspace=runner.init_new_workspace)
         # SGLang asks this of its own class only.

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import flashinfer_table
 from .build import cache_dir
 
-TABLE = Path(__file__).with_name("flashinfer_table.json")
 # The wheels ship CUDA 13 headers that are older than FlashInfer's vendored CCCL; CCCL refuses the pair by default.
 CUDA_FLAGS = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK -Xptxas -v"
 
@@ -175,7 +175,7 @@ def build(job: Job, jobs: int = 1) -> dict[str, Any]:
     output = _run([*ninja, *targets], env)
     if not job.target:
         _check_loads(Path(made["library"]))
-    return {"module": made["module"], "kernels": dict(sorted(parse(output).items()))}
+    return {"module": made["module"], "kernels": dict(sorted(flashinfer_table.parse(output).items()))}
 
 
 def _check_loads(library: Path) -> None:
@@ -191,54 +191,6 @@ def _run(command: Sequence[str], env: dict[str, str]) -> str:
     return done.stdout
 
 
-_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
-_SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
-
-
-def parse(output: str) -> dict[str, list[int]]:
-    """{demangled kernel: [registers, spill stores, spill loads]} from the output of `ptxas -v`.
-
-    RuntimeError when nothing was compiled, or a kernel has no line of resources: then the format has changed.
-    """
-    found: dict[str, list[int]] = {}
-    entry, spills = "", [0, 0]
-    for line in output.splitlines():
-        if match := _ENTRY.search(line):
-            entry, spills = match.group(1), [0, 0]
-        elif entry and (match := _SPILL.search(line)):
-            spills = [int(match.group(1)), int(match.group(2))]
-        elif entry and (match := _USED.search(line)):
-            found[entry] = [int(match.group(1)), *spills]
-            entry = ""
-    if not found or entry:
-        raise RuntimeError(f"no kernels in the compiler's output: {output[-500:]}")
-    names = _demangle(list(found))
-    assert len(set(names)) == len(names), "two kernels of one name would hide each other in the table"
-    return dict(zip(names, found.values(), strict=True))
-
-
-def _demangle(names: list[str]) -> list[str]:
-    """Short readable names: without parameters, namespaces and casts. RuntimeError without binutils' c++filt."""
-    tool = shutil.which("c++filt")
-    if tool is None:
-        raise RuntimeError("c++filt is not installed: apt-get install binutils")
-    lines = subprocess.run([tool, "-p", *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    drop = re.compile(r"^void |\b(?:flashinfer|cutlass|cute)::|\((?:\w+::)*\w+\)(?=-?\d)|(?<=\d)u\b")
-    return [drop.sub("", line).strip() for line in lines]
-
-
-def compare(old: dict[str, list[int]], new: dict[str, list[int]]) -> list[str]:
-    """Regressions in words: more registers, more spilled bytes, a kernel that is gone or was never recorded."""
-    worse = [f"{name}: not in the build" for name in old.keys() - new.keys()]
-    worse += [f"{name}: not in the table" for name in new.keys() - old.keys()]
-    labels = ("registers", "bytes of spill stores", "bytes of spill loads")
-    for name in old.keys() & new.keys():
-        pairs = zip(labels, old[name], new[name], strict=True)
-        worse += [f"{name}: {label} {was} -> {now}" for label, was, now in pairs if now > was]
-    return sorted(worse)
-
-
 def versions() -> dict[str, str]:
     """What the numbers depend on: FlashInfer and the compiler."""
     text = _run([str(wheels() / "bin" / "nvcc"), "--version"], dict(os.environ))
@@ -247,28 +199,6 @@ def versions() -> dict[str, str]:
         "flashinfer": importlib.metadata.version("flashinfer-python"),
         "nvcc": release.group(1) if release else "unknown",
     }
-
-
-def load_table() -> dict[str, Any]:
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {"versions": {}, "jobs": {}}
-
-
-def render(table: dict[str, Any]) -> str:
-    """The table as JSON with one line per kernel: a regression is one line of a diff."""
-    text = json.dumps(table, indent=1)
-    return re.sub(r"\[\s+(\d+),\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2, \3]", text) + "\n"
-
-
-def summary(table: dict[str, Any]) -> str:
-    """The table in Markdown, a row per job: what kernels/attention/README.md shows."""
-    lines = [
-        "| module, object, architecture | kernels | registers, at most | spill stores, at most |",
-        "|---|---|---|---|",
-    ]
-    for name, built in table["jobs"].items():
-        used = list(built["kernels"].values())
-        lines.append(f"| {name} | {len(used)} | {max(u[0] for u in used)} | {max(u[1] for u in used)} B |")
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -285,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [job for job in JOBS if not args.jobs or job.name in args.jobs]
     if unknown := set(args.jobs) - {job.name for job in chosen}:
         parser.error(f"unknown {', '.join(sorted(unknown))}; choose from {', '.join(job.name for job in JOBS)}")
-    table, now = load_table(), versions()
+    table, now = flashinfer_table.load(), versions()
     if args.gate and table["versions"] != now:
         print(f"the table is of {table['versions']}, here is {now}: registers may differ", file=sys.stderr)
     failed = False
@@ -295,13 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         registers, stores = max(k[0] for k in kernels.values()), max(k[1] for k in kernels.values())
         print(f"{job.name}: {len(kernels)} kernels, at most {registers} registers, {stores} bytes spilled", flush=True)
         recorded = table["jobs"].get(job.name, {"kernels": {}})["kernels"]
-        for line in compare(recorded, kernels) if args.gate else ():
+        for line in flashinfer_table.compare(recorded, kernels) if args.gate else ():
             failed = True
             print(f"  {line}")
         if args.write:
-            table = load_table()
+            table = flashinfer_table.load()
             table["versions"], table["jobs"][job.name] = now, built
-            TABLE.write_text(render(table))
+            flashinfer_table.save(table)
     return int(failed)
 
 

@@ -177,10 +177,10 @@ def fa3_args(dtype: torch.dtype, head_dim: int, *, experimental: bool = False) -
     """jit_args of BatchPrefillWithPagedKVCacheWrapper(backend="fa3"), on Hopper: page_size 1, no custom mask, K and
     V of equal strides. run() takes log_votes, sm_scale and kv_heads.
 
-    ValueError unless experimental=True: it spills registers and has never run on a GPU.
+    ValueError unless experimental=True: no test reaches its tiles without a GPU, and it has never run on one.
     """
     if not experimental:
-        raise ValueError("the FA3 variant spills registers and has never run on a GPU: experimental=True builds it")
+        raise ValueError("the FA3 variant has never run on a GPU: pass experimental=True to try it")
     return _args("fa3", dtype, head_dim, TENSORS["decode"], FA3_SCALARS, "KeepKVAttentionSM90", FA3)
 
 
