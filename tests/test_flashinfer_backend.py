@@ -1,11 +1,13 @@
-"""keepkv_flashinfer without a GPU: SGLang's real backend class and FlashInfer's real wrapper classes, with Python in the
-place of the compiled module. It reads its arguments in the order that the compiled one has and computes Eq. 6."""
+"""keepkv_flashinfer without a GPU: SGLang's real backend class and FlashInfer's real wrapper classes, with Python in
+the place of the compiled module. It reads its arguments in the order that the compiled one has and computes Eq. 6."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -49,11 +51,11 @@ class OnCpu:
 class Module:
     """What FlashInfer would compile from jit_args: plan, and run with the arguments of the generated C++ function."""
 
-    made: list[Module] = []
+    made: ClassVar[list[Module]] = []
 
     def __init__(self, kind, args, backend):
         self.kind, self.args, self.backend, self.plans, self.runs = kind, args, backend, [], []
-        Module.made.append(self)
+        self.made.append(self)
 
     def plan(self, *args):
         # decode.py and prefill.py: 15 arguments for decode, 16 for FA3, 20 for FA2.
@@ -111,7 +113,7 @@ class Ragged:
         return out
 
 
-def fake(generate, kind, *fixed):
+def fake(generate, kind):
     """Stands for FlashInfer's gen_customize_*: checks jit_args against its signature, returns a Module."""
 
     def make(*args, **kwargs):
@@ -119,6 +121,10 @@ def fake(generate, kind, *fixed):
         backend = bound.get("backend", "fa2")
         names = (bound["additional_tensor_names"], bound["additional_tensor_dtypes"])
         assert len(names[0]) == len(names[1]) and bound["variant_name"].split("<")[0] in bound["variant_decl"]
+        # One name for one module: decode and prefill, with their own texts and tensors, must not share a build folder.
+        assert bound["uri"].split("_")[1] == (kind if backend == "fa2" else backend)
+        if kind == "prefill" and backend == "fa2":
+            assert "use_custom_mask" in bound["variant_name"] and bound["paged_kv_stride_mode"] == "equal"
         jit_args = list(args[1:] if kind == "prefill" else args)
         return SimpleNamespace(build_and_load=lambda: Module(kind, jit_args, backend))
 
@@ -139,7 +145,7 @@ def pack(x, indptr, bitorder):
 
 @pytest.fixture
 def patched(monkeypatch):
-    Module.made = []
+    Module.made.clear()
     for module in (flashinfer.decode, flashinfer.prefill, stock):
         monkeypatch.setattr(module, "torch", OnCpu())
     decode, prefill = (
@@ -148,9 +154,9 @@ def patched(monkeypatch):
     )
     monkeypatch.setattr(flashinfer.decode, "gen_customize_batch_decode_module", decode)
     monkeypatch.setattr(flashinfer.decode, "gen_customize_batch_prefill_module", prefill)
-    monkeypatch.setattr(
-        flashinfer.prefill, "get_customize_batch_prefill_module", lambda *a, **k: prefill(*a, **k).build_and_load()
-    )
+    monkeypatch.setattr(flashinfer.prefill, "gen_customize_batch_prefill_module", prefill)
+    uncached = flashinfer.prefill.get_customize_batch_prefill_module.__wrapped__  # a module per test
+    monkeypatch.setattr(flashinfer.prefill, "get_customize_batch_prefill_module", uncached)
     monkeypatch.setattr(flashinfer.prefill, "segment_packbits", pack)
     for name in ("BatchDecodeWithPagedKVCacheWrapper", "BatchPrefillWithPagedKVCacheWrapper", "fast_decode_plan"):
         monkeypatch.setattr(stock, name, getattr(flashinfer, name), raising=False)
@@ -177,11 +183,6 @@ class Server:
         self.heads, self.gen = heads, torch.Generator().manual_seed(1)
         hq, hkv = heads
         self.pool = MHATokenToKVPool(SLOTS - 1, 1, DTYPE, hkv, DIM, LAYERS, "cpu", False, enable_alt_stream=False)
-        access = SimpleNamespace(kind=None, scale_recipe=None)
-        method = SimpleNamespace(
-            resolve_attention_access=lambda *_: access, needs_global_scale=lambda: False, name="none"
-        )
-        self.pool.get_kv_cache_quant_method = lambda: method
         for layer in range(LAYERS):
             for buffer in (self.pool.get_key_buffer(layer), self.pool.get_value_buffer(layer)):
                 buffer.copy_(torch.randn(buffer.shape, generator=self.gen))
@@ -254,6 +255,9 @@ class Server:
         decode = batch.forward_mode.is_decode()
         run = self.backend.forward_decode if decode else self.backend.forward_extend
         got = run(q, k.view(-1, hkv, DIM), v.view(-1, hkv, DIM), layer, batch).view(-1, hq, DIM)
+        slots = batch.out_cache_loc
+        assert torch.equal(self.pool.get_key_buffer(layer.layer_id)[slots], k.view(-1, hkv, DIM))
+        assert torch.equal(self.pool.get_value_buffer(layer.layer_id)[slots], v.view(-1, hkv, DIM))
         votes = self.rt.votes.log_votes[layer.layer_id] if self.backend.runtime else None
         wanted = torch.empty(got.shape, dtype=torch.float64)
         pools = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
@@ -336,8 +340,9 @@ def test_window_queries_are_kept(patched):
     assert torch.equal(server.rt.arena.queries, before)
 
 
-def test_a_decode_graph_keeps_queries_and_votes_at_fixed_addresses(patched):
-    server = Server(patched)
+@pytest.mark.parametrize("heads", [(6, 3), (4, 1)], ids=["cuda cores", "tensor cores"])
+def test_a_decode_graph_keeps_queries_and_votes_at_fixed_addresses(patched, heads):
+    server = Server(patched, heads)
     backend, arena = server.backend, server.rt.arena
     backend.init_cuda_graph_state(4, 4)
     batch = server.batch([3, 0], [40, 7])
@@ -411,6 +416,51 @@ def test_full_prefill_graphs_and_odd_layers_are_refused(patched):
         server.backend._create_full_cg_prefill_wrappers(1, 64)
     with pytest.raises(ConfigError, match="soft-capping"):
         server.forward(server.batch([1], [30]), server.layer(0, logit_cap=30.0))
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "message"),
+    [
+        ("cuda", ours.flags.FLASHINFER_BACKEND, ""),
+        ("cuda:1", ours.flags.FLASHINFER_BACKEND, ""),
+        ("cuda", None, "keepkv_flashinfer .never run on a GPU. is there to try"),
+        ("cuda", "flashinfer", "no attention backend of KeepKV for cuda"),
+        ("cpu", ours.flags.FLASHINFER_BACKEND, "leave it out or use keepkv_cpu"),
+        ("xpu", ours.flags.FLASHINFER_BACKEND, "no attention backend of KeepKV for xpu is part of this release: run"),
+        ("cpu", None, ""),
+    ],
+)
+def test_nothing_chooses_it_but_its_name(device, wanted, message):
+    values = {"device": device, "attention_backend": wanted}
+    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
+        ours.flags._choose_backends(values)
+    if not message:
+        assert values["attention_backend"] == (wanted or ours.flags.CPU_BACKEND)
+
+
+def test_it_is_registered_with_sglang(patched):
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang.srt.layers.attention import attention_registry
+    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
+
+    from keepkv_sglang import plugin
+
+    patched.setattr(Engine, "server_args_class", Engine.server_args_class)
+
+    def register(name):
+        return functools.partial(made.__setitem__, name)
+
+    made, choices = {}, list(ATTENTION_BACKEND_CHOICES)
+    patched.setattr(plugin.seams, "HOOKS", ())  # this process is no server
+    patched.setattr(attention_registry, "register_attention_backend", register)
+    ATTENTION_BACKEND_CHOICES[:] = [name for name in choices if not name.startswith("keepkv")]
+    try:
+        plugin.register()
+        assert {"keepkv_cpu", "keepkv_flashinfer"} <= set(ATTENTION_BACKEND_CHOICES)
+    finally:
+        ATTENTION_BACKEND_CHOICES[:] = choices
+    patched.setattr(ours, "KeepKVFlashInferBackend", lambda runner: ("built", runner))
+    assert made["keepkv_flashinfer"](7) == ("built", 7)
 
 
 def test_wrappers_take_the_arguments_we_pass():

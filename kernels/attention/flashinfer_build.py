@@ -38,14 +38,16 @@ class Job:
     kind: str
     arch: str
     target: str = ""
+    head_dim: int = 64
 
     @property
     def name(self) -> str:
         part = f" {self.target}" if self.target else ""
-        return f"{self.kind}{part} sm_{self.arch.replace('.', '')}{'a' if self.arch == '9.0' else ''}"
+        size = f" d{self.head_dim}" if self.head_dim != 64 else ""
+        return f"{self.kind}{part} sm_{self.arch.replace('.', '')}{'a' if self.arch == '9.0' else ''}{size}"
 
 
-# bfloat16, head_dim 64. mask_1 is causal, mask_2 a packed custom mask (FlashInfer's MaskMode); the other objects of a
+# bfloat16. mask_1 is causal, mask_2 a packed custom mask (FlashInfer's MaskMode); the other objects of a
 # prefill module differ from these in a constant.
 JOBS = (
     Job("decode", "8.0"),
@@ -54,10 +56,14 @@ JOBS = (
     Job("prefill", "9.0", "paged_kernel_mask_1"),
     Job("prefill", "9.0", "paged_kernel_mask_2"),
     Job("fa3", "9.0", "paged_sm90_kernel_mask_1"),
+    Job("decode", "9.0", "batch_decode_kernel", 128),
+    Job("prefill", "9.0", "paged_kernel_mask_1", 128),
     # FlashInfer's own kernels, without votes: what of the registers and spills is not ours.
     Job("stock decode", "9.0", "batch_decode_kernel"),
     Job("stock prefill", "9.0", "paged_kernel_mask_1"),
     Job("stock fa3", "9.0", "paged_sm90_kernel_mask_1"),
+    Job("stock decode", "9.0", "batch_decode_kernel", 128),
+    Job("stock prefill", "9.0", "paged_kernel_mask_1", 128),
 )
 
 
@@ -128,7 +134,7 @@ def environment(arch: str) -> dict[str, str]:
     }
 
 
-def generate(kind: str) -> dict[str, Any]:
+def generate(kind: str, head_dim: int) -> dict[str, Any]:
     """Writes FlashInfer's sources and ninja file of a module; runs in a process started with `environment`.
 
     Returns {"module", "dir", "ninja", "library"} as strings. kind: of a Job; KeyError otherwise.
@@ -138,7 +144,7 @@ def generate(kind: str) -> dict[str, Any]:
 
     from . import flashinfer_variants as variants
 
-    dtype, head_dim = torch.bfloat16, 64
+    dtype = torch.bfloat16
     types = (dtype, dtype, dtype, torch.int32, head_dim, head_dim)
     plain = (0, False, False)  # no position encoding, no sliding window, no soft cap
     decode, prefill = modules.gen_customize_batch_decode_module, modules.gen_customize_batch_prefill_module
@@ -163,7 +169,7 @@ def build(job: Job, jobs: int = 1) -> dict[str, Any]:
     """
     env = environment(job.arch)
     child = [sys.executable, "-m", f"{__package__}.flashinfer_build"]
-    made = json.loads(_run([*child, "--generate", job.kind], env).splitlines()[-1])
+    made = json.loads(_run([*child, "--generate", job.kind, str(job.head_dim)], env).splitlines()[-1])
     targets = [made["library"]]
     if job.target:
         rules = Path(made["ninja"]).read_text()
@@ -206,11 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("jobs", nargs="*", metavar="JOB", help=f"some of: {', '.join(job.name for job in JOBS)}")
     parser.add_argument("--gate", action="store_true", help="fail on a regression against the table")
     parser.add_argument("--write", action="store_true", help="replace the built rows of the table")
-    parser.add_argument("--generate", help=argparse.SUPPRESS)
+    parser.add_argument("--generate", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("-j", type=int, default=int(os.environ.get("MAX_JOBS", "1")), help="parallel compilations")
     args = parser.parse_args(arguments)
     if args.generate:
-        print(json.dumps(generate(args.generate)))
+        print(json.dumps(generate(args.generate[0], int(args.generate[1]))))
         return 0
     chosen = [job for job in JOBS if not args.jobs or job.name in args.jobs]
     if unknown := set(args.jobs) - {job.name for job in chosen}:
@@ -231,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.write:
             table = flashinfer_table.load()
             table["versions"], table["jobs"][job.name] = now, built
+            table["jobs"] = {job.name: table["jobs"][job.name] for job in JOBS if job.name in table["jobs"]}
             flashinfer_table.save(table)
     return int(failed)
 
