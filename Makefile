@@ -54,7 +54,7 @@ soak: env model ## the long runs that make test leaves out
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -m soak --timeout 1800 $(PYTEST_ARGS)
 
-flashinfer-gate: env ## compile the FlashInfer kernels without a GPU: no register or spill more than recorded (10 min)
+flashinfer-gate: env ## compile the FlashInfer kernels without a GPU: no register or spill more than recorded (10-20 min)
 	$(BIN)/python -m keepkv_sglang.kernels.attention.flashinfer_build --gate
 
 bench-kernels: env ## attention kernels against SGLang's torch_native

@@ -111,6 +111,6 @@ def test_unknown_jobs_are_refused(capsys):
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_kernels_compile_and_need_no_more_than_recorded():
     assert build.main(["--gate"]) == 0
