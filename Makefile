@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak compile-gate bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -57,6 +57,9 @@ soak: env model ## the long runs that make test leaves out
 
 compile-gate: env ## every Triton kernel compiled for sm_80, sm_90, sm_100 (no GPU): registers against the committed table
 	$(BIN)/python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.backend.compile_cases $(ARGS)
+
+flashinfer-gate: env ## compile the FlashInfer kernels without a GPU: no register or spill more than recorded (10-20 min)
+	$(BIN)/python -m keepkv_sglang.kernels.attention.flashinfer_build --gate
 
 bench-kernels: env ## attention kernels against SGLang's torch_native
 	$(BIN)/python benchmarks/bench_attention.py

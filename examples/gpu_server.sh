@@ -2,12 +2,12 @@
 # Launch commands for a machine with an NVIDIA GPU.
 #
 #   examples/gpu_server.sh plain MODEL [PORT]     stock SGLang on the GPU, the plugin installed and out of the way
-#   examples/gpu_server.sh keepkv MODEL [PORT]    KeepKV, on the CPU of this machine: see below
+#   examples/gpu_server.sh keepkv MODEL [PORT]    KeepKV on the GPU: see below
 #
-# Honest: KeepKV's GPU attention backends do not exist yet. With CUDA visible --enable-keepkv ends the start with
-# one line that says so. No attention backend of SGLang's own can stand in, since none weights attention by votes:
-# --attention-backend triton, fa3 or flashinfer beside --enable-keepkv is refused too. So today KeepKV on such a
-# machine means hiding the GPU, as `keepkv` does below.
+# Honest: the GPU attention backends have never run on a GPU where KeepKV is developed. They are compiled and tested in
+# emulation. Run scripts/gpu_check.sh first, and compare answers with those of `plain`. --enable-keepkv chooses
+# keepkv_triton; --attention-backend keepkv_flashinfer is the other. SGLang's own backends (triton, fa3, flashinfer) do
+# not weight attention by votes and are refused beside --enable-keepkv.
 set -euo pipefail
 
 if [[ $# -lt 2 || $# -gt 3 ]]; then
@@ -24,7 +24,7 @@ plain)
         --enable-cache-report
     ;;
 keepkv)
-    # An empty CUDA_VISIBLE_DEVICES makes keepkv-sglang's CPU platform step in. Small models only.
+    # To run it on the CPU of this machine instead, hide the GPU: CUDA_VISIBLE_DEVICES="" examples/gpu_server.sh ...
     # Leave out: --attention-backend, --radix-cache-backend (chosen by --enable-keepkv), --page-size above 1,
     # --speculative-algorithm, --enable-hierarchical-cache. `keepkv check` says what this installation can do.
     flags=(
@@ -34,7 +34,7 @@ keepkv)
         --keepkv-merge attention_matching # or least_squares, tangent, zip, mean, evict
         --keepkv-interval 64         # generated tokens between two compressions of a reply
     )
-    CUDA_VISIBLE_DEVICES="" exec python -m sglang.launch_server --model-path "$model" \
+    exec python -m sglang.launch_server --model-path "$model" \
         --host 127.0.0.1 --port "$port" "${flags[@]}"
     ;;
 *)

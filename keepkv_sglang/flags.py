@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 from keepkv_sglang.calibrate import WARMUP
@@ -19,8 +20,11 @@ logger = logging.getLogger("keepkv")
 ATTRIBUTE = "_keepkv"
 RADIX_BACKEND = "keepkv"
 CPU_BACKEND = "keepkv_cpu"
-TRITON_BACKEND = "keepkv_triton"  # registered, not chosen by default: never run on a GPU
-ATTENTION_BACKENDS = (CPU_BACKEND,)
+TRITON_BACKEND = "keepkv_triton"
+FLASHINFER_BACKEND = "keepkv_flashinfer"
+BACKEND_DEVICES = {CPU_BACKEND: "cpu", TRITON_BACKEND: "cuda", FLASHINFER_BACKEND: "cuda"}
+AUTO_BACKEND = {"cpu": CPU_BACKEND, "cuda": TRITON_BACKEND}
+"""What --attention-backend auto means: SGLang's Triton kernels run on every CUDA device that it supports."""
 CHOICES = {"pressure": PRESSURE_MODES}
 
 
@@ -66,25 +70,27 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
 
 
 def _choose_backends(values: dict[str, Any]) -> None:
-    """--enable-keepkv alone selects our backends; another choice by the user is an error."""
-    device = values.get("device") or _default_device()
-    if not str(device).startswith("cpu"):
+    """--enable-keepkv alone selects our backends; a choice by the user that cannot run is an error."""
+    device = str(values.get("device") or _default_device()).partition(":")[0]
+    if device not in AUTO_BACKEND:
         raise ConfigError(
-            f"KeepKV's attention backends for {device} are not part of this release: run it on the CPU "
-            "(--device cpu on a machine without an accelerator), or start the server without --enable-keepkv"
+            f"KeepKV has no attention backend for {device}: use --device cpu on a machine without an accelerator, or "
+            "start the server without --enable-keepkv"
         )
-    wanted_attention = values.get("attention_backend")
-    if wanted_attention in (None, "auto"):
-        values["attention_backend"] = CPU_BACKEND
-    elif wanted_attention not in ATTENTION_BACKENDS:
-        raise ConfigError(
-            f"--attention-backend {wanted_attention} cannot weight attention by votes; leave it out or use "
-            + " or ".join(ATTENTION_BACKENDS)
-        )
+    wanted = values.get("attention_backend")
+    values["attention_backend"] = AUTO_BACKEND[device] if wanted in (None, "auto") else wanted
+    chosen = values["attention_backend"]
+    _check_backend(chosen, device)
     for name in ("prefill_attention_backend", "decode_attention_backend"):
-        if values.get(name) not in (None, *ATTENTION_BACKENDS):
+        if values.get(name) not in (None, chosen):  # SGLang would run two backends, each with window queries of its own
             flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} {values[name]} cannot weight attention by votes; leave it out")
+            raise ConfigError(f"{flag} {values[name]} beside {chosen}: KeepKV needs one backend for both; leave it out")
+    if device != "cpu":
+        logger.warning(
+            "%s has never run on a GPU where KeepKV is developed: it is compiled and tested in emulation. Run "
+            "scripts/gpu_check.sh, and compare answers with those of a server without KeepKV, before you rely on it.",
+            chosen,
+        )
     if values.get("radix_cache_backend") not in (None, RADIX_BACKEND):
         raise ConfigError(
             f"--radix-cache-backend {values['radix_cache_backend']} cannot hold compressed prefixes; leave it out"
@@ -92,6 +98,22 @@ def _choose_backends(values: dict[str, Any]) -> None:
     values["radix_cache_backend"] = RADIX_BACKEND
     if values.get("keepkv_pressure", KeepKVConfig().pressure) != "off":
         values["warmups"] = ",".join(filter(None, [values.get("warmups"), WARMUP]))
+
+
+def _check_backend(name: str, device: str) -> None:
+    """ConfigError for a backend that knows no votes or cannot run on this device."""
+    usable = " or ".join(known for known, needs in BACKEND_DEVICES.items() if needs == device)
+    if name not in BACKEND_DEVICES:
+        raise ConfigError(f"--attention-backend {name} cannot weight attention by votes; leave it out or use {usable}")
+    if BACKEND_DEVICES[name] != device:
+        raise ConfigError(
+            f"--attention-backend {name} runs on {BACKEND_DEVICES[name]} devices and this server's device is {device}; "
+            f"leave it out or use {usable}"
+        )
+    if name == FLASHINFER_BACKEND and find_spec("flashinfer") is None:
+        raise ConfigError(
+            f"--attention-backend {name} needs FlashInfer: pip install flashinfer-python, or use {TRITON_BACKEND}"
+        )
 
 
 def _default_device() -> str:

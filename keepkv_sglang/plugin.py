@@ -23,10 +23,14 @@ def register() -> None:
     for seam in seams.HOOKS:
         HookRegistry.register(seam.target, seams.load_hook(seam), HookType[seam.kind])
     Engine.server_args_class = staticmethod(flags.engine_server_args(Engine.server_args_class))
-    for name, backend in ((flags.CPU_BACKEND, _cpu_backend), (flags.TRITON_BACKEND, _triton_backend)):
+    for name, create in (
+        (flags.CPU_BACKEND, _cpu_backend),
+        (flags.TRITON_BACKEND, _triton_backend),
+        (flags.FLASHINFER_BACKEND, _flashinfer_backend),
+    ):
         if name not in ATTENTION_BACKEND_CHOICES:
             add_attention_backend_choices([name])
-            register_attention_backend(name)(backend)
+            register_attention_backend(name)(create)
     warmup.warmup(calibrate.WARMUP)(calibrate.warm_up)
     if flags.RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(flags.RADIX_BACKEND, _radix_cache)
@@ -42,6 +46,12 @@ def _triton_backend(runner: Any) -> Any:
     from keepkv_sglang.backend.triton import KeepKVTritonBackend
 
     return KeepKVTritonBackend(runner)
+
+
+def _flashinfer_backend(runner: Any) -> Any:
+    from keepkv_sglang.backend.flashinfer import KeepKVFlashInferBackend
+
+    return KeepKVFlashInferBackend(runner)
 
 
 def _radix_cache(ctx: Any) -> Any:

@@ -66,6 +66,7 @@ HOOKS: tuple[Seam, ...] = (
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
 _ATTENTION_PARAMS = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "sinks", "score_mod", "aux_tensors")
+_FLASHINFER = "sglang.srt.layers.attention.flashinfer_backend.FlashInferAttnBackend"
 USES: tuple[Seam, ...] = (
     Seam("sglang.srt.plugins.hook_registry.HookRegistry.register", ("cls", "target", "hook", "hook_type")),
     Seam("sglang.srt.entrypoints.engine.Engine.server_args_class"),
@@ -81,6 +82,20 @@ USES: tuple[Seam, ...] = (
     Seam(f"{_TRITON}.forward_decode", _ATTENTION_PARAMS),
     Seam(f"{_TRITON}.forward_extend", _ATTENTION_PARAMS),
     Seam("sglang.kernels.ops.attention.score_mod.unpack_aux_tensors", ("score_mod", "aux_tensors")),
+    Seam(f"{_FLASHINFER}.__init__", ("self", "model_runner", "skip_prefill", "kv_indptr_buf", "kv_last_page_len_buf", "init_new_workspace")),
+    Seam(f"{_FLASHINFER}._check_kv_attention_access", ("self", "phase", "access")),
+    Seam(f"{_FLASHINFER}._create_decode_wrappers", ("self", "bs", "num_tokens")),
+    Seam(f"{_FLASHINFER}._create_prefill_wrappers", ("self", "bs", "use_custom_mask")),
+    Seam(f"{_FLASHINFER}._create_full_cg_prefill_wrappers", ("self", "num_slots", "max_num_tokens")),
+    Seam(f"{_FLASHINFER}.init_cuda_graph_state", ("self", "max_bs", "max_num_tokens", "kv_indices_buf")),
+    Seam(f"{_FLASHINFER}.init_forward_metadata", ("self", "forward_batch")),
+    Seam(f"{_FLASHINFER}.init_forward_metadata_out_graph", ("self", "forward_batch", "in_capture")),
+    Seam(f"{_FLASHINFER}.forward_decode", ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")),
+    Seam(f"{_FLASHINFER}.forward_extend", ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")),
+    Seam(f"{_FLASHINFER}._kv_write_scales", ("self", "layer")),
+    Seam("sglang.srt.layers.attention.flashinfer_backend.PrefillMetadata", ("prefill_wrappers", "use_ragged", "extend_no_prefix")),
+    Seam("sglang.srt.environ.envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+    Seam("sglang.srt.mem_cache.memory_pool.KVWriteLoc.for_layer", ("cls", "forward_batch", "layer")),
     Seam("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
     Seam("sglang.srt.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),
     Seam(f"{_CACHE}.reset", ("self",)),

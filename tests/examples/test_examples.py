@@ -97,7 +97,7 @@ def test_gpu_server_is_valid_shell_and_names_flags_that_exist(tmp_path: Path) ->
     plain, keepkv = start("plain", "some model"), start("keepkv", "some model", "31234")
     assert plain.stdout.startswith("[0] -m sglang.launch_server --model-path some model ")
     assert "keepkv" not in plain.stdout and "--port 30000" in plain.stdout
-    assert keepkv.stdout.startswith("[] -m sglang.launch_server") and "--port 31234" in keepkv.stdout
+    assert keepkv.stdout.startswith("[0] -m sglang.launch_server") and "--port 31234" in keepkv.stdout
     assert "--enable-keepkv --keepkv-budget 0.2 --keepkv-merge attention_matching" in keepkv.stdout
     assert start().returncode == start("gpu", "model").returncode == 2
 

@@ -1,0 +1,63 @@
+"""--attention-backend beside --enable-keepkv: ours by hardware, and a forced one that cannot run is an error."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from keepkv_sglang import flags
+from keepkv_sglang.config import ConfigError
+
+
+def chosen(**values):
+    flags._choose_backends(values)
+    return values["attention_backend"]
+
+
+@pytest.mark.parametrize("wish", [None, "auto"])
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "keepkv_cpu"), ("cuda", "keepkv_triton"), ("cuda:1", "keepkv_triton")]
+)
+def test_hardware_chooses(device, backend, wish):
+    values = {"device": device, "attention_backend": wish}
+    flags._choose_backends(values)
+    assert values["attention_backend"] == backend
+    assert values["radix_cache_backend"] == "keepkv"
+
+
+def test_a_gpu_backend_says_that_it_never_ran(caplog):
+    with caplog.at_level(logging.WARNING, "keepkv"):
+        assert chosen(device="cuda", attention_backend="keepkv_flashinfer") == "keepkv_flashinfer"
+    assert "never run on a GPU" in caplog.text and "scripts/gpu_check.sh" in caplog.text
+    caplog.clear()
+    chosen(device="cpu")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "message"),
+    [
+        ("cpu", "keepkv_triton", "runs on cuda devices.*device is cpu; leave it out or use keepkv_cpu"),
+        ("cpu", "keepkv_flashinfer", "runs on cuda devices"),
+        ("cuda", "keepkv_cpu", "runs on cpu devices.*keepkv_triton or keepkv_flashinfer"),
+        ("cuda", "fa3", "cannot weight attention by votes; leave it out or use keepkv_triton"),
+        ("cpu", "torch_native", "cannot weight attention by votes; leave it out or use keepkv_cpu"),
+        ("xpu", None, "no attention backend for xpu"),
+    ],
+)
+def test_what_cannot_run_is_refused(device, backend, message):
+    with pytest.raises(ConfigError, match=message):
+        chosen(device=device, attention_backend=backend)
+
+
+def test_flashinfer_must_be_installed(monkeypatch):
+    monkeypatch.setattr(flags, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs FlashInfer.*keepkv_triton"):
+        chosen(device="cuda", attention_backend="keepkv_flashinfer")
+
+
+def test_one_backend_for_prefill_and_decode():
+    assert chosen(device="cuda", decode_attention_backend="keepkv_triton") == "keepkv_triton"
+    with pytest.raises(ConfigError, match="--decode-attention-backend keepkv_flashinfer beside keepkv_triton"):
+        chosen(device="cuda", decode_attention_backend="keepkv_flashinfer")
