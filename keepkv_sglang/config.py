@@ -130,7 +130,7 @@ class KeepKVConfig:
     enabled: bool = False
     budget: float | int = 0.2
     merge: str = "attention_matching"
-    scorer: str = "rms"
+    scorer: str = "window_references"
     chunk: int = 1
     window: int = 32
     references: int = 256

@@ -119,7 +119,8 @@ def test_merge_is_the_compressors_with_queries_behind_the_prefix(calibrated, sta
     for layer in range(LAYERS):
         policy = SpanPolicy(
             m=8, recent=3, sinks=2 if start == 0 else 0, threshold=0.1,
-            merge="attention_matching" if calibrated else "evict", scorer="rms" if calibrated else "keydiff",
+            merge="attention_matching" if calibrated else "evict",
+            scorer="window_references" if calibrated else "keydiff",
         )  # fmt: skip
         q = calibration.behind(layer, 60) if calibrated else torch.empty(0, Q_HEADS, DIM)
         expected = compress_layer(

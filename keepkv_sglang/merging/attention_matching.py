@@ -10,9 +10,9 @@ from keepkv_sglang.scoring.base import Window
 VOTE_STEPS = 5
 """Multiplicative steps from the summed votes; few of them, as regularisation. 20 gain nothing."""
 MAX_LOG_VOTE_CORRECTION = 4.0
-WINDOW_WEIGHT = 16.0
-"""A query of the window counts as many references: what comes next looks where the prompt's end looks. 8 gains less;
-without references, or with nothing else, it changes nothing."""
+WINDOW_WEIGHT = 256.0
+"""Where there are references, the newest query of the window counts as many of them, older ones less (Window.recency):
+what comes next looks where the prompt's end looks. Measured for KL and recall, docs/log.md."""
 MAX_LOG_MASS = 20.0
 """A slot whose first token a query sees, but whose others it does not, may exceed the query's softmax denominator."""
 RIDGE = 0.03
@@ -27,7 +27,7 @@ def attention_matching(c: Clusters) -> Merged:
     k_c = weighted mean of the cluster's keys, e_cq = exp(q.k_c) / Z_q for a slot whose first member q sees, else 0;
     S_q = sum_{i seen by q} a_qi, the span's share of the query's attention (1 without a context).
     Slots that a client protects (Clusters.fixed) keep votes and values.
-    g_q = 16 for a query of the window proper, 1 for a reference, divided by their mean.
+    g_q = 256 x 2^(-age / 4) for a query of the window, 1 for a reference, divided by their mean; without references 1.
     Votes: u_c = sum p; five times u_c <- u_c sum_q g_q e_cq S_q / M_q / sum_q g_q e_cq, M_q = sum_c u_c e_cq,
     which lowers the Kullback-Leibler distance of M from S at every step and keeps u positive;
     log u_c stays within 4 of log sum p.
@@ -73,8 +73,10 @@ def attention_matching(c: Clusters) -> Merged:
 
 def _weight(window: Window) -> torch.Tensor:
     """[Q], mean 1. References stand behind the span, the window's queries in it."""
-    weight = torch.where(window.position < window.k.shape[1], WINDOW_WEIGHT, 1.0).to(window.q.dtype)
-    return (weight / weight.mean()).repeat_interleave(window.group)
+    reference = (window.position >= window.k.shape[1]).repeat_interleave(window.group)
+    weight = torch.where(reference, 1.0, WINDOW_WEIGHT * window.recency())
+    weight = torch.where(reference.any(), weight, 1.0)
+    return weight / weight.mean()
 
 
 def _votes(

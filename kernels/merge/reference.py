@@ -26,7 +26,8 @@ MAX_LOG_VOTE_CORRECTION = 4.0
 REFIT_RIDGE = 3.0
 REFIT_MIN_RIDGE = 0.01
 MATCHING_STEPS = 5
-MATCHING_WINDOW_WEIGHT = 16.0
+MATCHING_WINDOW_WEIGHT = 256.0
+RECENCY_HALF_LIFE = 4.0
 MATCHING_RIDGE = 0.03
 MATCHING_MIN_RIDGE = 1e-3
 MATCHING_MAX_LOG_MASS = 20.0
@@ -267,8 +268,10 @@ def match_attention(
     outside, share = torch.exp(a.log_z_ctx - a.log_z), before.sum(0)
     seen = torch.stack([a.seen[torch.nonzero(assign == c)[0, 0]] for c in range(len(k))])  # [m, Q]
     e = torch.exp((k @ a.q.T - a.log_z).clamp(max=MATCHING_MAX_LOG_MASS)).masked_fill(~seen, 0.0)
-    weight = torch.where(a.reference, 1.0, MATCHING_WINDOW_WEIGHT).to(k.dtype)
-    weight = weight / weight.mean()
+    weight = torch.ones_like(a.log_z)
+    if a.reference.any():
+        weight = torch.where(a.reference, 1.0, MATCHING_WINDOW_WEIGHT * 0.5 ** (a.age / RECENCY_HALF_LIFE)).to(k.dtype)
+        weight = weight / weight.mean()
     votes = lv.exp()
     for _ in range(MATCHING_STEPS):
         wanted = weight * share / (votes @ e).clamp(min=1e-30)

@@ -114,9 +114,11 @@ def test_window_references_with_one_kind_of_query_is_rms():
 
 
 def test_window_references_by_hand():
-    """Unpooled. The window gives token 1 its all, token 2 is behind it; the references give 2/8, 1/8, 5/8."""
-    hand = by_hand([[L2, 0.0, L5], [-40.0, 0.0, 0.0]], [[1.0]] * 3, [3, 1])
-    expected = torch.tensor([[2 / 8, 2.0, 5 / 8]], dtype=F64)
+    """Unpooled. The references give 2/8, 1/8, 5/8. The window's older query wants token 0, the newer token 1: their
+    squares stand 2^(-1/4) to 1; both are weighed twice, and token 2 is behind them."""
+    hand = by_hand([[L2, 0.0, L5], [0.0, -40.0, 0.0], [-40.0, 0.0, 0.0]], [[1.0]] * 3, [3, 1, 1])
+    old = 2 ** (-1 / 8)
+    expected = torch.tensor([[2 * old / (1 + old), 2 / (1 + old), 5 / 8]], dtype=F64)
     torch.testing.assert_close(get_scorer("window_references")(hand, 1), expected)
 
 
