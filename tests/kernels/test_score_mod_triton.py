@@ -12,6 +12,7 @@ from sglang.kernels.ops.attention.extend_attention import (
     extend_attention_fwd_unified,
 )
 
+from keepkv_sglang.backend.compile_cases import pretend
 from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, requests_of_tokens, vote_score_mod
 
 SPLITS = 4
@@ -95,11 +96,18 @@ def test_decode_of_a_long_request():
     assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
-@pytest.mark.parametrize("unified", [False, True])
-@pytest.mark.parametrize(("heads", "dim"), HEADS)
+@pytest.mark.parametrize(("heads", "dim", "unified"), [(*shape, False) for shape in HEADS] + [(*HEADS[1], True)])
 def test_extend(heads, dim, unified):
+    """unified: the kernel of --enable-deterministic-inference."""
     case = clean(plain_new_tokens(Case([1, 63, 150, 77], [1, 63, 1, 70], heads=heads, dim=dim)))
     assert case.error(case.run(Stock(case.votes, heads, unified))) < TOLERANCE
+
+
+def test_extend_with_tiles_of_128_keys():
+    """SGLang's tiles on sm_80, where the score_mod loads votes in two halves."""
+    case = clean(plain_new_tokens(Case([150, 77], [1, 70], heads=(3, 1))))
+    with pretend(80):
+        assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
 @pytest.mark.parametrize("news", [None, [3, 20]])
