@@ -47,7 +47,8 @@ def test_a_rise_is_refused():
 
 
 def test_a_kernel_that_spills_is_seen():
-    """1024 live float32 per thread cannot fit 255 registers: the numbers come from the compiled code."""
+    """512 live float32 per thread cannot fit 255 registers: the numbers come from the compiled code. (How many
+    registers ptxas then reports is its own affair: 64 here, and 32 for the worst kernel we had.)"""
     import triton
     import triton.language as tl
 
@@ -59,11 +60,11 @@ def test_a_kernel_that_spills_is_seen():
         tl.store(x_ptr + i, x * y)
 
     with compile_gate.recorded() as launches:
-        much[(1,)](torch.zeros(32768), N=32768, num_warps=1)
+        much[(1,)](torch.zeros(16384), N=16384, num_warps=1)
     (launch,) = launches
     assert launch.signature == {"x_ptr": "*fp32", "N": "constexpr"} and launch.options == {"num_warps": 1}
     row = compile_gate.compile_launch(launch, 90)
-    assert row.spills > 0 and row.registers > 200
+    assert row.spills > 0 and row.stack > 0
 
 
 def test_the_interpreter_and_the_compiler_need_two_processes():
