@@ -57,14 +57,14 @@ def _extend(arch: int, dim: int, votes: bool) -> None:
     starts = torch.arange(BATCH + 1)
     new = torch.zeros(BATCH, 2, dim, dtype=torch.bfloat16)
     mod = _mod(votes, indptr, indices, requests_of_tokens(starts, BATCH))
-    with _pretend(arch):
+    with pretend(arch):
         extend_attention.extend_attention_fwd(
             q, new, new, out, k, v, starts, indptr, indices, None, True, None, 1, 1.0, 1.0, 0.1, **mod
         )  # fmt: skip
 
 
 @contextmanager
-def _pretend(arch: int) -> Iterator[None]:
+def pretend(arch: int) -> Iterator[None]:
     """SGLang chooses the tiles of an extend by the GPU of the process; here by the one compiled for."""
     module = extend_attention
     before = {name: getattr(module, name, None) for name in ("_is_cuda", "_is_hip", "CUDA_CAPABILITY")}

@@ -2,7 +2,7 @@
 
 `nearest_kept` has the signature and meaning of torch_impl.nearest_kept; `merge_segments` is Clusters.weighted_means and
 Clusters.log_votes in one pass; `gather_slots` reads a span of a paged pool. Equal to those up to the order of float32
-sums (gather_slots: bit for bit). Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (docs/kernels.md).
+sums (gather_slots: bit for bit). Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ positions, `context_log_z`; `window_score` is `Window.mean_received()` (power 1)
 
 Differs from there: k may be 16 bit and strided, so a span need not be copied; a query that sees nothing gives
 nothing. Dots of float32 are float32; 16-bit operands are multiplied as stored when both q and k are of one dtype, as
-float32 otherwise. Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (docs/kernels.md).
+float32 otherwise. Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
 """
 
 from __future__ import annotations

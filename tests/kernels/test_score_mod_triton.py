@@ -12,6 +12,7 @@ from sglang.kernels.ops.attention.extend_attention import (
     extend_attention_fwd_unified,
 )
 
+from keepkv_sglang.backend.compile_cases import pretend
 from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, requests_of_tokens, vote_score_mod
 
 SPLITS = 4
@@ -95,45 +96,52 @@ def test_decode_of_a_long_request():
     assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
-@pytest.mark.parametrize("unified", [False, True])
-@pytest.mark.parametrize(("heads", "dim"), HEADS)
+@pytest.mark.parametrize(("heads", "dim", "unified"), [(*shape, False) for shape in HEADS] + [(*HEADS[1], True)])
 def test_extend(heads, dim, unified):
+    """unified: the kernel of --enable-deterministic-inference."""
     case = clean(plain_new_tokens(Case([1, 63, 150, 77], [1, 63, 1, 70], heads=heads, dim=dim)))
     assert case.error(case.run(Stock(case.votes, heads, unified))) < TOLERANCE
 
 
+def test_extend_with_tiles_of_128_keys():
+    """SGLang's tiles on sm_80, where the score_mod loads votes in two halves."""
+    case = clean(plain_new_tokens(Case([150, 77], [1, 70], heads=(3, 1))))
+    with pretend(80):
+        assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
+
+
 @pytest.mark.parametrize("news", [None, [3, 20]])
 def test_votes_of_one_are_the_bits_of_stock_sglang(news):
-    case = clean(Case([63, 130], news))
+    case = clean(Case([63, 130], news, heads=(3, 1)))
     case.votes.zero_()
-    assert torch.equal(case.run(Stock(case.votes, (9, 3))), case.run(Stock(None, (9, 3))))
+    assert torch.equal(case.run(Stock(case.votes, (3, 1))), case.run(Stock(None, (3, 1))))
 
 
 @pytest.mark.parametrize("masked", [float("-inf"), -1e30])
 @pytest.mark.parametrize("news", [None, [2, 1]])
 def test_masked_entries_weigh_exactly_nothing(news, masked):
     """Whole key blocks, and in a decode whole splits; another key of the request is always there in a server."""
-    case = clean(Case([150, 300], news))
+    case = clean(Case([150, 300], news, heads=(3, 1)))
     case.votes[case.slots(0)[:100]] = masked
     case.votes[case.slots(1)[:-1]] = masked
     if news:
         plain_new_tokens(case)
-    out = case.run(Stock(case.votes, (9, 3)))
+    out = case.run(Stock(case.votes, (3, 1)))
     assert case.error(out) < TOLERANCE
     moved = torch.where((case.votes <= -1e29)[:, :, None], case.v + 100, case.v)
-    assert torch.equal(case.run(Stock(case.votes, (9, 3)), v=moved), out)
+    assert torch.equal(case.run(Stock(case.votes, (3, 1)), v=moved), out)
 
 
 def test_large_votes_stay_finite():
-    case = clean(Case([90, 300]))
+    case = clean(Case([90, 300], heads=(3, 1)))
     case.votes[case.slots(1)[123]] = 1e4
-    assert case.error(case.run(Stock(case.votes, (9, 3)))) < TOLERANCE
+    assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
 def test_one_table_serves_forward_after_forward_at_one_address():
     """What a CUDA graph relies on: the address is the same, contents follow votes and batch."""
-    case = clean(plain_new_tokens(Case([63, 90], [5, 90])))
-    stock = Stock(case.votes, (9, 3))
+    case = clean(plain_new_tokens(Case([63, 90], [5, 90], heads=(3, 1))))
+    stock = Stock(case.votes, (3, 1))
     address = stock.table.aux(0)[0].data_ptr()
     assert case.error(case.run(stock)) < TOLERANCE
     case.news, case.q = None, case.q[:2]
