@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from paged import DEVICE, TOLERANCE, Case
+
+pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
+
 from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 from sglang.kernels.ops.attention.extend_attention import (
     build_unified_kv_indices,
@@ -13,7 +16,11 @@ from sglang.kernels.ops.attention.extend_attention import (
 )
 
 from keepkv_sglang.backend.compile_cases import pretend
-from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, requests_of_tokens, vote_score_mod
+from keepkv_sglang.kernels.attention.triton_score_mod import (
+    VoteTable,
+    requests_of_tokens,
+    vote_score_mod,
+)
 
 SPLITS = 4
 
