@@ -83,7 +83,7 @@ def test_every_flag_rule_refuses_and_says_what_to_do(field):
         {"hf_text_config": Args(layer_types=["full_attention", "linear_attention"])},
         {"attention_arch": Args(name="MLA")},
     ],
-    ids=str,
+    ids=lambda model: next(iter(model)),  # the same in every worker of pytest -n
 )  # fmt: skip
 def test_models_that_cannot_work(model):
     with pytest.raises(ConfigError, match="without --enable-keepkv"):
