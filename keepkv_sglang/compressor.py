@@ -162,7 +162,7 @@ def _merge_layers(
         whole=state.protected_in(span.slots, begin, span.end),
         shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
     )
-    log = record.begin(req, state, span, window, policy)
+    log = record.begin(req, state, span, window, policy, rt.rank)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)
     scheduler = rt.scheduler
     # GPU: merges run behind the forward that is in flight, which still reads the row as it was.
