@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -41,7 +42,7 @@ def summarise(calls: Sequence[Call], seconds: float, before: Any, after: Any) ->
     compressed = sum(keepkv(call, "cached_compressed_tokens") for call in good)
     logical = [len(call.prompt) + len(call.output) - 1 for call in good]
     held = [keepkv(call, "slots_held", tokens) for call, tokens in zip(good, logical, strict=True)]
-    gaps = [b - a for call in good for a, b in zip(call.arrivals, call.arrivals[1:], strict=False)]
+    gaps = [b - a for call in good for a, b in pairwise(call.arrivals)]
     out = {
         "requests": len(calls),
         "errors": len(calls) - len(good),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 
 import pytest
@@ -61,7 +62,7 @@ def test_agents_feed_replies_back(fake):
     assert len(calls) == 6 and all(call.ok and len(call.arrivals) == 4 for call in calls)
     for agent in range(2):
         mine = sorted((call for call in calls if call.agent == agent), key=lambda call: call.turn)
-        for before, after in zip(mine, mine[1:], strict=False):
+        for before, after in itertools.pairwise(mine):
             assert after.prompt[: len(before.prompt) + 4] == before.prompt + before.output
         assert len(mine[-1].prompt) + 4 == load.context == workloads.Agents(load).longest
 
