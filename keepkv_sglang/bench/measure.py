@@ -82,6 +82,7 @@ def steps(seconds: float, decoded: int, before: Mapping[str, Any], after: Mappin
         "decode_step_s": decode_s,
         "decode_phase_s": seconds - prefill_s,
         "decode_per_s": ratio(decoded, seconds - prefill_s),
+        "decode_step_per_s": ratio(decoded, decode_s),
         "running_mean": ratio(sum(count * cell[0] for count, cell in decode.items()), decode_steps),
         "running_max": max(decode, default=math.nan),
         "prefill_tokens": sum(cell[2] for cell in prefill.values()),

@@ -53,6 +53,7 @@ TIME: dict[str, tuple[str, Callable[[float], str]]] = {
     "decode phase s": ("decode_phase_s", _tenth),
     "decoded/s": ("decode_per_s", _tenth),
     "decode steps s": ("decode_step_s", _tenth),
+    "decoded/s in steps": ("decode_step_per_s", _tenth),
     "compressions": ("compressions", _whole),
     "s": ("compress_s", _number(2)),
     "of wall": ("compress_share", _percent),

@@ -52,7 +52,7 @@ def test_the_decode_phase_is_the_wall_clock_without_prefill_forwards():
     assert out["decode_phase_s"] == 7.5 and out["decode_per_s"] == 250 / 7.5
     # Steps before the run do not count, nor those that held ended requests only.
     assert out["running_mean"] == (30 * 8 + 10 * 2) / 40 and out["running_max"] == 8
-    assert out["decode_step_s"] == pytest.approx(3.6)
+    assert out["decode_step_s"] == pytest.approx(3.6) and out["decode_step_per_s"] == pytest.approx(250 / 3.6)
     assert out["compress_s"] == pytest.approx(0.9) and out["compress_share"] == pytest.approx(0.09)
     assert out["hook_share"] == pytest.approx(0.1) and out["compressions"] == 3
 

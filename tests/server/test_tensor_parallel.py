@@ -23,7 +23,7 @@ FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.1", "--max-total-tokens", "150
 # One thread per rank: SGLang otherwise wants a NUMA node for each (SEAMS.md).
 BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1"}
 # Both compute in float32; ranks sum a layer's output in another order, and a selection may flip at a tie (none did).
-BOUND = 1e-4  # 8e-6 was measured
+BOUND = 1e-3  # 8e-6 was measured; the fit with references can amplify rounding (docs/log.md)
 
 
 def conversation(server: Any, text: list[int]) -> list[Answer]:
