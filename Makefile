@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak compile-gate bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.keepkv-installed
 export KEEPKV_CACHE ?= $(CURDIR)/.cache
 PYTEST_ARGS ?=
+ARGS ?=
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -53,6 +54,9 @@ $(KVPRESS_STAMP):
 soak: env model ## the long runs that make test leaves out
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -m soak --timeout 1800 $(PYTEST_ARGS)
+
+compile-gate: env ## every Triton kernel compiled for sm_80, sm_90, sm_100 (no GPU): registers against the committed table
+	$(BIN)/python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.backend.compile_cases $(ARGS)
 
 bench-kernels: env ## attention kernels against SGLang's torch_native
 	$(BIN)/python benchmarks/bench_attention.py

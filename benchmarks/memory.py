@@ -53,9 +53,10 @@ class Shape:
         return self.layers * self.q_heads * self.head_dim * self.itemsize
 
     def arena_rows(self, config: KeepKVConfig) -> int:
-        """Rows of the query arena, whole turns (Runtime.attach_model_runner): 64 prompts or 512 MiB, at least one."""
+        """Rows of the query arena, whole turns (Runtime.attach_model_runner): 64 prompts or 512 MiB, at least one; one row more
+        belongs to nobody."""
         needed = config.window + config.references
-        return max(needed, min(ARENA_WINDOWS * needed, ARENA_MAX_BYTES // self.query))
+        return max(needed, min(ARENA_WINDOWS * needed, ARENA_MAX_BYTES // self.query - 1))
 
     def calibration(self) -> int:
         """Bytes of the fixed text's queries, whatever the pool's size."""
@@ -151,7 +152,7 @@ def rows() -> list[tuple[str, float, float]]:
     request = measured(lambda: requests(200, config)) / 200
     return [
         ("votes per slot", shape.votes, votes.nbytes / slots),
-        ("queries per arena row", shape.query, arena.nbytes / 288),
+        ("queries per arena row", shape.query, arena.nbytes / arena.queries.shape[1]),
         ("host, per further token of a cached span", 8, (long - short) / (n - 64)),
         ("host, one span of 1,000 tokens (at most; slots aside)", span_host_bytes(n, 0), long),
         ("host, one span of 64 tokens (at most; slots aside)", span_host_bytes(64, 0), short),
@@ -172,7 +173,7 @@ def main() -> int:
         ("votes per slot", shape.votes),
         ("queries of one token", shape.query),
         (f"queries of one prompt ({queries} rows)", queries * shape.query),
-        ("arena", shape.arena_rows(config) * shape.query),
+        ("arena", (shape.arena_rows(config) + 1) * shape.query),
         ("prompts whose queries the arena holds", shape.arena_rows(config) // queries),
         ("calibration", shape.calibration()),
     ):

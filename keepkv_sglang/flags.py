@@ -19,6 +19,7 @@ logger = logging.getLogger("keepkv")
 ATTRIBUTE = "_keepkv"
 RADIX_BACKEND = "keepkv"
 CPU_BACKEND = "keepkv_cpu"
+TRITON_BACKEND = "keepkv_triton"  # registered, not chosen by default: never run on a GPU
 ATTENTION_BACKENDS = (CPU_BACKEND,)
 CHOICES = {"pressure": PRESSURE_MODES}
 

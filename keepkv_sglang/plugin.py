@@ -12,7 +12,7 @@ from keepkv_sglang import calibrate, flags, seams, step_times
 
 
 def register() -> None:
-    """Registers flags, hooks, the attention backend and the radix-cache backend with SGLang."""
+    """Registers flags, hooks, the attention backends and the radix-cache backend with SGLang."""
     from sglang.srt.entrypoints import warmup
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -23,9 +23,10 @@ def register() -> None:
     for seam in (*seams.HOOKS, *(seams.MEASURING if step_times.wanted() else ())):
         HookRegistry.register(seam.target, seams.load_hook(seam), HookType[seam.kind])
     Engine.server_args_class = staticmethod(flags.engine_server_args(Engine.server_args_class))
-    if flags.CPU_BACKEND not in ATTENTION_BACKEND_CHOICES:
-        add_attention_backend_choices([flags.CPU_BACKEND])
-        register_attention_backend(flags.CPU_BACKEND)(_cpu_backend)
+    for name, backend in ((flags.CPU_BACKEND, _cpu_backend), (flags.TRITON_BACKEND, _triton_backend)):
+        if name not in ATTENTION_BACKEND_CHOICES:
+            add_attention_backend_choices([name])
+            register_attention_backend(name)(backend)
     warmup.warmup(calibrate.WARMUP)(calibrate.warm_up)
     if flags.RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(flags.RADIX_BACKEND, _radix_cache)
@@ -35,6 +36,12 @@ def _cpu_backend(runner: Any) -> Any:
     from keepkv_sglang.backend.cpu import KeepKVCpuBackend
 
     return KeepKVCpuBackend(runner)
+
+
+def _triton_backend(runner: Any) -> Any:
+    from keepkv_sglang.backend.triton import KeepKVTritonBackend
+
+    return KeepKVTritonBackend(runner)
 
 
 def _radix_cache(ctx: Any) -> Any:

@@ -55,6 +55,7 @@ SCORERS = Registry(
     (
         "snapkv",
         "rms",
+        "window_references",
         "keepkv",
         "keydiff",
         "knorm",

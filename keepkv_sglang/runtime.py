@@ -104,7 +104,7 @@ class Runtime:
         if self.config.span_tokens:  # a long prompt holds one window per piece until its last chunk
             windows = max(windows, 2 * runner.model_config.context_len // self.config.span_tokens)
         needed = self.queries_of(self.config)
-        rows = max(needed, min(windows * needed, ARENA_MAX_BYTES // row_bytes))
+        rows = max(needed, min(windows * needed, ARENA_MAX_BYTES // row_bytes - 1))
         self.arena = QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device)
 
     def attach_scheduler(self, scheduler: Any) -> None:

@@ -69,6 +69,8 @@ MEASURING: tuple[Seam, ...] = (
 )
 
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+_TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
+_ATTENTION_PARAMS = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache", "sinks", "score_mod", "aux_tensors")
 USES: tuple[Seam, ...] = (
     Seam("sglang.srt.plugins.hook_registry.HookRegistry.register", ("cls", "target", "hook", "hook_type")),
     Seam("sglang.srt.entrypoints.engine.Engine.server_args_class"),
@@ -77,6 +79,13 @@ USES: tuple[Seam, ...] = (
     Seam("sglang.srt.layers.rotary_embedding.base.RotaryEmbedding._compute_cos_sin_cache", ("self",)),
     Seam("sglang.srt.layers.attention.attention_registry.register_attention_backend", ("name",)),
     Seam("sglang.srt.server_args.add_attention_backend_choices"),
+    Seam(f"{_TRITON}.__init__", ("self", "model_runner")),
+    Seam(f"{_TRITON}.init_forward_metadata", ("self", "forward_batch")),
+    Seam(f"{_TRITON}.init_forward_metadata_out_graph", ("self", "forward_batch", "in_capture")),
+    Seam(f"{_TRITON}.init_cuda_graph_state", ("self", "max_bs", "max_num_tokens", "kv_indices_buf")),
+    Seam(f"{_TRITON}.forward_decode", _ATTENTION_PARAMS),
+    Seam(f"{_TRITON}.forward_extend", _ATTENTION_PARAMS),
+    Seam("sglang.kernels.ops.attention.score_mod.unpack_aux_tensors", ("score_mod", "aux_tensors")),
     Seam("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
     Seam("sglang.srt.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),
     Seam(f"{_CACHE}.reset", ("self",)),

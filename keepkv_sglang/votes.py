@@ -28,16 +28,17 @@ class VoteStore:
 class QueryArena:
     """Bounded scratch for the window queries of prompts and of coming decode compressions.
 
-    queries: [layers, rows, q_heads, head_dim] in the model's dtype. A request takes `window` rows and gives them back
-    after its compression; one that does not fit waits for the next round (DESIGN.md, decision 7).
+    queries: [layers, rows + 1, q_heads, head_dim] in the model's dtype; the last row, `spare`, belongs to nobody: a
+    CUDA graph, which must write a row for every query, writes there what nobody wants. A request takes `window` rows
+    and gives them back after its compression; one that does not fit waits for the next round (DESIGN.md, decision 7).
     """
 
     def __init__(
         self, layers: int, rows: int, q_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
-        self.queries = torch.empty(layers, rows, q_heads, head_dim, dtype=dtype, device=device)
+        self.queries = torch.empty(layers, rows + 1, q_heads, head_dim, dtype=dtype, device=device)
         self._free = list(range(rows - 1, -1, -1))
-        self.rows = rows
+        self.rows = self.spare = rows
         self.peak_rows = 0
 
     def take(self, rows: int) -> list[int] | None:

@@ -1,1 +1,1 @@
-"""Attention backends registered with SGLang: vote-weighted attention per hardware."""
+"""Attention backends registered with SGLang: vote-weighted attention per hardware; common.py is what they share."""

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from keepkv_sglang import flags, refuse, runtime
+from keepkv_sglang.backend.common import VoteLayers
 from keepkv_sglang.kernels import attention
 
 
@@ -24,15 +24,7 @@ class KeepKVCpuBackend(AttentionBackend):
         self.kernel = attention.load()
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.checked: set[int] = set()
-        self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.runtime: runtime.Runtime | None = None
-        config = runtime.configured()
-        if config is None and flags.config_of(runner.server_args).enabled:
-            raise RuntimeError("KeepKV's hook on Scheduler.__init__ did not run in this process; see `keepkv check`")
-        if config is not None and config.enabled:
-            self.runtime = runtime.current()
-            self.runtime.attach_model_runner(runner)
+        self.layers = VoteLayers(runner)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """int64 lengths for the kernels, once per forward instead of once per layer."""
@@ -40,28 +32,13 @@ class KeepKVCpuBackend(AttentionBackend):
         self.seq_lens = forward_batch.seq_lens.to(torch.int64)
         if not forward_batch.forward_mode.is_decode_or_idle():
             self.extend_lens = forward_batch.extend_seq_lens.to(torch.int64)
-        if self.runtime is not None:
-            self.capture, self.runtime.capture = self.runtime.capture, None
+        self.layers.begin()
 
     def _before(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> Any:
         """Writes K and V (a rewritten slot stands for one token again) and keeps window queries. Returns log votes."""
-        if layer.layer_id not in self.checked:
-            refuse.check_layer(layer)
-            self.checked.add(layer.layer_id)
-            if self.runtime is not None:
-                self.runtime.scales[layer.layer_id] = layer.scaling
         if save_kv_cache and k is not None:
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-        if self.runtime is None:
-            return None
-        rt = self.runtime
-        assert rt.votes is not None and rt.arena is not None
-        index = layer.layer_id - rt.first_layer
-        rt.votes.reset(index, forward_batch.out_cache_loc)
-        if self.capture is not None:
-            query_rows, arena_rows = self.capture
-            rt.arena.queries[index, arena_rows] = q[query_rows].to(rt.arena.queries.dtype)
-        return rt.votes.log_votes[index]
+        return self.layers.before(q, layer, forward_batch.out_cache_loc)
 
     def forward_decode(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any

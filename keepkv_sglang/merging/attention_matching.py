@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 
 from keepkv_sglang.merging.base import Clusters, Merged
+from keepkv_sglang.scoring.base import Window
 
 VOTE_STEPS = 5
 """Multiplicative steps from the summed votes; few of them, as regularisation. 20 gain nothing."""
 MAX_LOG_VOTE_CORRECTION = 4.0
+WINDOW_WEIGHT = 16.0
+"""A query of the window counts as many references: what comes next looks where the prompt's end looks. 8 gains less;
+without references, or with nothing else, it changes nothing."""
 MAX_LOG_MASS = 20.0
 """A slot whose first token a query sees, but whose others it does not, may exceed the query's softmax denominator."""
 RIDGE = 0.03
@@ -23,12 +27,13 @@ def attention_matching(c: Clusters) -> Merged:
     k_c = weighted mean of the cluster's keys, e_cq = exp(q.k_c) / Z_q for a slot whose first member q sees, else 0;
     S_q = sum_{i seen by q} a_qi, the span's share of the query's attention (1 without a context).
     Slots that a client protects (Clusters.fixed) keep votes and values.
-    Votes: u_c = sum p; five times u_c <- u_c sum_q e_cq S_q / M_q / sum_q e_cq, M_q = sum_c u_c e_cq,
+    g_q = 16 for a query of the window proper, 1 for a reference, divided by their mean.
+    Votes: u_c = sum p; five times u_c <- u_c sum_q g_q e_cq S_q / M_q / sum_q g_q e_cq, M_q = sum_c u_c e_cq,
     which lowers the Kullback-Leibler distance of M from S at every step and keeps u positive;
     log u_c stays within 4 of log sum p.
-    Values: with A_cq = u_c e_cq / (Z_ctx,q / Z_q + M_q) and V the weighted means of the cluster's values,
+    Values: with A_cq = sqrt(g_q) u_c e_cq / (Z_ctx,q / Z_q + M_q) and V the weighted means of the cluster's values,
 
-    V_r = V + (A A^T + lambda I)^-1 A R,  R_q = sum_{i seen by q} a_qi v_i - sum_c A_cq V_c,
+    V_r = V + (A A^T + lambda I)^-1 A R,  R_q = sqrt(g_q) sum_{i seen by q} a_qi v_i - sum_c A_cq V_c,
     lambda = 0.03 x mean diagonal of A^T A + 0.001.
 
     What was dropped is thus spread over all slots. One Cholesky per head, of the smaller of [Q, Q] and [m, m]. A head
@@ -54,22 +59,33 @@ def attention_matching(c: Clusters) -> Merged:
     e = torch.bmm(k, window.q.transpose(1, 2)).sub_(window.log_z[:, None, :]).clamp_(max=MAX_LOG_MASS).exp_()
     e.masked_fill_(hidden | ~usable[..., None], 0.0)
     outside = (window.log_z_ctx - window.log_z).exp_()
-    votes, mass = _votes(e, (1 - outside).clamp_(min=0.0), c.log_votes, c.fixed)
+    weight = _weight(window)
+    votes, mass = _votes(e, (1 - outside).clamp_(min=0.0), weight, c.log_votes, c.fixed)
     attention = e.mul_(votes.exp()[..., None]).div_((outside + mass).clamp(min=1e-30)[:, None])
     residual = _output(c) - attention.transpose(1, 2) @ v
+    root = weight.sqrt()
+    attention, residual = attention.mul_(root), residual.mul_(root[:, None])
     attention[:, : c.fixed] = 0.0  # their part is in the residual
     delta, solved = _ridge(attention, residual)
     v = v + torch.where(solved[:, None, None], delta, 0.0)
     return Merged(k, v, votes.masked_fill(~usable, torch.nan), rewrites_all=True)
 
 
-def _votes(e: torch.Tensor, share: torch.Tensor, start: torch.Tensor, fixed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """e [H, m, Q], share [H, Q], start [H, m] -> log votes [H, m] and the mass [H, Q] that they give."""
+def _weight(window: Window) -> torch.Tensor:
+    """[Q], mean 1. References stand behind the span, the window's queries in it."""
+    weight = torch.where(window.position < window.k.shape[1], WINDOW_WEIGHT, 1.0).to(window.q.dtype)
+    return (weight / weight.mean()).repeat_interleave(window.group)
+
+
+def _votes(
+    e: torch.Tensor, share: torch.Tensor, weight: torch.Tensor, start: torch.Tensor, fixed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e [H, m, Q], share [H, Q], weight [Q], start [H, m] -> log votes [H, m] and the mass [H, Q] that they give."""
     tiny = 1e-30
-    total, lv = e.sum(dim=2), start
+    total, lv = e @ weight, start
     mass = (lv.exp()[:, None] @ e)[:, 0]
     for _ in range(VOTE_STEPS):
-        factor = (e @ (share / mass.clamp(min=tiny))[..., None])[..., 0] / total.clamp(min=tiny)
+        factor = (e @ (weight * share / mass.clamp(min=tiny))[..., None])[..., 0] / total.clamp(min=tiny)
         change = torch.where(total > tiny, factor.clamp(min=tiny).log_(), 0.0)  # nobody looks: as it was
         change[:, :fixed] = 0.0
         lv = (lv - start + change).clamp_(-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION) + start

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -40,6 +40,26 @@ class Window:
     def group(self) -> int:
         """G, q heads per kv head."""
         return self.q.shape[1] // self.position.shape[0]
+
+    def parts(self) -> tuple[Window | None, Window | None]:
+        """(the references, which stand behind the span and come first; the window proper); None: none of these."""
+        count = int((self.position >= self.k.shape[1]).sum())
+        if count in (0, len(self.position)):
+            return (self, None) if count else (None, self)
+        return self._queries(slice(count)), self._queries(slice(count, None))
+
+    def _queries(self, tokens: slice) -> Window:
+        """The same with only these of the w query tokens."""
+        start = (tokens.start or 0) * self.group
+        rows = slice(start, None if tokens.stop is None else tokens.stop * self.group)
+        return replace(
+            self,
+            q=self.q[:, rows],
+            position=self.position[tokens],
+            log_z=self.log_z[:, rows],
+            log_z_ctx=self.log_z_ctx[:, rows],
+            whole=None if self.whole is None else self.whole[..., rows],
+        )
 
     def blocks(self) -> list[slice]:
         """Token ranges that cover the span."""

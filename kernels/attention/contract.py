@@ -10,6 +10,7 @@ import torch
 MASKED = -1e29
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16)
+GPU_STORAGE_DTYPES = (*STORAGE_DTYPES, torch.float16)
 Lengths = torch.Tensor | Sequence[int]
 
 
@@ -35,9 +36,24 @@ def check(
     req_to_token: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Returns q with packed rows. ValueError, with what to do next, for tensors outside the contract."""
+    """Returns q with packed rows. ValueError, with what to do next, for tensors outside the CPU kernels' contract."""
     if not (q.is_cpu and k_pool.is_cpu and req_to_token.is_cpu):
         raise ValueError(f"the CPU kernels got q on {q.device}, K on {k_pool.device}: pass CPU tensors")
+    check_layout(q, k_pool, v_pool, log_votes, req_to_token, out)
+    return q if packed_rows(q) else q.contiguous()
+
+
+def check_layout(
+    q: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    log_votes: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    out: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...] = STORAGE_DTYPES,
+) -> None:
+    """ValueError, with what to do next, for shapes, strides and dtypes outside the contract. Reads no data, so that
+    it costs a GPU no synchronisation."""
     heads_q, dim = q.shape[1], q.shape[2]
     heads_kv = k_pool.shape[1]
     if k_pool.shape != v_pool.shape or k_pool.shape[2] != dim or heads_q % heads_kv:
@@ -45,8 +61,9 @@ def check(
             f"q {tuple(q.shape)}, k_pool {tuple(k_pool.shape)}, v_pool {tuple(v_pool.shape)} do not fit: "
             "K and V need one shape, q's head_dim, and q heads must be a multiple of kv heads"
         )
-    if q.dtype not in STORAGE_DTYPES or k_pool.dtype not in STORAGE_DTYPES or v_pool.dtype != k_pool.dtype:
-        raise ValueError(f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use float32 or bfloat16")
+    if q.dtype not in dtypes or k_pool.dtype not in dtypes or v_pool.dtype != k_pool.dtype:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use {names}")
     if dim % 8 or dim > 256:
         raise ValueError(f"head_dim {dim} is not a multiple of 8 up to 256")
     if not (packed_rows(k_pool) and packed_rows(v_pool) and packed_rows(out)):
@@ -62,4 +79,3 @@ def check(
             f"log_votes must be float32 {tuple(k_pool.shape[:2])} with contiguous rows, "
             f"got {log_votes.dtype} {tuple(log_votes.shape)}"
         )
-    return q if packed_rows(q) else q.contiguous()

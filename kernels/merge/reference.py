@@ -26,6 +26,7 @@ MAX_LOG_VOTE_CORRECTION = 4.0
 REFIT_RIDGE = 3.0
 REFIT_MIN_RIDGE = 0.01
 MATCHING_STEPS = 5
+MATCHING_WINDOW_WEIGHT = 16.0
 MATCHING_RIDGE = 0.03
 MATCHING_MIN_RIDGE = 1e-3
 MATCHING_MAX_LOG_MASS = 20.0
@@ -33,7 +34,8 @@ MATCHING_MAX_LOG_MASS = 20.0
 
 class Head(NamedTuple):
     """One kv head. q [Q, D] scaled, window-major; k, v [n, D]; lv [n]; logits [n, Q]; seen [n, Q] bool;
-    log_z [Q], of which log_z_ctx [Q] is the context; age [Q]: window steps between each query and the newest."""
+    log_z [Q], of which log_z_ctx [Q] is the context; age [Q]: window steps between each query and the newest;
+    reference [Q] bool: the query stands behind the span."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -44,6 +46,7 @@ class Head(NamedTuple):
     log_z: torch.Tensor
     log_z_ctx: torch.Tensor
     age: torch.Tensor
+    reference: torch.Tensor
 
 
 def head_of(x: Any, h: int, dtype: torch.dtype = torch.float64) -> Head:
@@ -59,7 +62,7 @@ def head_of(x: Any, h: int, dtype: torch.dtype = torch.float64) -> Head:
     in_context = x.k_ctx[:, h].to(dtype) @ q.T + x.lv_ctx[:, h].to(dtype)[:, None]
     log_z = torch.logsumexp(torch.cat((in_context, in_span)), 0)
     age = torch.arange(w - 1, -1, -1, device=k.device).repeat_interleave(group)
-    return Head(q, k, v, lv, logits, seen, log_z, torch.logsumexp(in_context, 0), age)
+    return Head(q, k, v, lv, logits, seen, log_z, torch.logsumexp(in_context, 0), age, position >= len(k))
 
 
 # Scores
@@ -264,17 +267,19 @@ def match_attention(
     outside, share = torch.exp(a.log_z_ctx - a.log_z), before.sum(0)
     seen = torch.stack([a.seen[torch.nonzero(assign == c)[0, 0]] for c in range(len(k))])  # [m, Q]
     e = torch.exp((k @ a.q.T - a.log_z).clamp(max=MATCHING_MAX_LOG_MASS)).masked_fill(~seen, 0.0)
+    weight = torch.where(a.reference, 1.0, MATCHING_WINDOW_WEIGHT).to(k.dtype)
+    weight = weight / weight.mean()
     votes = lv.exp()
     for _ in range(MATCHING_STEPS):
-        wanted = share / (votes @ e).clamp(min=1e-30)
+        wanted = weight * share / (votes @ e).clamp(min=1e-30)
         for c in range(fixed, len(k)):
-            if float(e[c].sum()) > 1e-30:
+            if float(e[c] @ weight) > 1e-30:
                 bound = votes.new_tensor([-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION]).add(lv[c]).exp()
-                votes[c] = (votes[c] * (e[c] @ wanted) / e[c].sum()).clamp(bound[0], bound[1])
+                votes[c] = (votes[c] * (e[c] @ wanted) / (e[c] @ weight)).clamp(bound[0], bound[1])
     after = votes[:, None] * e
     after = after / (outside + after.sum(0)).clamp(min=1e-30)
-    residual = before.T @ a.v - after.T @ v
-    free = after[fixed:]
+    residual = (before.T @ a.v - after.T @ v) * weight.sqrt()[:, None]
+    free = after[fixed:] * weight.sqrt()
     gram = free @ free.T
     ridge = MATCHING_RIDGE * free.square().sum() / len(a.q) + MATCHING_MIN_RIDGE
     system = gram + ridge * torch.eye(len(gram), dtype=v.dtype, device=v.device)

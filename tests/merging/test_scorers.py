@@ -1,4 +1,4 @@
-"""The scorers of other papers against loops in float64 (reference_scores.py), and formulas by hand."""
+"""The scorers of other papers against loops in float64 (kernels/score/reference.py), and formulas by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keepkv_sglang.kernels.merge import reference, reference_scores
+from keepkv_sglang.kernels.merge import reference
+from keepkv_sglang.kernels.score import reference as reference_scores
 from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.scoring import get_scorer
@@ -42,7 +43,8 @@ def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
 
 def test_every_scorer_has_a_reference():
     with_loops = {"snapkv", "rms", "keepkv"} | set(reference_scores.SCORES)
-    assert with_loops == set(SCORERS.names) == {"snapkv", "rms", "keepkv", "h2o", "expected_attention_full", *WINDOWED}
+    others = {"snapkv", "rms", "keepkv", "h2o", "expected_attention_full", "window_references"}
+    assert with_loops == set(SCORERS.names) == others | set(WINDOWED)
 
 
 @pytest.mark.parametrize("name", WINDOWED)
@@ -93,6 +95,29 @@ def by_hand(logits: list[list[float]], values: list[list[float]], position: list
 L2, L3, L5, L6 = (math.log(x) for x in (2, 3, 5, 6))
 # Query 0 sees tokens 0, 1 with weights 1, 3 of 4; query 1 sees 0, 1, 2 with weights 2, 5, 3 of 10.
 HAND = by_hand([[0.0, L3, 0.0], [L2, L5, L3]], [[1.0, -1.0], [3.0, 4.0], [0.0, -2.0]], [1, 2])
+
+
+@pytest.mark.parametrize("ctx", [0, 7])
+@pytest.mark.parametrize("references", [1, 4])
+def test_window_references_equals_loops(ctx, references):
+    x = layer(ctx=ctx)
+    x = replace(x, q_index=torch.cat((40 + torch.arange(references), x.q_index[references:])))
+    expected = reference_scores.score(x, "window_references")
+    for block in (1 << 20, 7):
+        torch.testing.assert_close(get_scorer("window_references")(window_of(x, block), 7), expected)
+
+
+def test_window_references_with_one_kind_of_query_is_rms():
+    for position in (torch.arange(34, 40), torch.arange(40, 46)):
+        window = window_of(replace(layer(), q_index=position))
+        assert torch.equal(get_scorer("window_references")(window, 7), get_scorer("rms")(window, 7))
+
+
+def test_window_references_by_hand():
+    """Unpooled. The window gives token 1 its all, token 2 is behind it; the references give 2/8, 1/8, 5/8."""
+    hand = by_hand([[L2, 0.0, L5], [-40.0, 0.0, 0.0]], [[1.0]] * 3, [3, 1])
+    expected = torch.tensor([[2 / 8, 2.0, 5 / 8]], dtype=F64)
+    torch.testing.assert_close(get_scorer("window_references")(hand, 1), expected)
 
 
 def test_tova_by_hand():

@@ -1,0 +1,191 @@
+"""Matching, merging and gathering of KV slots in Triton: drop-ins for what torch_impl and merging/base do on a GPU.
+
+`nearest_kept` has the signature and meaning of torch_impl.nearest_kept; `merge_segments` is Clusters.weighted_means and
+Clusters.log_votes in one pass; `gather_slots` reads a span of a paged pool. Equal to those up to the order of float32
+sums (gather_slots: bit for bit). Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .torch_impl import Segments
+
+EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize, and of torch_impl.nearest_kept
+
+
+@triton.jit
+def nearest_kernel(
+    k_ptr, dropped_ptr, kept_ptr, allowed_ptr, best_ptr, column_ptr, r, u, stride_kh, stride_kn,
+    DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of dropped tokens, head): maximum over all allowed kept tokens, the lower column on a tie."""
+    head = tl.program_id(1).to(tl.int64)
+    i, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    mask_r, mask_d = i < r, d < DIM
+    token = tl.load(dropped_ptr + head * r + i, mask=mask_r, other=0)
+    rows = tl.load(
+        k_ptr + head * stride_kh + token[:, None] * stride_kn + d[None, :],
+        mask=mask_r[:, None] & mask_d[None, :], other=0.0,
+    )  # fmt: skip
+    best = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    column = tl.zeros([BLOCK_R], tl.int32)
+    for start in range(0, u, BLOCK_U):
+        j = start + tl.arange(0, BLOCK_U)
+        allowed = tl.load(allowed_ptr + head * u + j, mask=j < u, other=0) != 0
+        target = tl.load(kept_ptr + head * u + j, mask=j < u, other=0)
+        keys = tl.load(
+            k_ptr + head * stride_kh + target[None, :] * stride_kn + d[:, None],
+            mask=(j < u)[None, :] & mask_d[:, None], other=0.0,
+        )  # fmt: skip
+        keys = keys / tl.maximum(tl.sqrt(tl.sum(keys * keys, 0)), EPS)[None, :]
+        similarity = tl.dot(rows, keys, input_precision="ieee")
+        similarity = tl.where(allowed[None, :], similarity, float("-inf"))
+        top, at = tl.max(similarity, 1, return_indices=True, return_indices_tie_break_left=True)
+        column = tl.where(top > best, start + at, column)
+        best = tl.maximum(top, best)
+    norm = tl.maximum(tl.sqrt(tl.sum(rows * rows, 1)), EPS)
+    tl.store(best_ptr + head * r + i, best / norm, mask=mask_r)
+    tl.store(column_ptr + head * r + i, column.to(tl.int64), mask=mask_r)
+
+
+@triton.jit
+def merge_kernel(
+    k_ptr, v_ptr, lv_ptr, log_w_ptr, rows_ptr, offsets_ptr, counts_ptr, out_k_ptr, out_v_ptr, out_lv_ptr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Program (cluster): softmax-weighted means of its members' keys and values, log of the sum of their votes."""
+    cluster = tl.program_id(0).to(tl.int64)
+    first, count = tl.load(offsets_ptr + cluster), tl.load(counts_ptr + cluster).to(tl.int32)
+    d = tl.arange(0, BLOCK_D)
+    top_w = tl.full([1], float("-inf"), tl.float32)
+    top_lv = tl.full([1], float("-inf"), tl.float32)
+    total_w, total_lv = tl.zeros([1], tl.float32), tl.zeros([1], tl.float32)
+    k, v = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, count, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        member = t < count
+        row = tl.load(rows_ptr + first + t, mask=member, other=0)
+        log_w = tl.load(log_w_ptr + first + t, mask=member, other=float("-inf"))
+        lv = tl.load(lv_ptr + row, mask=member, other=float("-inf"))
+        new_w, new_lv = tl.maximum(top_w, tl.max(log_w, 0)), tl.maximum(top_lv, tl.max(lv, 0))
+        shift_w = tl.where(new_w == float("-inf"), 0.0, new_w)
+        shift_lv = tl.where(new_lv == float("-inf"), 0.0, new_lv)
+        weight, decay = tl.exp(log_w - shift_w), tl.exp(top_w - shift_w)
+        total_w = total_w * decay + tl.sum(weight, 0)
+        total_lv = total_lv * tl.exp(top_lv - shift_lv) + tl.sum(tl.exp(lv - shift_lv), 0)
+        mask = member[:, None] & (d < DIM)[None, :]
+        keys = tl.load(k_ptr + row[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        k = k * decay + tl.sum(keys * weight[:, None], 0)
+        mask = member[:, None] & (d < DIM_V)[None, :]
+        values = tl.load(v_ptr + row[:, None] * DIM_V + d[None, :], mask=mask, other=0.0)
+        v = v * decay + tl.sum(values * weight[:, None], 0)
+        top_w, top_lv = new_w, new_lv
+    # members that all weigh nothing: 0 / 0 = NaN as in torch, which the caller's guard refuses; no members: 0
+    total_w = tl.where(count == 0, 1.0, total_w)
+    tl.store(out_k_ptr + cluster * DIM + d, k / total_w, mask=d < DIM)
+    tl.store(out_v_ptr + cluster * DIM_V + d, v / total_w, mask=d < DIM_V)
+    tl.store(out_lv_ptr + cluster + tl.arange(0, 1), tl.log(total_lv) + top_lv)
+
+
+@triton.jit
+def gather_kernel(
+    k_ptr, v_ptr, lv_ptr, slots_ptr, out_k_ptr, out_v_ptr, out_lv_ptr, n, stride_ks, stride_vs, stride_ls,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of slots, block of the row): copies elements [w, w + BLOCK_W) of each slot's K and V row."""
+    i, w = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    slot = tl.load(slots_ptr + i, mask=i < n, other=0).to(tl.int64)
+    out = i.to(tl.int64)
+    mask = (i < n)[:, None] & (w < WIDTH)[None, :]
+    k = tl.load(k_ptr + slot[:, None] * stride_ks + w[None, :], mask=mask, other=0.0)
+    tl.store(out_k_ptr + out[:, None] * WIDTH + w[None, :], k, mask=mask)
+    mask = (i < n)[:, None] & (w < WIDTH_V)[None, :]
+    v = tl.load(v_ptr + slot[:, None] * stride_vs + w[None, :], mask=mask, other=0.0)
+    tl.store(out_v_ptr + out[:, None] * WIDTH_V + w[None, :], v, mask=mask)
+    if tl.program_id(1) == 0:
+        h = tl.arange(0, BLOCK_H)
+        mask_h = (i < n)[:, None] & (h < HEADS)[None, :]
+        lv = tl.load(lv_ptr + slot[:, None] * stride_ls + h[None, :], mask=mask_h, other=0.0)
+        tl.store(out_lv_ptr + out[:, None] * HEADS + h[None, :], lv, mask=mask_h)
+
+
+def nearest_kept(
+    k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor, scratch_bytes: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each dropped token the allowed kept token whose key has the highest cosine similarity.
+
+    k [H, n, D] float32, contiguous D; dropped [H, r], kept [H, u] int64; allowed [H, u] bool. Returns (similarity [H,
+    r] float32, column [H, r] int64 into `kept`): -inf and 0 where the head has no allowed token; a zero key has
+    similarity 0; equal similarities: the lower column. scratch_bytes is unused: no similarities are stored. ValueError
+    for another dtype or layout.
+    """
+    if k.dtype != torch.float32 or k.stride(2) != 1:
+        raise ValueError(f"keys must be float32 with contiguous head_dim, got {k.dtype}")
+    heads, _, dim = k.shape
+    r, u = dropped.shape[1], kept.shape[1]
+    best = k.new_full((heads, r), -torch.inf)
+    column = torch.zeros_like(dropped, memory_format=torch.contiguous_format)
+    if u == 0 or r == 0:
+        return best, column
+    block = 32
+    nearest_kernel[(triton.cdiv(r, block), heads)](
+        k, dropped.contiguous(), kept.contiguous(), allowed.contiguous().view(torch.uint8), best, column, r, u,
+        k.stride(0), k.stride(1), DIM=dim, BLOCK_R=block, BLOCK_U=block, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return best, column
+
+
+def merge_segments(
+    k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, log_w: torch.Tensor, seg: Segments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted means and summed votes of all clusters: k [H, m, D], v [H, m, Dv], lv [H, m], float32.
+
+    k [H, n, D], v [H, n, Dv], lv [H, n] float32, contiguous; log_w [T] float32, one per member of seg. With w =
+    exp(log_w): sum w k / sum w, sum w v / sum w, log sum p (rule `mean`, and the first step of the others). An empty
+    cluster gives 0, 0, -inf; one whose weights are all 0 gives NaN. ValueError for another dtype or layout.
+    """
+    for x in (k, v, lv, log_w):
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"merge_segments needs contiguous float32 tensors, got {x.dtype} {tuple(x.shape)}")
+    clusters, dim, dim_v = seg.heads * seg.m, k.shape[2], v.shape[2]
+    out_k, out_v = k.new_empty(seg.heads, seg.m, dim), v.new_empty(seg.heads, seg.m, dim_v)
+    out_lv = lv.new_empty(seg.heads, seg.m)
+    if clusters:
+        merge_kernel[(clusters,)](
+            k, v, lv, log_w, seg.rows, seg.offsets, seg.counts, out_k, out_v, out_lv,
+            DIM=dim, DIM_V=dim_v, BLOCK_T=8, BLOCK_D=triton.next_power_of_2(max(dim, dim_v)), num_warps=2, num_stages=1,
+        )  # fmt: skip
+    return out_k, out_v, out_lv
+
+
+def gather_slots(
+    k_pool: torch.Tensor, v_pool: torch.Tensor, log_votes: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k_pool[slots], v_pool[slots], log_votes[slots], bit for bit, in one launch.
+
+    k_pool, v_pool [S, H, D] of one dtype, rows contiguous; log_votes [S, H] float32; slots [n] integers, not checked.
+    Returns [n, H, D], [n, H, Dv], [n, H]. ValueError for another layout.
+    """
+    for x in (k_pool, v_pool):
+        if x.dim() != 3 or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
+            raise ValueError(f"a pool needs contiguous [head, dim] rows, got {tuple(x.shape)}, strides {x.stride()}")
+    if log_votes.stride(1) != 1 or slots.dim() != 1:
+        raise ValueError("log_votes need contiguous rows, slots one dimension")
+    n, heads = len(slots), k_pool.shape[1]
+    width, width_v = heads * k_pool.shape[2], heads * v_pool.shape[2]
+    k, v = k_pool.new_empty(n, *k_pool.shape[1:]), v_pool.new_empty(n, *v_pool.shape[1:])
+    lv = log_votes.new_empty(n, heads)
+    if n:
+        block_n, block_w = 16, min(512, triton.next_power_of_2(max(width, width_v)))
+        gather_kernel[(triton.cdiv(n, block_n), triton.cdiv(max(width, width_v), block_w))](
+            k_pool, v_pool, log_votes, slots.contiguous(), k, v, lv, n,
+            k_pool.stride(0), v_pool.stride(0), log_votes.stride(0),
+            HEADS=heads, WIDTH=width, WIDTH_V=width_v, BLOCK_N=block_n, BLOCK_W=block_w,
+            BLOCK_H=triton.next_power_of_2(heads), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return k, v, lv

@@ -1,0 +1,1 @@
+"""Selection scores: `reference` (loops, the oracle of every scorer) and `triton_impl` (window scores on a GPU)."""

@@ -1,0 +1,34 @@
+"""Triton tests (test_*_triton.py) need a process of their own: Triton reads TRITON_INTERPRET when @triton.jit runs.
+
+test_triton_interpreter.py starts that process. By hand: TRITON_INTERPRET=1 pytest tests/kernels/test_merge_triton.py.
+On a machine with a CUDA device they are collected without the variable, and run compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # paged.py, under --import-mode=importlib
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    collect_ignore_glob = ["test_*_triton.py"]
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Scratch and outputs start as NaN: what is read before it is written, or never written, is noticed."""
+
+    def nan(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan")) if out.is_floating_point() else out
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", nan(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", nan(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan(torch.Tensor.new_empty))

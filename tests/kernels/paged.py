@@ -1,0 +1,80 @@
+"""Paged pools with scattered slots for the Triton tests, on the CPU (interpreter) or a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from keepkv_sglang.kernels.attention import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+# Logits and sums are float32: up to 2047 terms of size 1 with relative rounding 6e-8 and an exp accurate to 1e-7 give
+# a few 1e-6 on outputs of size 1. A wrong formula is off by more than 1e-3.
+TOLERANCE = 1e-5
+# 16-bit storage: the oracle reads the same rounded inputs; the interpreter computes in float32, so only the rounding of
+# the result comes on top: half a unit in the last of 8 (bfloat16) or 11 bits.
+ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Compiled, the softmax weights are rounded to the storage as well: each by half a unit, so the output by that times
+# sum w |v| <= max |v|, here about 4.
+WEIGHTS = {d: 0.0 if INTERPRETED else 4 * r for d, r in ROUNDING.items()}
+
+
+class Case:
+    """Pools with scattered slots; news = None is a decode. Unused pool slots hold NaN: reading one is noticed."""
+
+    def __init__(self, lens, news=None, heads=(9, 3), dim=64, dtype=torch.float32, seed=0, spread=2.0):
+        self.gen = torch.Generator().manual_seed(seed)
+        hq, hkv = heads
+        used = sum(lens)
+        slots = torch.randperm(used + 50, generator=self.gen)[:used]
+        k, v = (torch.full((used + 50, hkv, dim), float("nan"), dtype=dtype) for _ in range(2))
+        for pool in (k, v):
+            pool[slots] = self.randn(used, hkv, dim).to(dtype)
+        votes = torch.full((used + 50, hkv), float("nan"))
+        votes[slots] = torch.rand(used, hkv, generator=self.gen) * spread
+        table = torch.full((len(lens) + 3, max(lens) + 5), -7, dtype=torch.int32)
+        rows = torch.randperm(len(lens) + 3, generator=self.gen)[: len(lens)]
+        start = 0
+        for row, n in zip(rows.tolist(), lens, strict=True):
+            table[row, :n] = slots[start : start + n].int()
+            start += n
+        q = self.randn(len(lens) if news is None else sum(news), hq, dim).to(dtype)
+        self.k, self.v, self.votes, self.table, self.rows, self.q = (
+            x.to(DEVICE) for x in (k, v, votes, table, rows, q)
+        )
+        self.lens, self.scale = torch.tensor(lens, device=DEVICE), dim**-0.5
+        self.news = None if news is None else torch.tensor(news, device=DEVICE)
+
+    def randn(self, *shape):
+        return torch.randn(*shape, generator=self.gen)
+
+    def slots(self, i):
+        return self.table[self.rows[i], : self.lens[i]].long()
+
+    def run(self, impl, causal=True, q=None, out=None, **changes):
+        """Runs decode or extend into an `out` of NaN."""
+        q = self.q if q is None else q
+        out = torch.full_like(q, float("nan")) if out is None else out
+        names = ("k", "v", "votes", "table", "rows", "lens")
+        shared = [changes.get(name, getattr(self, name)) for name in names]
+        if self.news is None:
+            impl.decode(q, *shared, self.scale, out)
+        else:
+            impl.extend(q, *shared, changes.get("news", self.news), self.scale, out, causal)
+        return out
+
+    def wanted(self, **kwargs):
+        """Float64 by the reference, on the CPU."""
+        case = object.__new__(Case)
+        case.__dict__ = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        return case.run(reference, q=case.q.double(), **kwargs)
+
+    def error(self, got, **kwargs):
+        """Largest deviation of `got` from float64 beyond what rounding to the storage explains."""
+        wanted, got = self.wanted(**kwargs), got.cpu()
+        assert got.isfinite().all()
+        allowed = ROUNDING[got.dtype] * wanted.abs() + WEIGHTS[got.dtype]
+        return ((got.double() - wanted).abs() - allowed).max().item()
