@@ -53,8 +53,8 @@ class Shape:
         return self.layers * self.q_heads * self.head_dim * self.itemsize
 
     def arena_rows(self, config: KeepKVConfig) -> int:
-        """Rows of the query arena, whole turns (Runtime.attach_model_runner): 64 prompts or 512 MiB, at least one; one row more
-        belongs to nobody."""
+        """Rows of the query arena, whole turns (Runtime.attach_model_runner): 64 prompts or 512 MiB, at least one.
+        One row more belongs to nobody."""
         needed = config.window + config.references
         return max(needed, min(ARENA_WINDOWS * needed, ARENA_MAX_BYTES // self.query - 1))
 
