@@ -67,8 +67,8 @@ bench-kernels: env ## attention kernels against SGLang's torch_native
 bench-budget1: env model ## stock SGLang against KeepKV at budget 1, side by side
 	$(BIN)/python benchmarks/bench_budget1.py
 
-bench-agents: env model ## six agents in a small pool: stock SGLang, KeepKV, KeepKV at budget 1
-	$(BIN)/python benchmarks/bench_agents.py
+bench-agents: env model ## six agents, a tight and an ample pool: stock SGLang, KeepKV, KeepKV at budget 1
+	$(BIN)/keepkv bench agents --budget1 --repeat 3 --pool 3000 --pool 40000
 
 bench-tree: env ## a million cached tokens: our tree against SGLang's RadixCache
 	$(BIN)/python benchmarks/bench_tree.py

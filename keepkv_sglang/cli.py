@@ -105,6 +105,18 @@ def _eval(args: argparse.Namespace) -> int:
     return command.run(args)
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from keepkv_sglang.bench import command
+
+    command.add_arguments(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from keepkv_sglang.bench import command
+
+    return command.run(args)
+
+
 COMMANDS = [
     Command("model", "Make the demo model; the last line printed is its folder.", _model, _model_arguments),
     Command("check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check),
@@ -113,6 +125,7 @@ COMMANDS = [
         "simulate", "Replay request traces through the prefix caches, without a model.", _simulate, _simulate_arguments
     ),
     Command("eval", "Quality of compression methods on real text, offline.", _eval, _eval_arguments),
+    Command("bench", "Agents over HTTP: stock SGLang beside KeepKV, in little memory.", _bench, _bench_arguments),
     Command("version", "Print the version of keepkv-sglang.", _version),
 ]
 

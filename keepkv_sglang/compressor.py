@@ -1,8 +1,9 @@
 """The hub: score -> select -> match -> merge -> commit, for one span of one request. Read this first.
 
-The mathematics of one layer is `layer_compress.compress_layer`; which span is due, and when, is decided in
-`schedule.py`. Here the span's slots are read, merged into slots that are private to the request, and the row is
-shortened. Nothing shared is rewritten: a slot that the prefix cache owns is only ever read (DESIGN.md, decision 3).
+The mathematics of one layer is `layer_compress.compress_layer`, which `layer_batch.py` gives several layers at
+once; which span is due, and when, is decided in `schedule.py`. Here the span's slots are chosen, merged into slots that
+are private to the request, and the row is shortened. Nothing shared is rewritten: a slot that the prefix cache owns is
+only ever read (DESIGN.md, decision 3).
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import torch
 
 from keepkv_sglang import record
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
+from keepkv_sglang.layer_batch import Rows, Storage, compress_rows
 from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
 from keepkv_sglang.scoring.references import QuerySample
 from keepkv_sglang.span_policy import span_policy
 
-SCRATCH_BYTES = 64 << 20  # working memory of one layer's merge
+SCRATCH_BYTES = 64 << 20  # working memory of the layers that are merged at once
 
 
 @dataclass(frozen=True)
@@ -96,34 +97,22 @@ def merge_unused(
     dropped.
     """
     assert rt.votes is not None and rt.arena is not None
-    pool, source = rt.kv_pool, path[start:]
-    queries = rt.calibration.queries if rt.calibration is not None else None
+    rows = Rows(path[:0], path[start:], target)
+    arena, queries = rt.arena.queries, rt.calibration.queries if rt.calibration is not None else None
     policy = span_policy(config, len(target), sinks=config.sinks if start == 0 else 0)
     if queries is None:
         query_free = not SCORERS.needs_queries(config.scorer)
         policy = replace(policy, merge="evict", scorer=config.scorer if query_free else "keydiff")
+
+    def place(layer: int) -> torch.Tensor:
+        return queries.behind(layer, end) if queries is not None else arena[layer, :0]
+
+    count = queries.q.shape[1] if queries is not None else 0
+    q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64, device=arena.device)
     scheduler = rt.scheduler
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
-        for index in range(pool.layer_num):
-            layer = rt.first_layer + index
-            keys, values = pool.get_key_buffer(layer), pool.get_value_buffer(layer)
-            votes = rt.votes.log_votes[index]
-            q = queries.behind(index, end) if queries is not None else rt.arena.queries[index, :0]
-            result = compress_layer(
-                LayerInput(
-                    q=q,
-                    q_index=torch.full((len(q),), len(source) - 1, dtype=torch.int64, device=q.device),
-                    k_ctx=keys[:0],
-                    lv_ctx=votes[:0],
-                    k=keys[source],
-                    v=values[source],
-                    lv=votes[source],
-                    scale=rt.scales[layer],
-                ),
-                policy,
-                SCRATCH_BYTES,
-            )
-            keys[target], values[target], votes[target] = result.k, result.v, result.lv
+        for _ in compress_rows(Storage.of(rt), rows, place, q_index, policy, SCRATCH_BYTES):
+            pass
 
 
 def _allocate(rt: Runtime, count: int) -> torch.Tensor | None:
@@ -146,8 +135,8 @@ def _merge_layers(
 ) -> None:
     """Writes the merged entries of all layers into `target` [m] int64 slots; adds to the merged/dropped statistics."""
     assert rt.votes is not None and rt.arena is not None
-    config, pool = state.config, rt.kv_pool
-    context, source = row[: span.start], row[span.start : span.start + span.slots]
+    config = state.config
+    where = Rows(row[: span.start], row[span.start : span.start + span.slots], target)
     rows = torch.tensor(window.rows[: window.filled], dtype=torch.int64, device=row.device)
     positions = list(window.positions[: window.filled])
     arena = rt.arena.queries
@@ -162,34 +151,18 @@ def _merge_layers(
         whole=state.protected_in(span.slots, begin, span.end),
         shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
     )
-    log = record.begin(req, state, span, window, policy)
+    log = record.begin(req, state, span, window, policy, rt.rank)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)
     scheduler = rt.scheduler
     # GPU: merges run behind the forward that is in flight, which still reads the row as it was.
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
-        for index in range(pool.layer_num):
-            layer = rt.first_layer + index
-            keys, values = pool.get_key_buffer(layer), pool.get_value_buffer(layer)
-            votes = rt.votes.log_votes[index]
-            result = compress_layer(
-                LayerInput(
-                    q=sample.place(arena[index, rows]),
-                    q_index=sample.q_index,
-                    k_ctx=keys[context],
-                    lv_ctx=votes[context],
-                    k=keys[source],
-                    v=values[source],
-                    lv=votes[source],
-                    scale=rt.scales[layer],
-                ),
-                policy,
-                SCRATCH_BYTES,
-            )
-            keys[target], values[target], votes[target] = result.k, result.v, result.lv
+        for result in compress_rows(
+            Storage.of(rt), where, lambda layer: sample.place(arena[layer, rows]), sample.q_index, policy, SCRATCH_BYTES
+        ):
             joined += (result.assign >= 0).sum()
             if log is not None:
                 log.layer(result)
-    heads = pool.layer_num * rt.votes.log_votes[0].shape[1]
+    heads = rt.kv_pool.layer_num * rt.votes.log_votes[0].shape[1]
     merged = joined.item() / heads - span.m
     state.merged += merged
     state.dropped += span.slots - span.m - merged

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepkv_sglang import calibrate, flags, seams
+from keepkv_sglang import calibrate, flags, seams, step_times
 
 
 def register() -> None:
@@ -20,7 +20,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
-    for seam in seams.HOOKS:
+    for seam in (*seams.HOOKS, *(seams.MEASURING if step_times.wanted() else ())):
         HookRegistry.register(seam.target, seams.load_hook(seam), HookType[seam.kind])
     Engine.server_args_class = staticmethod(flags.engine_server_args(Engine.server_args_class))
     for name, create in (

@@ -1,6 +1,7 @@
 """Writes down what every compression chose, for tests that replay a server run in float64.
 
-Off unless KEEPKV_RECORD names a folder. One file per compression, `<sequence>-<rid>.pt`, a dict that torch.load reads.
+Off unless KEEPKV_RECORD names a folder. One file per compression, `<sequence>-<rid>.pt`
+(`rank<r>-...` on tensor-parallel ranks above 0), a dict that torch.load reads.
 It holds token positions and cluster numbers, no token ids and no text.
 """
 
@@ -19,7 +20,9 @@ class Recorder:
     """Collects one compression: kept [layers, H, m], assign [layers, H, slots] and log votes lv [layers, m, H]."""
 
     def __init__(self, folder: str, facts: dict[str, Any]) -> None:
-        self.path = os.path.join(folder, f"{next(_sequence):05d}-{facts['rid'][:16]}.pt")
+        # Tensor-parallel ranks record the same compression, each its own heads: rank 0 under the plain name.
+        rank = f"rank{facts['rank']}-" if facts["rank"] else ""
+        self.path = os.path.join(folder, f"{rank}{next(_sequence):05d}-{facts['rid'][:16]}.pt")
         self.facts = facts
         self.kept: list[torch.Tensor] = []
         self.assign: list[torch.Tensor] = []
@@ -36,8 +39,8 @@ class Recorder:
         os.replace(self.path + ".tmp", self.path)
 
 
-def begin(req: Any, state: Any, span: Any, window: Any, policy: Any) -> Recorder | None:
-    """A recorder for this compression, or None when nothing is recorded."""
+def begin(req: Any, state: Any, span: Any, window: Any, policy: Any, rank: int) -> Recorder | None:
+    """A recorder for this compression, or None when nothing is recorded. rank: of tensor parallelism."""
     folder = os.environ.get("KEEPKV_RECORD")
     if not folder:
         return None
@@ -45,6 +48,7 @@ def begin(req: Any, state: Any, span: Any, window: Any, policy: Any) -> Recorder
         folder,
         {
             "rid": str(req.rid),
+            "rank": rank,
             "start": span.start,
             "slots": span.slots,
             "tokens": span.tokens,

@@ -48,6 +48,7 @@ class Runtime:
         self.offsets: torch.Tensor | None = None  # int64 [rows]: logical - physical
         self.scales: dict[int, float] = {}
         self.first_layer = 0
+        self.rank = 0  # of tensor parallelism
         self.border: MessageBorder | None = None
         self.calibration: Calibration | None = None
         self.rotary: Rotary | None = None
@@ -65,7 +66,8 @@ class Runtime:
             "skipped_no_room": 0,
             "skipped_no_window": 0,
             "slots_freed": 0,
-            "seconds": 0.0,
+            "seconds": 0.0,  # of the compressions alone
+            "hook_seconds": 0.0,  # of all that runs between steps: looking for due spans, compressing, publishing
             "published": 0,
             "entry_hits": 0,
             "retractions_published": 0,
@@ -95,6 +97,7 @@ class Runtime:
         self.votes = VoteStore(layers, slots, kv_heads, keys.device)
         from sglang.srt.runtime_context import get_parallel
 
+        self.rank = get_parallel().attn_tp_rank
         q_heads = runner.model_config.num_attention_heads // get_parallel().attn_tp_size
         row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
         windows = ARENA_WINDOWS

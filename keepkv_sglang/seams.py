@@ -62,6 +62,11 @@ HOOKS: tuple[Seam, ...] = (
     Seam("sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response", ("self",), "AROUND", f"{_H}.frontend:around_wait_one_response"),
     Seam("sglang.srt.entrypoints.http_server.serve_generate_request", ("obj", "request"), "AROUND", f"{_H}.frontend:around_serve_generate_request"),
 )
+# Registered only where KEEPKV_STEP_TIMES=1 asks for it (step_times.py).
+MEASURING: tuple[Seam, ...] = (
+    Seam("sglang.srt.managers.scheduler.Scheduler.run_batch", ("self", "batch"), "AROUND", "keepkv_sglang.step_times:around_run_batch"),
+    Seam("sglang.srt.managers.scheduler.Scheduler.get_internal_state", ("self", "recv_req"), "AFTER", "keepkv_sglang.step_times:after_get_internal_state"),
+)
 
 _CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _TRITON = "sglang.srt.layers.attention.triton_backend.TritonAttnBackend"
@@ -194,7 +199,7 @@ def check_all() -> list[SeamResult]:
     same = version == TESTED_SGLANG
     reason = version if same else f"{version} is installed, {TESTED_SGLANG} was tested; pip install sglang=={TESTED_SGLANG}"
     rows = [SeamResult("sglang version", same, reason)]
-    return rows + [check(seam) for seam in (*HOOKS, *USES)] + check_hooks_applied()
+    return rows + [check(seam) for seam in (*HOOKS, *MEASURING, *USES)] + check_hooks_applied()
 
 
 def require() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def compress_batch(batch: Any) -> None:
     rt = runtime.active()
     if rt is None:
         return
+    began = time.perf_counter()
     shorter: dict[int, int] = {}
     rt.counters["most_running"] = max(rt.counters["most_running"], len(batch.reqs))
     rt.step_reserve = len(batch.reqs)
@@ -56,6 +58,7 @@ def compress_batch(batch: Any) -> None:
         batch.seq_lens_cpu = lengths
         batch.seq_lens = lengths.to(batch.device, non_blocking=True)
         batch.seq_lens_sum = None
+    rt.counters["hook_seconds"] += time.perf_counter() - began
 
 
 def after_stash_chunked_request(_result: Any, self: Any, req: Any) -> None:
@@ -63,7 +66,9 @@ def after_stash_chunked_request(_result: Any, self: Any, req: Any) -> None:
     rt = runtime.active()
     state = getattr(req, runtime.STATE, None)
     if rt is not None and state is not None and state.admitted and req.kv.holds_kv:
+        began = time.perf_counter()
         schedule.compress_due(rt, req, state, between_chunks=True)
+        rt.counters["hook_seconds"] += time.perf_counter() - began
 
 
 def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
@@ -76,12 +81,14 @@ def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool
     state = getattr(req, runtime.STATE, None)
     if rt is not None and state is not None and state.admitted and req.kv.holds_kv:
         retracted = not req.finished() and req.to_finish is None
+        began = time.perf_counter()
         # While the engine is paused the weights may change: what is retracted then must be computed again.
         paused = bool(getattr(rt.scheduler, "_engine_paused", False))
         publish = (checkpoint or (retracted and not paused)) and not req.skip_radix_cache_insert
         schedule.finish(rt, req, state, publish, retracted)
         rt.counters["retractions_published"] += retracted and publish
         rt.forget_row(req)
+        rt.counters["hook_seconds"] += time.perf_counter() - began
     if rt is not None and state is None and rt.calibration is not None and rt.calibration.wants(req):
         assert rt.arena is not None
         rt.calibration.finish(rt.arena)
