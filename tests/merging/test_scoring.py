@@ -112,7 +112,7 @@ def test_future_keys_do_not_change_scores_of_what_is_seen():
 
 
 def test_unknown_scorer():
-    with pytest.raises(ValueError, match="snapkv, rms, keepkv"):
+    with pytest.raises(ValueError, match="snapkv, rms, window_references, keepkv"):
         get_scorer("random")
 
 
