@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from keepkv_sglang.evaluate import plots
-from keepkv_sglang.evaluate.documents import Document, documents
+from keepkv_sglang.evaluate.documents import SOURCES, Document, documents
 from keepkv_sglang.evaluate.methods import RELEASED, SNAPKV, Method
 from keepkv_sglang.evaluate.probe import Row, agreement
 from keepkv_sglang.evaluate.results import grouped
@@ -34,14 +34,21 @@ class Prepared:
     nll: float
 
 
+def half_of(setup: Setup) -> list[Document]:
+    """setup.items documents of setup.half, all of DOCUMENTS' by default; the same text has the same number in all."""
+    wanted = setup.items or DOCUMENTS // 2
+    rounds = -(-wanted // len(SOURCES))  # every other round of the sources is of this half
+    made = documents(setup.probe.ids, setup.data, 2 * rounds * len(SOURCES), setup.tokens, FOLLOWING)
+    return [document for document in made if document.half == setup.half][:wanted]
+
+
 class Fidelity:
     """KL(full || compressed) over 128 teacher-forced tokens behind a compressed prompt."""
 
     name = "fidelity"
 
     def items(self, setup: Setup) -> Sequence[Document]:
-        made = documents(setup.probe.ids, setup.data, setup.items or DOCUMENTS, setup.tokens, FOLLOWING)
-        return [document for document in made if document.half == setup.half]
+        return half_of(setup)
 
     def prepare(self, setup: Setup, item: Document) -> Prepared:
         full = setup.probe.row(item.prompt)

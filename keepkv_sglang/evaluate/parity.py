@@ -77,7 +77,7 @@ class Parity(Fidelity):
 
     def items(self, setup: Setup) -> Sequence[Document]:
         """Ten documents of the half unless --items says otherwise."""
-        return super().items(setup) if setup.items else super().items(_with_items(setup, 2 * len(SOURCES)))
+        return super().items(setup) if setup.items else super().items(_with_items(setup, len(SOURCES)))
 
     def pairs(self, setup: Setup) -> list[tuple[Any, float]]:
         """Its own methods, not setup.methods; budgets 10 and 20 % where these are asked for."""

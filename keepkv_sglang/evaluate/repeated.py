@@ -16,7 +16,7 @@ import torch
 
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.evaluate import fidelity, plots
-from keepkv_sglang.evaluate.documents import Document, documents
+from keepkv_sglang.evaluate.documents import Document
 from keepkv_sglang.evaluate.methods import DEFAULT, SNAPKV, Method, Ours, compress_tail, slots_of
 from keepkv_sglang.evaluate.probe import Row, agreement
 from keepkv_sglang.evaluate.results import grouped
@@ -108,15 +108,12 @@ class Decoding:
         prompt = min(PROMPT_TOKENS, setup.tokens - REPLY_TOKENS - AFTER_TOKENS)
         if prompt < 1:
             raise ValueError(f"use a --tokens of more than {REPLY_TOKENS + AFTER_TOKENS} for task {self.name}")
-        # The call of task fidelity, so that halves agree; the end of its prompt, where bfcl has its talk.
-        made = documents(
-            setup.probe.ids, setup.data, setup.items or fidelity.DOCUMENTS, setup.tokens, fidelity.FOLLOWING
-        )
+        # The end of fidelity's documents, where bfcl has its talk.
         tokens = prompt + REPLY_TOKENS + AFTER_TOKENS
         return [
             Document(d.number, d.source, d.half, text[:prompt], text[prompt:])
-            for d in made
-            if d.half == setup.half and (text := (d.prompt + d.following)[-tokens:])
+            for d in fidelity.half_of(setup)
+            if (text := (d.prompt + d.following)[-tokens:])
         ]
 
     def pairs(self, setup: Setup) -> list[tuple[Method, float]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from keepkv_sglang.evaluate.documents import HALVES, SOURCES, data_folder, documents
-from keepkv_sglang.evaluate.fidelity import DOCUMENTS, FOLLOWING
+from keepkv_sglang.evaluate.fidelity import DOCUMENTS, FOLLOWING, half_of
 from keepkv_sglang.evaluate.probe import Probe
+from keepkv_sglang.evaluate.repeated import Decoding
+from keepkv_sglang.evaluate.task import Setup
 
 
 def words(text: str) -> list[int]:
@@ -51,3 +54,13 @@ def test_a_folder_without_sources_is_not_data(tmp_path: Path, monkeypatch: pytes
     assert data_folder(tmp_path) == tmp_path
     monkeypatch.setenv("KEEPKV_DATA", str(tmp_path))
     assert data_folder(tmp_path / "none") == tmp_path
+
+
+def test_items_counts_documents_of_the_half(probe: Probe, data: Path):
+    """--items 3 of either half is three documents: the first of the whole half."""
+    for half in HALVES:
+        setup = Setup(probe, data, half, 0, 96, [], [0.1])
+        everything, some = half_of(setup), half_of(replace(setup, items=3))
+        assert len(everything) == DOCUMENTS // 2 and some == everything[:3]
+        assert {document.half for document in everything} == {half}
+        assert [d.number for d in Decoding().items(replace(setup, items=3, tokens=400))] == [d.number for d in some]
