@@ -347,8 +347,8 @@ def test_a_decode_graph_keeps_queries_and_votes_at_fixed_addresses(patched, head
     backend.init_cuda_graph_state(4, 4)
     batch = server.batch([3, 0], [40, 7])
     backend.init_forward_metadata_out_graph(batch, in_capture=True)
-    rows = backend.graph_rows
-    assert rows.tolist() == [arena.spare] * 2
+    rows = backend.layers.graph_rows
+    assert rows.tolist() == [arena.spare] * 4
     wrapper = backend.decode_cuda_graph_metadata[2][0]
     assert wrapper.is_cuda_graph_enabled and wrapper._jit_module is not None
     assert wrapper.begin_forward.func is flashinfer.fast_decode_plan
@@ -356,11 +356,12 @@ def test_a_decode_graph_keeps_queries_and_votes_at_fixed_addresses(patched, head
     server.rt.capture = (torch.tensor([1]), torch.tensor([5]))
     later = server.batch([3, 0], [41, 8])
     backend.init_forward_metadata_out_graph(later)  # a replay: plans anew, and says where its queries go
-    assert backend.graph_rows.data_ptr() == rows.data_ptr() and rows.tolist() == [arena.spare, 5]
+    assert backend.layers.graph_rows.data_ptr() == rows.data_ptr()
+    assert rows.tolist() == [arena.spare, 5, arena.spare, arena.spare]
     assert close(*server.forward(later, plan=False))  # stands for the replay
     assert torch.equal(arena.queries[0, 5], server.q[1])
     backend.init_forward_metadata(later)
-    assert backend.graph_rows is None
+    assert backend.layers.graph_rows is None
 
 
 @pytest.mark.parametrize("graph", [False, True])

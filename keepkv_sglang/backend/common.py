@@ -19,6 +19,9 @@ class VoteLayers:
         """
         self.runtime: runtime.Runtime | None = None
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
+        # int64 [most tokens]: the arena row of each query of a graph, at an address that graphs remember
+        self._graph_rows: torch.Tensor | None = None
+        self.graph_rows: torch.Tensor | None = None  # the same while a graph is captured or runs
         self._checked: set[int] = set()
         config = runtime.configured()
         if config is None and flags.config_of(runner.server_args).enabled:
@@ -29,8 +32,27 @@ class VoteLayers:
 
     def begin(self) -> None:
         """Once per forward: takes over which of its queries are kept (runtime.capture)."""
+        self.graph_rows = None
         if self.runtime is not None:
             self.capture, self.runtime.capture = self.runtime.capture, None
+
+    def allocate_graph_rows(self, tokens: int) -> None:
+        """Once, before a CUDA graph of up to so many tokens is captured."""
+        assert self.runtime is not None and self.runtime.arena is not None
+        arena = self.runtime.arena
+        self._graph_rows = torch.full((tokens,), arena.spare, dtype=torch.int64, device=arena.queries.device)
+
+    def begin_graph(self) -> None:
+        """As begin(), before a decode graph is captured or replayed. A replay runs no Python: it
+        copies every query, to the row that it reads at a fixed address; what nobody wants goes to the arena's spare
+        row."""
+        self.begin()
+        assert self.runtime is not None and self.runtime.arena is not None and self._graph_rows is not None
+        self._graph_rows.fill_(self.runtime.arena.spare)
+        if self.capture is not None:
+            query_rows, arena_rows = self.capture
+            self._graph_rows[query_rows] = arena_rows
+        self.graph_rows = self._graph_rows
 
     def index(self, layer: Any) -> int:
         """The layer's number in votes and arena. Checks the layer the first time: ConfigError for what our kernels do
@@ -51,7 +73,9 @@ class VoteLayers:
         votes, arena = self.runtime.votes, self.runtime.arena
         assert votes is not None and arena is not None
         votes.reset(index, written)
-        if self.capture is not None:
+        if self.graph_rows is not None:
+            arena.queries[index].index_copy_(0, self.graph_rows[: len(q)], q.to(arena.queries.dtype))
+        elif self.capture is not None:
             query_rows, arena_rows = self.capture
             arena.queries[index, arena_rows] = q[query_rows].to(arena.queries.dtype)
         return votes.log_votes[index]

@@ -25,78 +25,14 @@ from sglang.srt.environ import envs
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from keepkv_sglang import flags, refuse, runtime
+from keepkv_sglang.backend.common import VoteLayers
 from keepkv_sglang.config import ConfigError
 from keepkv_sglang.kernels.attention import flashinfer_variants as variants
 
 FA3_FLAG = "KEEPKV_FLASHINFER_FA3"
 
 
-class LayerVotes:
-    """What a layer does before it attends: the part of KeepKVCpuBackend._before that is not about a kernel."""
-
-    runtime: runtime.Runtime | None = None
-    capture: tuple[torch.Tensor, torch.Tensor] | None = None
-    graph_rows: torch.Tensor | None = None  # int64 [tokens]: arena row per token of the graph that runs or is captured
-    _graph_rows: torch.Tensor | None = None  # int64 [most tokens], at an address that graphs remember
-
-    def attach_runtime(self, runner: Any) -> None:
-        """Takes the process's Runtime, or stays without votes when KeepKV is off. RuntimeError when its hook did not
-        run."""
-        self.checked: set[int] = set()
-        config = runtime.configured()
-        if config is None and flags.config_of(runner.server_args).enabled:
-            raise RuntimeError("KeepKV's hook on Scheduler.__init__ did not run in this process; see `keepkv check`")
-        if config is not None and config.enabled:
-            self.runtime = runtime.current()
-            self.runtime.attach_model_runner(runner)
-
-    def take_capture(self) -> None:
-        """The window queries that the forward about to run keeps; once per forward."""
-        assert self.runtime is not None
-        self.capture, self.runtime.capture = self.runtime.capture, None
-        self.graph_rows = None
-
-    def take_capture_for_graph(self, tokens: int) -> None:
-        """The same for a decode graph: its replay runs no Python, so it copies the query of every token, always, to
-        rows read from a fixed address. Unwanted ones go to the arena's spare row."""
-        self.take_capture()
-        assert self.runtime is not None and self.runtime.arena is not None and self._graph_rows is not None
-        self._graph_rows.fill_(self.runtime.arena.spare)
-        if self.capture is not None:
-            query_rows, arena_rows = self.capture
-            self._graph_rows[query_rows] = arena_rows
-        self.graph_rows = self._graph_rows[:tokens]
-
-    def allocate_graph_rows(self, tokens: int) -> None:
-        assert self.runtime is not None and self.runtime.arena is not None
-        arena = self.runtime.arena
-        self._graph_rows = torch.full((tokens,), arena.spare, dtype=torch.int64, device=arena.queries.device)
-
-    def votes_of(self, q: torch.Tensor, layer: Any, out_cache_loc: torch.Tensor) -> torch.Tensor:
-        """log votes [slots, kv_heads] float32 of the layer; slots about to be written stand for one token again.
-
-        q [tokens, q_heads, head_dim]: what the arena keeps of it is copied. ConfigError, once per layer, for one that
-        the kernels do not compute.
-        """
-        rt = self.runtime
-        assert rt is not None and rt.votes is not None and rt.arena is not None
-        if layer.layer_id not in self.checked:
-            refuse.check_layer(layer)
-            self.checked.add(layer.layer_id)
-            rt.scales[layer.layer_id] = layer.scaling
-        index = layer.layer_id - rt.first_layer
-        rt.votes.reset(index, out_cache_loc)
-        queries = rt.arena.queries[index]
-        if self.graph_rows is not None:
-            queries.index_copy_(0, self.graph_rows, q.to(queries.dtype))
-        elif self.capture is not None:
-            query_rows, arena_rows = self.capture
-            queries[arena_rows] = q[query_rows].to(queries.dtype)
-        return rt.votes.log_votes[index]
-
-
-class KeepKVFlashInferBackend(LayerVotes, FlashInferAttnBackend):
+class KeepKVFlashInferBackend(FlashInferAttnBackend):
     """SGLang's FlashInfer backend, with votes where KeepKV is on and unchanged where it is off."""
 
     use_paged: bool
@@ -106,7 +42,8 @@ class KeepKVFlashInferBackend(LayerVotes, FlashInferAttnBackend):
         # SGLang asks this of its own class only.
         self._check_kv_attention_access("prefill", self.prefill_kv_access)
         self._check_kv_attention_access("decode", self.decode_kv_access)
-        self.attach_runtime(runner)
+        self.layers = VoteLayers(runner)
+        self.runtime = self.layers.runtime
         if self.runtime is None:
             return
         if self.num_wrappers != 1 or self.enable_mis:
@@ -208,18 +145,18 @@ class KeepKVFlashInferBackend(LayerVotes, FlashInferAttnBackend):
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int, kv_indices_buf: Any = None) -> None:
         super().init_cuda_graph_state(max_bs, max_num_tokens, kv_indices_buf)
         if self.runtime is not None:
-            self.allocate_graph_rows(max_num_tokens)
+            self.layers.allocate_graph_rows(max_num_tokens)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         if self.runtime is not None:
-            self.take_capture()
+            self.layers.begin()
             if forward_batch.forward_mode.is_extend():
                 self.use_paged = self.paged_always or any(forward_batch.extend_prefix_lens_cpu)
         super().init_forward_metadata(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         if self.runtime is not None:
-            self.take_capture_for_graph(forward_batch.batch_size)
+            self.layers.begin_graph()
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
 
     # -- per layer -----------------------------------------------------------------------------------------------------
@@ -241,7 +178,7 @@ class KeepKVFlashInferBackend(LayerVotes, FlashInferAttnBackend):
         metadata = self.forward_metadata
         if metadata.use_ragged:
             assert metadata.extend_no_prefix and k is not None, "cached tokens have votes: they are read from the pool"
-            self.votes_of(_heads(q, layer), layer, forward_batch.out_cache_loc)
+            self.layers.before(_heads(q, layer), layer, forward_batch.out_cache_loc)
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
         return self._attend(metadata.prefill_wrappers[0], q, k, v, layer, forward_batch, save_kv_cache)
 
@@ -249,7 +186,7 @@ class KeepKVFlashInferBackend(LayerVotes, FlashInferAttnBackend):
         self, wrapper: Any, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool
     ) -> torch.Tensor:
         q3 = _heads(q, layer)
-        log_votes = self.votes_of(q3, layer, forward_batch.out_cache_loc)
+        log_votes = self.layers.before(q3, layer, forward_batch.out_cache_loc)
         if save_kv_cache and k is not None:
             where = KVWriteLoc.for_layer(forward_batch, layer)
             self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, *self._kv_write_scales(layer))

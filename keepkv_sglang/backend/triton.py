@@ -7,7 +7,7 @@ pass it along. Without --enable-keepkv it is the stock Triton backend.
 CUDA graphs record addresses and replay no Python. So there are two tables: one for eager forwards, rewritten by each,
 and one for graphs, pointed once at SGLang's static buffers, which every graph reads. What `VoteLayers.before` does in
 Python is recorded with the graph: votes of SGLang's static out_cache_loc are reset, and the query of every row is
-copied to the arena row that `_graph_rows` names, the spare one for nobody.
+copied to the arena row that VoteLayers.graph_rows names, the spare one for nobody.
 
 Has never run on a GPU: the kernels are tested in Triton's interpreter and compiled, the bookkeeping is tested with
 stand-ins (tests/kernels/test_backend_triton.py). CUDA-graph capture and replay are untested.
@@ -34,14 +34,12 @@ class KeepKVTritonBackend(TritonAttnBackend):
     def __init__(self, model_runner: Any, **kwargs: Any) -> None:
         """ConfigError with decode context parallelism, RuntimeError when KeepKV's hooks did not run."""
         super().__init__(model_runner, **kwargs)
-        self._in_graph = False
         self._attach(VoteLayers(model_runner))
 
     def _attach(self, layers: VoteLayers) -> None:
         """Makes the tables' static memory, before SGLang captures anything."""
         self.layers = layers
         self._eager_table = self._graph_table = None
-        self._graph_rows: torch.Tensor | None = None
         if layers.runtime is None:
             return
         if self.dcp_size > 1:
@@ -56,7 +54,6 @@ class KeepKVTritonBackend(TritonAttnBackend):
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """An eager forward: SGLang's metadata, then the table points at it."""
         super().init_forward_metadata(forward_batch)
-        self._in_graph = False
         self.layers.begin()
         if self._eager_table is None:
             return
@@ -70,11 +67,9 @@ class KeepKVTritonBackend(TritonAttnBackend):
         super().init_cuda_graph_state(max_bs, max_num_tokens, *args, **kwargs)
         if self._graph_table is None or self.layers.runtime is None:
             return
-        arena = self.layers.runtime.arena
-        assert arena is not None
         # Graphs of smaller batches read prefixes of kv_indptr: the same address.
         self._graph_table.point(self.kv_indptr, self.cuda_graph_kv_indices)
-        self._graph_rows = torch.full((max_num_tokens,), arena.spare, dtype=torch.int64, device=self.device)
+        self.layers.allocate_graph_rows(max_num_tokens)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a graph is captured or replayed: SGLang's static metadata, and where each row's query goes.
@@ -82,18 +77,11 @@ class KeepKVTritonBackend(TritonAttnBackend):
         ConfigError for a graph of anything but a decode, whose tables nobody would fill.
         """
         super().init_forward_metadata_out_graph(forward_batch, in_capture)
-        self._in_graph = True
-        self.layers.begin()
         if self.layers.runtime is None:
             return
         if not forward_batch.forward_mode.is_decode_or_idle():
             raise ConfigError(f"KeepKV has no CUDA graph of a {forward_batch.forward_mode.name} forward")
-        assert self._graph_rows is not None and self.layers.runtime.arena is not None
-        self._graph_rows.fill_(self.layers.runtime.arena.spare)
-        if self.layers.capture is not None and not in_capture:
-            query_rows, arena_rows = self.layers.capture
-            self._graph_rows[query_rows] = arena_rows
-        self.layers.capture = None
+        self.layers.begin_graph()
 
     # -- attention ----------------------------------------------------------------------------------------------------
 
@@ -106,12 +94,8 @@ class KeepKVTritonBackend(TritonAttnBackend):
         assert layer.tp_q_head_num // layer.tp_k_head_num == self._group
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         self.layers.before(queries, layer, forward_batch.out_cache_loc)
-        index, table = self.layers.index(layer), self._eager_table
-        if self._in_graph:
-            arena, table = self.layers.runtime.arena, self._graph_table
-            assert arena is not None and self._graph_rows is not None
-            rows = self._graph_rows[: len(queries)]
-            arena.queries[index].index_copy_(0, rows, queries.to(arena.queries.dtype))
+        in_graph = self.layers.graph_rows is not None
+        index, table = self.layers.index(layer), self._graph_table if in_graph else self._eager_table
         assert table is not None
         return {"score_mod": vote_score_mod, "aux_tensors": table.aux(index)}
 

@@ -41,6 +41,7 @@ class Stand:
         self.runtime = SimpleNamespace(votes=self.votes, arena=self.arena, scales={}, first_layer=FIRST, capture=None)
         layers = object.__new__(VoteLayers)
         layers.runtime, layers.capture, layers._checked = self.runtime, None, set()
+        layers.graph_rows = layers._graph_rows = None
         backend = self.backend = object.__new__(KeepKVTritonBackend)
         pool = SimpleNamespace(get_key_buffer=lambda _: case.k, get_value_buffer=lambda _: case.v)
         vars(backend).update(
@@ -144,7 +145,7 @@ def test_a_graph_reads_static_memory_only(monkeypatch):
     stand = Stand(Case([40, 60], heads=HEADS), monkeypatch)
     backend, case, batch = stand.backend, stand.case, stand.batch()
     backend.init_cuda_graph_state(4, 4)
-    addresses = (backend._graph_table.rows.data_ptr(), backend._graph_rows.data_ptr())
+    addresses = (backend._graph_table.rows.data_ptr(), backend.layers._graph_rows.data_ptr())
     backend.init_forward_metadata_out_graph(batch, in_capture=True)
     seen = {}
     monkeypatch.setattr(backend, "decode_attention_fwd", lambda *a, **k: seen.update(args=a, kwargs=k))
@@ -157,9 +158,9 @@ def test_a_graph_reads_static_memory_only(monkeypatch):
     backend.init_forward_metadata(SimpleNamespace(**vars(batch)))  # an eager forward between replays
     stand.runtime.capture = (torch.tensor([1], device=DEVICE), torch.tensor([6], device=DEVICE))
     backend.init_forward_metadata_out_graph(batch)  # replay
-    assert backend._graph_rows.tolist() == [8, 6, 8, 8]
+    assert backend.layers.graph_rows.tolist() == [8, 6, 8, 8]
     assert torch.equal(backend._graph_table.rows, table)
-    assert addresses == (backend._graph_table.rows.data_ptr(), backend._graph_rows.data_ptr())
+    assert addresses == (backend._graph_table.rows.data_ptr(), backend.layers._graph_rows.data_ptr())
     out = torch.full_like(case.q, float("nan"))
     replayed = list(seen["args"])
     replayed[3] = out
