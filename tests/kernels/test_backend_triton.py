@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paged import DEVICE, TOLERANCE, Case
+
+pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
+
 from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 from sglang.srt.layers.attention import triton_backend
