@@ -25,7 +25,7 @@ plain)
     ;;
 keepkv)
     # To run it on the CPU of this machine instead, hide the GPU: CUDA_VISIBLE_DEVICES="" examples/gpu_server.sh ...
-    # Leave out: --attention-backend, --radix-cache-backend (chosen by --enable-keepkv), --page-size above 1,
+    # --attention-backend is chosen (add keepkv_flashinfer below to try that). Leave out: --radix-cache-backend, --page-size above 1,
     # --speculative-algorithm, --enable-hierarchical-cache. `keepkv check` says what this installation can do.
     flags=(
         --enable-cache-report

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from keepkv_sglang.server_process import ServerError
+
 
 @dataclass(frozen=True)
 class Command:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return int(args.run(args))
-    except ValueError as error:
+    except (ValueError, ServerError) as error:
         print(f"keepkv {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

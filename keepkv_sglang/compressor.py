@@ -111,7 +111,7 @@ def merge_unused(
     q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64, device=arena.device)
     scheduler = rt.scheduler
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
-        for _ in compress_rows(Storage.of(rt), rows, place, q_index, policy, SCRATCH_BYTES):
+        for _ in compress_rows(Storage.of(rt), rows, place, arena.shape[2], q_index, policy, SCRATCH_BYTES):
             pass
 
 
@@ -151,13 +151,17 @@ def _merge_layers(
         whole=state.protected_in(span.slots, begin, span.end),
         shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
     )
+
+    def place(layer: int) -> torch.Tensor:
+        return sample.place(arena[layer, rows])
+
     log = record.begin(req, state, span, window, policy, rt.rank)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)
     scheduler = rt.scheduler
     # GPU: merges run behind the forward that is in flight, which still reads the row as it was.
     with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
         for result in compress_rows(
-            Storage.of(rt), where, lambda layer: sample.place(arena[layer, rows]), sample.q_index, policy, SCRATCH_BYTES
+            Storage.of(rt), where, place, arena.shape[2], sample.q_index, policy, SCRATCH_BYTES
         ):
             joined += (result.assign >= 0).sum()
             if log is not None:

@@ -71,7 +71,7 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
 
 def _choose_backends(values: dict[str, Any]) -> None:
     """--enable-keepkv alone selects our backends; a choice by the user that cannot run is an error."""
-    device = str(values.get("device") or _default_device()).partition(":")[0]
+    device = str(values.get("device") or default_device()).partition(":")[0]
     if device not in AUTO_BACKEND:
         raise ConfigError(
             f"KeepKV has no attention backend for {device}: use --device cpu on a machine without an accelerator, or "
@@ -116,7 +116,7 @@ def _check_backend(name: str, device: str) -> None:
         )
 
 
-def _default_device() -> str:
+def default_device() -> str:
     """The device SGLang will choose here, as far as our platform decides it."""
     from keepkv_sglang.platform import accelerator
 

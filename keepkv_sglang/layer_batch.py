@@ -51,19 +51,20 @@ def compress_rows(
     storage: Storage,
     rows: Rows,
     queries: Callable[[int], torch.Tensor],
+    q_heads: int,
     q_index: torch.Tensor,
     policy: SpanPolicy,
     scratch_bytes: int,
 ) -> Iterator[LayerResult]:
     """Merges the span of every layer into rows.target; mutates keys, values and log votes there, nothing else.
 
-    queries(i): the queries of layer i [w, Hq, D], q_index [w] as in LayerInput. Yields each layer's result in order,
-    after it is written. As many layers at once as `scratch_bytes` hold: the logits of all their heads, and K and V of
-    context and span; one layer where that is too much.
+    queries(i): the queries of layer i [w, q_heads, D], q_index [w] as in LayerInput. Yields each layer's result in
+    order, after it is written. As many layers at once as `scratch_bytes` hold: the logits of all their heads, and K
+    and V of context and span; one layer where that is too much.
     """
     if not storage.keys:  # the simulator's pool has no layers
         return
-    for layers in layer_groups(storage, rows, len(q_index), queries(0).shape[1], scratch_bytes):
+    for layers in layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes):
         count = len(layers)
         x = LayerInput(
             q=_side_by_side([queries(i) for i in layers]),

@@ -34,7 +34,7 @@ def test_side_by_side_is_one_at_a_time(rule, scratch):
     q = torch.randn(LAYERS, 7, HEADS * GROUP, DIM)
     index = torch.tensor([42, 42, 38, 39, 40, 41, 42])
     after = copy(before)
-    results = list(compress_rows(after, ROWS, q.__getitem__, index, policy, scratch))
+    results = list(compress_rows(after, ROWS, q.__getitem__, q[0].shape[1], index, policy, scratch))
     assert len(results) == LAYERS
     untouched = torch.ones(SLOTS, dtype=torch.bool)
     untouched[ROWS.target] = False
@@ -70,4 +70,4 @@ def test_a_pool_without_layers():
     def never(layer: int) -> torch.Tensor:
         raise AssertionError(layer)
 
-    assert list(compress_rows(empty, ROWS, never, torch.arange(3), policy, 1)) == []
+    assert list(compress_rows(empty, ROWS, never, 4, torch.arange(3), policy, 1)) == []

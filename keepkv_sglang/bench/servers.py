@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from keepkv_sglang import flags
 from keepkv_sglang.agent_load import AgentLoad
-from keepkv_sglang.server_process import ServerProcess
+from keepkv_sglang.server_process import ServerError, ServerProcess
 from keepkv_sglang.step_times import VARIABLE
 
 from . import measure
@@ -16,7 +17,7 @@ from .workloads import Agents, Tick, Workload
 
 NAMES = ("stock", "keepkv", "budget1", "disabled")
 ABOUT = {
-    "stock": "SGLang on the plain CPU platform with torch_native attention and its radix cache; KeepKV off",
+    "stock": "SGLang with its radix cache, KeepKV off; on a CPU the plain platform with torch_native attention",
     "keepkv": "--enable-keepkv at the given budget",
     "budget1": "--enable-keepkv --keepkv-budget 1: our attention kernel and caches, nothing compressed",
     "disabled": "our attention backend without --enable-keepkv: SGLang's radix cache, no votes",
@@ -40,7 +41,7 @@ class Setup:
             "stock": [],
             "keepkv": ["--enable-keepkv", "--keepkv-budget", self.budget, *self.keepkv_flags],
             "budget1": ["--enable-keepkv", "--keepkv-budget", "1", *self.keepkv_flags],
-            "disabled": ["--attention-backend", "keepkv_cpu"],
+            "disabled": ["--attention-backend", flags.AUTO_BACKEND.get(flags.default_device(), flags.CPU_BACKEND)],
         }
         if name not in own:
             raise ValueError(f"no server is called {name!r}; use {', '.join(NAMES)}")
@@ -68,11 +69,11 @@ def run(server: ServerProcess, workload: Workload, tick: Tick) -> tuple[list[Cal
 
 
 def warm_up(server: ServerProcess) -> None:
-    """First calls compile and allocate; then the cache is emptied. RuntimeError when the server does not answer."""
+    """First calls compile and allocate; then the cache is emptied. ServerError when the server does not answer."""
     calls = WARM_UP.run(server.port, lambda: None)
     bad = [call.error for call in calls if not call.ok]
     if bad:
-        raise RuntimeError(f"the server does not answer: {bad[0]}")
+        raise ServerError(f"the server does not answer its warm-up (a larger --pool?): {bad[0]}")
     flush(server)
 
 
@@ -80,17 +81,17 @@ def flush(server: ServerProcess) -> None:
     """Empties the prefix cache."""
     status, answer = server.post_json("/flush_cache", {})
     if status != 200:
-        raise RuntimeError(f"/flush_cache: HTTP {status} {answer}")
+        raise ServerError(f"/flush_cache: HTTP {status} {answer}")
 
 
 def state(server: ServerProcess) -> dict[str, Any]:
     """The scheduler's part of /server_info."""
     status, info = server.get_json("/server_info")
     if status != 200:
-        raise RuntimeError(f"/server_info: HTTP {status} {info}")
+        raise ServerError(f"/server_info: HTTP {status} {info}")
     found: dict[str, Any] = info["internal_states"][0]
     if "step_times" not in found:
-        raise RuntimeError(f"the server does not measure its steps; {VARIABLE}=1 did not reach it, see `keepkv check`")
+        raise ServerError(f"the server does not measure its steps; {VARIABLE}=1 did not reach it, see `keepkv check`")
     return found
 
 

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from keepkv_sglang.server_process import ServerProcess
+from keepkv_sglang.server_process import ServerError, ServerProcess
 
 from . import measure, servers
 from .workloads import AllAtOnce
@@ -27,18 +27,19 @@ def command(server: ServerProcess, model: str, load: AllAtOnce, out: Path) -> li
         *(sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang", "--base-url", server.base_url),
         *("--model", model, "--dataset-name", "random-ids", "--random-range-ratio", "1", *sizes, "--tokenize-prompt"),
         *("--num-prompts", str(load.requests), "--seed", str(load.seed), "--warmup-requests", "0", "--disable-tqdm"),
+        *(("--max-concurrency", str(load.at_once)) if load.at_once else ()),
         *("--output-file", str(out)),
     ]
 
 
 def run(server: ServerProcess, model: str, load: AllAtOnce) -> dict[str, float]:
-    """One run of bench_serving: its numbers under the names of measure.py. RuntimeError with its last lines."""
+    """One run of bench_serving: its numbers under the names of measure.py. ServerError with its last lines."""
     before = servers.state(server)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.jsonl"
         done = subprocess.run(command(server, model, load, out), capture_output=True, text=True)
         if done.returncode != 0 or not out.exists():
-            raise RuntimeError("bench_serving failed:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-15:]))
+            raise ServerError("bench_serving failed:\n" + "\n".join((done.stdout + done.stderr).splitlines()[-15:]))
         result = json.loads(out.read_text().splitlines()[-1])
     return numbers(result, load, before, servers.state(server))
 

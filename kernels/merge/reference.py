@@ -270,7 +270,9 @@ def match_attention(
     e = torch.exp((k @ a.q.T - a.log_z).clamp(max=MATCHING_MAX_LOG_MASS)).masked_fill(~seen, 0.0)
     weight = torch.ones_like(a.log_z)
     if a.reference.any():
-        weight = torch.where(a.reference, 1.0, MATCHING_WINDOW_WEIGHT * 0.5 ** (a.age / RECENCY_HALF_LIFE)).to(k.dtype)
+        weight = torch.where(
+            a.reference, 1.0, MATCHING_WINDOW_WEIGHT * 0.5 ** (a.age.to(a.k.dtype) / RECENCY_HALF_LIFE)
+        ).to(k.dtype)
         weight = weight / weight.mean()
     votes = lv.exp()
     for _ in range(MATCHING_STEPS):
@@ -293,8 +295,12 @@ def compress(x: Any, p: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.
     """kept, assign (after guards), k, v, lv: the whole of keepkv_sglang.layer_compress.compress_layer."""
     if p.scorer in ("snapkv", "rms"):
         scores = snapkv_score(x, p.pool_kernel, dtype, power=2 if p.scorer == "rms" else 1)
-    else:
+    elif p.scorer == "keepkv":
         scores = keepkv_score(x, dtype)
+    else:
+        from keepkv_sglang.kernels.score import reference as scorers  # imports this file
+
+        scores = scorers.score(x, p.scorer, dtype)
     kept, absorbs = select(scores, p)
     assign = match(x, kept, absorbs, p, dtype)
     fixed = sum(end - start for start, end in p.whole)

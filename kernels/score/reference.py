@@ -72,7 +72,7 @@ def gkv(a: Head, group: int) -> list[float]:
 def window_references(a: Head, group: int) -> list[float]:
     """max(2 share of the window, share of the references) of the pooled root of summed squares; see the scorer."""
     attention, shares = _attention(a), []
-    decay = torch.where(a.reference, 1.0, 0.5 ** (a.age / RECENCY_HALF_LIFE))
+    decay = torch.where(a.reference, 1.0, 0.5 ** (a.age.to(a.k.dtype) / RECENCY_HALF_LIFE))
     for mine, weight in ((~a.reference, 2.0), (a.reference, 1.0)):
         norm = (attention[:, mine].square() * decay[mine]).sum(1).sqrt()
         pooled = torch.stack([norm[max(0, i - 3) : i + 4].mean() for i in range(len(norm))])

@@ -102,3 +102,26 @@ def test_protected_tokens_stay_and_the_others_make_up_for_it():
     assert (r.lv[22:] != 0).all(), "every other slot is fitted"
     for ours, theirs in zip((r.kept, r.assign, r.k, r.v, r.lv), reference.compress(x, p), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_the_oracle_has_the_same_constants():
+    from keepkv_sglang.merging import attention_matching
+    from keepkv_sglang.scoring import base
+
+    assert reference.MATCHING_WINDOW_WEIGHT == attention_matching.WINDOW_WEIGHT
+    assert reference.RECENCY_HALF_LIFE == base.RECENCY_HALF_LIFE
+
+
+@pytest.mark.parametrize("references", [0, 20])
+def test_the_default_equals_float64_loops(references):
+    """Scorer, rule and weights of a server's default, with and without reference queries behind the span."""
+    x = layer(0)
+    x = replace(x, q_index=torch.cat((200 + torch.arange(references), torch.arange(200 - 48 + references, 200))))
+    p = SpanPolicy(60, "attention_matching", 8, 4, 0.6, scorer="window_references" if references else "rms")
+    for ours, theirs in zip(compressed(x, p), reference.compress(x, p), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def compressed(x: LayerInput, p: SpanPolicy) -> tuple[torch.Tensor, ...]:
+    r = compress_layer(x, p)
+    return r.kept, r.assign, r.k, r.v, r.lv
