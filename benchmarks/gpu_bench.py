@@ -16,7 +16,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from keepkv_sglang.kernels.attention import triton_impl
+from keepkv_sglang.origin import commit
 
 HEADS, HEADS_KV, DIM, DTYPE = 32, 8, 128, torch.bfloat16
 SLOT_BYTES = 2 * HEADS_KV * DIM * 2
@@ -201,7 +201,7 @@ def report(folder: Path) -> None:
     steps = [line.split() for line in (folder / "steps.txt").read_text().splitlines()]
     bench_file = folder / "bench.json"
     measured = json.loads(bench_file.read_text()) if bench_file.exists() else None
-    whole: dict[str, Any] = {"commit": _commit(), "steps": {}, "bench": measured}
+    whole: dict[str, Any] = {"commit": commit(), "steps": {}, "bench": measured}
     lines = [f"# scripts/gpu_check.sh, commit {whole['commit']}", "", "| step | exit | tests |", "|---|---|---|"]
     for name, code in steps:
         tests = _tests(folder / f"{name}.xml")
@@ -233,15 +233,6 @@ def _tests(xml: Path) -> str:
     suite = next(iter(ET.parse(xml).getroot().iter("testsuite")))
     failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
     return f"{suite.get('tests')} run, {failed} failed, {suite.get('skipped')} skipped"
-
-
-def _commit() -> str:
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def main() -> int:

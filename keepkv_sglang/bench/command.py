@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keepkv_sglang.origin import origin
 from keepkv_sglang.simulate.command import pool_size
 
 if TYPE_CHECKING:
@@ -133,8 +131,8 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     reference: dict[tuple[int, ...], list[int]] = {}
     about = [f"`{name}`: {servers.ABOUT[name]}" for name in names]
-    origin = origin_of()
-    settings = {key: value for key, value in vars(args).items() if key != "run"} | {"origin": origin}
+    source = origin(f"load {os.getloadavg()[0]:.1f} at the start")
+    settings = {key: value for key, value in vars(args).items() if key != "run"} | {"origin": source}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     plan = [(r, pool, name) for pool in pools for r in range(args.repeat) for name in servers.order(names, r)]
     # The full cache in the largest pool comes first: its answers are what the others are compared with.
@@ -158,8 +156,8 @@ def run(args: argparse.Namespace) -> int:
                     row["by_turn"] = measure.by_turn(calls)
                     row["first_errors"] = [call.error for call in calls if call.error][:3]
             rows.append(row)
-            report.write(rows, args.out, settings, report.markdown(rows, origin, about, base))
-    text = report.markdown(rows, origin, about, base)
+            report.write(rows, args.out, settings, report.markdown(rows, source, about, base))
+    text = report.markdown(rows, source, about, base)
     text += "".join(f"\n![{png.stem}]({png.name})\n" for png in report.plot(rows, args.out))
     report.write(rows, args.out, settings, text)
     print(text)
@@ -176,17 +174,3 @@ def check_context(path: str, workload: Workload) -> None:
             f"the workload's longest request has {workload.longest:,} tokens, the model's context {limit:,}; "
             "use smaller sizes, or a larger --scale for traces"
         )
-
-
-def origin_of() -> str:
-    """Command, commit, date and machine: without them a number is worth nothing."""
-    repository = Path(__file__).resolve().parents[2]
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=repository, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "no git"
-    load = os.getloadavg()[0]
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} at the start"
-    return f"`keepkv {shlex.join(sys.argv[1:])}`; commit {commit}, {date.today()}, {machine}."

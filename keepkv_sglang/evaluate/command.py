@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
-import subprocess
 from collections.abc import Sequence
-from datetime import date
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.evaluate.documents import HALVES, REPO, data_folder
+from keepkv_sglang.evaluate.documents import HALVES, data_folder
+from keepkv_sglang.origin import origin
 
 TASKS = {
     "fidelity": "keepkv_sglang.evaluate.fidelity:Fidelity",
@@ -110,7 +108,7 @@ def write_report(results: Any, tasks: Sequence[Any], args: argparse.Namespace) -
     from keepkv_sglang.evaluate import plots
 
     folder = results.path.parent
-    lines = [f"# keepkv eval, {args.half} half", "", _origin(args), ""]
+    lines = [f"# keepkv eval, {args.half} half", "", origin(f"{args.threads} threads"), ""]
     for task in tasks:
         rows = results.of(task.name)
         if not rows:
@@ -123,18 +121,3 @@ def write_report(results: Any, tasks: Sequence[Any], args: argparse.Namespace) -
     (folder / f"report-{args.half}.md").write_text(text)
     (folder / f"results-{args.half}.json").write_text(json.dumps(results.rows, indent=0))
     return text
-
-
-def _origin(args: argparse.Namespace) -> str:
-    """Command, commit, date and machine: without them a number is worth nothing."""
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "no git"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads"
-    peers = " --peers" if args.peers else ""
-    return (
-        f"`keepkv eval --half {args.half} --tokens {args.tokens}{peers}`; commit {commit}, {date.today()}, {machine}."
-    )
