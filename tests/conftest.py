@@ -14,15 +14,6 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ.setdefault("KEEPKV_CACHE", str(REPO / ".cache"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For pytest -n 2 --dist loadgroup (make test): one worker has all tests with a live server, first, since they take
-    longest and two servers at once would starve each other; the other worker has everything else."""
-    items.sort(key=lambda item: item.get_closest_marker("server") is None)  # stable
-    for item in items:
-        if item.get_closest_marker("server") is not None:
-            item.add_marker(pytest.mark.xdist_group("server"))
-
-
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """Folder of the demo model, made by `keepkv model` (half a minute the first time)."""

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Every test: those with a live server, and beside them, in a second pytest, all others. Arguments go to both.
+# Exit status 0 only when both passed; one that selects nothing (a path, -k) is fine as long as the other does.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+logs=$(mktemp -d)
+pytest=("$python" -m pytest --durations 15 "$@")
+"${pytest[@]}" -m "not server and not soak and not gpu" >"$logs/others" 2>&1 &
+others=$!
+trap 'kill "$others" 2>/dev/null; rm -rf "$logs"' EXIT
+echo "== with a live server (the others run meanwhile, their output follows)"
+"${pytest[@]}" -m "server and not soak and not gpu" 2>&1 | tee "$logs/server"
+server=${PIPESTATUS[0]}
+wait "$others"
+rest=$?
+echo "== without a server"
+cat "$logs/others"
+echo "== both"
+grep -hE "^(FAILED|ERROR) |^=* ?[0-9]+ (passed|failed|error|skipped).* in " "$logs/server" "$logs/others"
+[[ $server == 5 && $rest == 5 ]] && exit 5 # pytest: nothing was selected
+[[ ($server == 0 || $server == 5) && ($rest == 0 || $rest == 5) ]]
