@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every test: those with a live server, and beside them, in a second pytest, all others. Arguments go to both.
+# Every test, in two pytests at once: tests/server, and everything else (which starts a few servers too). A server
+# under test leaves a core idle much of the time. Arguments go to both.
 # Exit status 0 only when both passed; one that selects nothing (a path, -k) is fine as long as the other does.
 set -uo pipefail
 set -m # job control: without it bash starts background jobs with SIGINT ignored, and their children inherit that
@@ -7,16 +8,20 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 logs=$(mktemp -d)
 pytest=("$python" -m pytest --durations 15 "$@")
-"${pytest[@]}" -m "not server and not soak and not gpu" >"$logs/others" 2>&1 </dev/null &
+not_server=()
+for path in tests/*; do
+    [[ $path == tests/server || $path == tests/conftest.py ]] || not_server+=(--ignore "$path")
+done
+"${pytest[@]}" --ignore tests/server >"$logs/others" 2>&1 </dev/null &
 others=$!
 trap 'kill -- "-$others" 2>/dev/null; rm -rf "$logs"' EXIT
-echo "== with a live server (the others run meanwhile, their output follows)"
-"${pytest[@]}" -m "server and not soak and not gpu" 2>&1 | tee "$logs/server"
+echo "== tests/server (the others run meanwhile, their output follows)"
+"${pytest[@]}" "${not_server[@]}" 2>&1 | tee "$logs/server"
 server=${PIPESTATUS[0]}
 [[ $server == 2 || $server -ge 128 ]] && exit "$server" # interrupted
 wait "$others"
 rest=$?
-echo "== without a server"
+echo "== all others"
 cat "$logs/others"
 echo "== both"
 grep -hE "^(FAILED|ERROR) |^=* ?[0-9]+ (passed|failed|error|skipped).* in " "$logs/server" "$logs/others"
