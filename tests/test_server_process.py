@@ -114,6 +114,8 @@ with ServerProcess(["--child"], command={COMMAND!r}, grace_s=0.5, log_path=Path(
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        # `make test &` from a script starts everything with SIGINT ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert owner.stdout is not None
     try:
