@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every test, in two pytests at once: tests/server, and everything else (which starts a few servers too). A server
-# under test leaves a core idle much of the time. Arguments go to both.
+# Every test, in two pytests at once: the long server tests (`long` below), and everything else, which starts servers
+# too. A server under test leaves a core idle much of the time; the two take about equally long. Arguments go to both.
 # Exit status 0 only when both passed; one that selects nothing (a path, -k) is fine as long as the other does.
 set -uo pipefail
 set -m # job control: without it bash starts background jobs with SIGINT ignored, and their children inherit that
@@ -8,15 +8,20 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 logs=$(mktemp -d)
 pytest=("$python" -m pytest --durations 15 "$@")
-not_server=()
-for path in tests/*; do
-    [[ $path == tests/server || $path == tests/conftest.py ]] || not_server+=(--ignore "$path")
+long=(tests/server/test_pressure.py tests/server/test_replay.py tests/server/test_serving.py)
+not_long=() not_others=()
+for path in tests/* tests/server/test_*.py; do
+    if [[ " ${long[*]} " == *" $path "* ]]; then
+        not_others+=(--ignore "$path")
+    elif [[ $path != tests/server && $path != tests/conftest.py ]]; then
+        not_long+=(--ignore "$path")
+    fi
 done
-"${pytest[@]}" --ignore tests/server >"$logs/others" 2>&1 </dev/null &
+"${pytest[@]}" "${not_others[@]}" >"$logs/others" 2>&1 </dev/null &
 others=$!
 trap 'kill -- "-$others" 2>/dev/null; rm -rf "$logs"' EXIT
-echo "== tests/server (the others run meanwhile, their output follows)"
-"${pytest[@]}" "${not_server[@]}" 2>&1 | tee "$logs/server"
+echo "== ${long[*]} (the others run meanwhile, their output follows)"
+"${pytest[@]}" "${not_long[@]}" 2>&1 | tee "$logs/server"
 server=${PIPESTATUS[0]}
 [[ $server == 2 || $server -ge 128 ]] && exit "$server" # interrupted
 wait "$others"
