@@ -15,16 +15,15 @@ TIMEOUT_S = 3600.0  # a request may wait long for memory; that is what is measur
 class Call:
     """One request of a workload. Times in seconds of time.perf_counter.
 
-    agent, turn: where it belongs, for reports by turn. due: when it should have been sent (an arrival time), else the
-    time when it was. arrivals: one entry per generated token, tokens of one chunk at the same time. meta: SGLang's
-    meta_info of the last chunk. error: what went wrong, else "".
+    agent, turn: where it belongs, for reports by turn. sent: when. arrivals: one entry per
+    generated token, tokens of one chunk at the same time. meta: SGLang's meta_info of the last chunk. error: what
+    went wrong, else "".
     """
 
     agent: int
     turn: int
     prompt: list[int]
     new_tokens: int
-    due: float = 0.0
     sent: float = 0.0
     arrivals: list[float] = field(default_factory=list)
     output: list[int] = field(default_factory=list)
@@ -33,13 +32,13 @@ class Call:
 
     @property
     def ttft(self) -> float:
-        """Seconds from due to the first token."""
-        return self.arrivals[0] - self.due
+        """Seconds from sending to the first token."""
+        return self.arrivals[0] - self.sent
 
     @property
     def latency(self) -> float:
-        """Seconds from due to the last token."""
-        return self.arrivals[-1] - self.due
+        """Seconds from sending to the last token."""
+        return self.arrivals[-1] - self.sent
 
     @property
     def ok(self) -> bool:
@@ -55,7 +54,6 @@ def generate(port: int, call: Call) -> Call:
     }
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     call.sent = time.perf_counter()
-    call.due = call.due or call.sent
     try:
         connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()

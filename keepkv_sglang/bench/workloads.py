@@ -150,7 +150,6 @@ class Replay:
             time.sleep(max(0.0, began + (request.time - first) / self.speed - time.perf_counter()))
             if request.parent >= 0:
                 over[request.parent].wait()
-            call.due = time.perf_counter()
             generate(port, call)
             over[index].set()
             tick()

@@ -10,8 +10,8 @@ from keepkv_sglang.bench import measure, report
 from keepkv_sglang.bench.client import Call
 
 
-def call(arrivals: list[float], *, prompt: int = 10, due: float = 0.0, turn: int = 0, **meta: object) -> Call:
-    return Call(0, turn, list(range(prompt)), len(arrivals), due, due, arrivals, list(range(len(arrivals))), dict(meta))
+def call(arrivals: list[float], *, prompt: int = 10, sent: float = 0.0, turn: int = 0, **meta: object) -> Call:
+    return Call(0, turn, list(range(prompt)), len(arrivals), sent, arrivals, list(range(len(arrivals))), dict(meta))
 
 
 def test_percentiles_lie_between_ranks():
@@ -25,7 +25,7 @@ def test_summary_of_two_requests_and_a_failed_one():
     keepkv = {"cached_compressed_tokens": 6, "slots_held": 5}
     calls = [
         call([1.0, 1.5, 2.0], cached_tokens=0, num_retractions=1),
-        call([2.0, 4.0], due=1.0, cached_tokens=8, keepkv=keepkv),
+        call([2.0, 4.0], sent=1.0, cached_tokens=8, keepkv=keepkv),
         Call(2, 0, [1], 3, error="HTTP 400"),
     ]
     calls[1].new_tokens = 3
