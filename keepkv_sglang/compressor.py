@@ -22,6 +22,7 @@ from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
 from keepkv_sglang.scoring.references import QuerySample
+from keepkv_sglang.selection import SpanPolicy
 from keepkv_sglang.span_policy import span_policy
 
 SCRATCH_BYTES = 64 << 20  # working memory of the layers that are merged at once
@@ -115,6 +116,20 @@ def merge_unused(
             pass
 
 
+def policy_of(state: RequestState, span: Span) -> SpanPolicy:
+    """How the request's configuration treats this span. Depends on what was merged before: ask before committing it."""
+    config, begin = state.config, span.end - span.tokens
+    return span_policy(
+        config,
+        span.m,
+        sinks=state.sinks_of(begin),
+        followed=span.followed,
+        whole=state.protected_in(span.slots, begin, span.end),
+        shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
+        carried=state.counted_tokens - begin if begin == state.tail_tokens else 0,
+    )
+
+
 def _allocate(rt: Runtime, count: int) -> torch.Tensor | None:
     """Slots for a span whose kept tokens lie in cached slots; evicts cold entries, never raises when full.
 
@@ -135,22 +150,13 @@ def _merge_layers(
 ) -> None:
     """Writes the merged entries of all layers into `target` [m] int64 slots; adds to the merged/dropped statistics."""
     assert rt.votes is not None and rt.arena is not None
-    config = state.config
     where = Rows(row[: span.start], row[span.start : span.start + span.slots], target)
     rows = torch.tensor(window.rows[: window.filled], dtype=torch.int64, device=row.device)
     positions = list(window.positions[: window.filled])
     arena = rt.arena.queries
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
     sample = QuerySample(positions, window.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)
-    begin = span.end - span.tokens
-    policy = span_policy(
-        config,
-        span.m,
-        sinks=state.sinks_of(begin),
-        followed=span.followed,
-        whole=state.protected_in(span.slots, begin, span.end),
-        shares=() if config.counts_slots else state.protection.shares_in(begin, span.end, config.budget),
-    )
+    policy = policy_of(state, span)
 
     def place(layer: int) -> torch.Tensor:
         return sample.place(arena[layer, rows])

@@ -26,7 +26,7 @@ MIN_SPAN_TOKENS = 64
 MAX_CHUNK = 1024
 KEYED_BY_TOKEN = ("protect", "fair")  # part of a span's tokens instead: protect.py
 # Bump when scoring, selection or merging change in a way that makes old entries mean something else.
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 
 
 class ConfigError(ValueError):
@@ -134,7 +134,7 @@ class KeepKVConfig:
     chunk: int = 1
     window: int = 32
     references: int = 256
-    recent: int = 32
+    recent: int = 64
     sinks: int = 4
     threshold: float = 0.85
     interval: int = 64
@@ -247,7 +247,8 @@ HELP: dict[str, str] = {
     "window": f"Number of last queries whose attention scores the tokens (1 to {MAX_WINDOW}).",
     "references": "Queries of tokens all over a prompt that score it beside the window, moved to the positions behind "
     f"its end (0 to {MAX_REFERENCES}; 0 for the published form of other scorers and merge rules).",
-    "recent": "Most recent tokens of a span that are always kept (tokens; at most half of the span's slots).",
+    "recent": "Most recent tokens of a request that keep a slot each until newer ones come (tokens; at most half of a "
+    "span's slots).",
     "sinks": "First tokens of the sequence that are always kept (tokens; only where nothing precedes them).",
     "threshold": "Cosine similarity of keys above which a token is merged instead of dropped (-1 to 1).",
     "interval": "Generated tokens between two compressions of the reply (decode steps).",

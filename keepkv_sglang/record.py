@@ -59,6 +59,7 @@ def begin(req: Any, state: Any, span: Any, window: Any, policy: Any, rank: int) 
             "references": window.references,
             "merge": policy.merge,
             "recent": policy.recent,
+            "carried": policy.carried,
             "sinks": policy.sinks,
             "threshold": policy.threshold,
             "scorer": policy.scorer,

@@ -60,6 +60,7 @@ class RequestState:
     offset: int = 0  # logical - physical, mirrored in Runtime.offsets for the device
     tail_slots: int = 0  # physical index where the raw tail begins
     tail_tokens: int = 0  # its logical position
+    carried: int = 0  # first tokens of the raw tail that the last compression left raw, inside its budget
     merged_tokens: int = 0  # logical position behind the last slot that is not one token's
     own: list[tuple[int, int]] = field(default_factory=list)  # private compressed segments: (tokens, slots)
     plan: list[Planned] = field(default_factory=list)
@@ -78,28 +79,41 @@ class RequestState:
         """Logical position where the reply's span begins: the last prompt token belongs to it."""
         return self.prompt_tokens - 1
 
-    def begin_row(self, *, anchor_len: int, prefix_tokens: int, prefix_slots: int, tail: tuple[int, int]) -> None:
-        """At admission. tail: (slots, tokens) where the raw tail begins, at or before the matched prefix's end."""
+    @property
+    def counted_tokens(self) -> int:
+        """Logical position up to which the budget is spent: what comes behind it is new."""
+        return self.tail_tokens + self.carried
+
+    def move_tail(self, slots: int, tokens: int, carried: int = 0) -> None:
+        """The raw tail begins here from now on."""
+        self.tail_slots, self.tail_tokens, self.carried = slots, tokens, carried
+
+    def begin_row(self, *, anchor_len: int, prefix_tokens: int, prefix_slots: int, tail: tuple[int, int, int]) -> None:
+        """At admission. tail: (slots, tokens) where the raw tail begins, at or before the matched prefix's end, and how
+        many of its tokens are carried."""
         self.admitted = True
         self.anchor_len = anchor_len
         self.offset = prefix_tokens - prefix_slots
-        self.tail_slots, self.tail_tokens = tail
+        self.move_tail(*tail)
         self.merged_tokens = tail[1]
         self.own, self.plan, self.reply_window = [], [], None
 
     def slots_for(self, start: int, end: int) -> int:
         """Slots that the tokens [start, end) get.
 
-        A fraction counts per part, prompt or reply (decision 6); a whole number is for all parts together. Protected
-        tokens come on top. Fair shares are inside; where they round up, together with the sinks, they may be more.
+        A fraction counts per part, prompt or reply (decision 6); a whole number is for all parts together. Carried
+        tokens were counted before, with a slot each. Protected tokens come on top. Fair shares are inside; where they
+        round up, together with the sinks, they may be more.
         """
         config, protection = self.config, self.protection
         whole = protection.count(start, end)
         if config.counts_slots:
             return int(config.budget) + whole
-        origin = self.reply_start if start >= self.reply_start else start
-        before = start - origin - protection.count(origin, start)
-        kept = config.kept_slots(before, before + end - start - whole)
+        new = max(start, self.counted_tokens)
+        origin = self.reply_start if new >= self.reply_start else new
+        before = new - origin - protection.count(origin, new)
+        kept = config.kept_slots(before, before + end - new - protection.count(new, end))
+        kept += new - start - protection.count(start, new)
         if shares := protection.shares_in(start, end, config.budget):
             kept = max(kept, sum(least for _, _, least in shares) + self.sinks_of(start))
         return kept + whole

@@ -10,10 +10,11 @@ from bisect import bisect_left
 from typing import Any
 
 from keepkv_sglang.anchor import first_message_end
-from keepkv_sglang.compressor import Span, compress_span
+from keepkv_sglang.compressor import Span, compress_span, policy_of
 from keepkv_sglang.request import Planned, RequestState, Window, logical_tokens
 from keepkv_sglang.runtime import Runtime
 from keepkv_sglang.scoring.references import reference_positions
+from keepkv_sglang.selection import left_raw
 
 
 def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
@@ -35,9 +36,9 @@ def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
         slots = tokens = prefix
         border = first_message_end(req.origin_input_ids, rt.border)
         anchor = max(prefix, min(border, state.reply_start))
-        tail = (anchor, anchor)
+        tail = (anchor, anchor, 0)
     state.begin_row(anchor_len=anchor, prefix_tokens=tokens, prefix_slots=slots, tail=tail)
-    start = tail[1]
+    start = state.counted_tokens
     for end, is_prompt in state.borders(start, total):
         if end <= prefix and end < state.reply_start:
             continue  # inside what was matched: there it need not be a border of a cached span, and no queries come
@@ -54,9 +55,9 @@ def on_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
     """
     end = req.extend_end
     # Shorter than min_tokens: it grows with the next chunk.
-    early = state.plan and end < state.plan[0].end and end - state.tail_tokens >= state.config.min_tokens
+    early = state.plan and end < state.plan[0].end and end - state.counted_tokens >= state.config.min_tokens
     if early and rt.too_long(req):
-        window = _reserve(rt, state, max(req.prefix_len, state.tail_tokens), end, references=True)
+        window = _reserve(rt, state, max(req.prefix_len, state.counted_tokens), end, references=True)
         if window is not None:
             state.plan.insert(0, Planned(end, req.prefix_len, is_prompt=True, window=window))
     for planned in state.plan:
@@ -109,7 +110,7 @@ def capture(rt: Runtime, state: RequestState, start: int, end: int, out: tuple[l
 def _open_reply_window(rt: Runtime, state: RequestState, start: int, end: int) -> None:
     """Queries of the last `window` tokens before the next compression of the reply; taken as late as possible."""
     config = state.config
-    base = state.plan[-1].end if state.plan else state.tail_tokens  # where the raw tail will begin
+    base = state.plan[-1].end if state.plan else state.counted_tokens  # where what is new will begin
     due = base + config.interval
     count = min(config.window, config.interval)
     if state.reply_window is None and end > due - count and rt.room_for_replies():
@@ -164,7 +165,8 @@ def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Plann
     slots = planned.end - state.offset - start_slots
     tokens = planned.end - start_tokens
     m = state.slots_for(start_tokens, planned.end)
-    short = planned.is_prompt and tokens < state.config.min_tokens
+    new = tokens if state.config.counts_slots else planned.end - state.counted_tokens
+    short = planned.is_prompt and new < state.config.min_tokens
     window = planned.window
     if short or m >= slots or window is None or window.filled == 0:
         _close_raw(rt, req, state, planned.end)
@@ -172,9 +174,10 @@ def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Plann
         computed = req.kv.kv_committed_len + state.offset
         followed = planned.is_prompt and planned.end < min(state.reply_start, computed)
         span = Span(start_slots, slots, tokens, planned.end, m, followed)
+        left = _left_raw(state, span)
         if not compress_span(rt, req, state, span, window):
             return False
-        _commit(rt, req, state, span, planned.is_prompt)
+        _commit(rt, req, state, span, left, planned.is_prompt)
     _release_window(rt, planned)
     return True
 
@@ -189,26 +192,42 @@ def _span_start(state: RequestState) -> tuple[int, int]:
 def _close_raw(rt: Runtime, req: Any, state: RequestState, end: int) -> None:
     """The span stays whole: publish it raw, so that the next turn can take it in, and go on behind it."""
     _publish_raw(rt, req, state, end)
-    stop = end - state.offset
-    private = stop - max(req.kv.cache_protected_len, state.tail_slots)
-    if private > 0:  # not published: it stays in front of what follows
+    _keep_raw(req, state, end - state.offset, end)
+
+
+def _keep_raw(req: Any, state: RequestState, slots: int, tokens: int) -> None:
+    """The raw tail up to here, (row slots, logical tokens), is closed; what of it is not published stays in front of
+    what follows."""
+    private = slots - max(req.kv.cache_protected_len, state.tail_slots)
+    if private > 0:
         state.own.append((private, private))
-    state.tail_slots, state.tail_tokens = stop, end
+    state.move_tail(slots, tokens)
 
 
-def _commit(rt: Runtime, req: Any, state: RequestState, span: Span, is_prompt: bool) -> None:
-    """Account for a compressed span; a prompt's is published at once, so that twins and retries hit it."""
-    first_token = span.end - span.tokens
+def _left_raw(state: RequestState, span: Span) -> int:
+    """How many of the span's last tokens, kept one by one, stay in the raw tail and are compressed with what follows.
+
+    Were they part of it for good, every turn would spend up to half of its slots on an end that was recent once
+    (docs/log.md). A budget in slots merges everything again anyway.
+    """
+    return 0 if state.config.counts_slots else left_raw(policy_of(state, span), span.slots)
+
+
+def _commit(rt: Runtime, req: Any, state: RequestState, span: Span, left: int, is_prompt: bool) -> None:
+    """Account for a compressed span but its last `left` tokens; a prompt's is published at once, so that twins and
+    retries hit it."""
+    first_token, end, m = span.end - span.tokens, span.end - left, span.m - left
     if state.config.counts_slots:
         state.own = []  # everything past the anchor was merged again, together
-    state.tail_slots, state.tail_tokens = span.start + span.m, span.end
-    state.merged_tokens = span.end
+    state.move_tail(span.start + m, end, left)
+    state.merged_tokens = end
     if is_prompt:
-        tokens = logical_tokens(req)[first_token : span.end]
-        rt.tree.publish_span(req, state.namespace, tokens, first_token, span.start, span.m, raw=False)
-        if req.kv.cache_protected_len >= span.start + span.m:
+        tokens = logical_tokens(req)[first_token:end]
+        rt.tree.publish_span(req, state.namespace, tokens, first_token, span.start, m, raw=False, lookahead=left)
+        if req.kv.cache_protected_len >= span.start + m:
+            _publish_raw(rt, req, state, span.end)
             return
-    state.own.append((span.tokens, span.m))
+    state.own.append((end - first_token, m))
 
 
 def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
@@ -217,19 +236,19 @@ def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
     assert window is not None
     length = req.kv.kv_committed_len
     end = length + state.offset
-    if end < state.tail_tokens + state.config.interval or window.filled < len(window.rows):
+    if end < state.counted_tokens + state.config.interval or window.filled < len(window.rows):
         return
     start_slots, start_tokens = _span_start(state)
     slots = length - start_slots
     m = state.slots_for(start_tokens, end)
     if m < slots:
         span = Span(start_slots, slots, end - start_tokens, end, m)
+        left = _left_raw(state, span)
         # Without room the tail stays raw; the next window opens at once and tries again when it is full.
         if compress_span(rt, req, state, span, window):
-            _commit(rt, req, state, span, is_prompt=False)
+            _commit(rt, req, state, span, left, is_prompt=False)
     elif not state.config.counts_slots:
-        state.own.append((slots, slots))
-        state.tail_slots, state.tail_tokens = length, end
+        _keep_raw(req, state, length, end)
     elif not state.own:
         state.tail_tokens = end  # still within the budget in slots: look again after one interval
     assert rt.arena is not None
@@ -275,15 +294,23 @@ def finish(rt: Runtime, req: Any, state: RequestState, publish: bool, retracted:
         start = req.kv.cache_protected_len
         tokens, slots = sum(t for t, _ in state.own), sum(m for _, m in state.own)
         first = state.tail_tokens - tokens
-        if state.tail_tokens > len(known) or start + slots != state.tail_slots:
-            return  # a merged slot holds a token past the stop, or the row was not published before it
+        if state.counted_tokens > len(known) or start + slots != state.tail_slots:
+            return  # a token past the stop was merged or had a say in it, or the row was not published before it
         rt.tree.publish_span(
-            req, state.namespace, known[first : state.tail_tokens], first, start, slots, raw=tokens == slots
+            req,
+            state.namespace,
+            known[first : state.tail_tokens],
+            first,
+            start,
+            slots,
+            raw=tokens == slots,
+            lookahead=state.carried,
         )
         if req.kv.cache_protected_len < start + slots:
             return
         state.own = []
     end = state.logical_tokens
-    for border in (state.reply_start, end):  # a prompt that stayed raw and its reply are two entries
-        if border <= end and not (retracted and border > state.reply_start):
+    counted = state.counted_tokens if state.carried else 0
+    for border in sorted((state.reply_start, counted, end)):  # a prompt that stayed raw and its reply are two entries
+        if border <= end and not (retracted and border > max(state.reply_start, counted)):
             _publish_raw(rt, req, state, border)

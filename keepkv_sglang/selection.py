@@ -20,9 +20,10 @@ from keepkv_sglang.kernels.merge.torch_impl import nearest_kept
 class SpanPolicy:
     """How a span of n tokens becomes m slots. `merge`, `scorer`: names as policies.py resolves them.
 
-    recent: last tokens always kept (at most half of the slots that are not whole); sinks: first tokens always kept
-    (0 unless the span starts at logical position 0); both count tokens that are not whole. Both, and the
-    ceil(strong_fraction * slots) highest-scored of the kept tokens that are not whole, never absorb others.
+    recent: last tokens always kept (at most half of the slots that are not whole, or `carried`); sinks: first tokens
+    always kept (0 unless the span starts at logical position 0); both count tokens that are not whole. Both, and the
+    ceil(strong_fraction * slots) highest-scored of the kept tokens that are not whole, never absorb others. carried:
+    tokens at the span's beginning that the last compression left raw (left_raw), a slot each; as many are left again.
     threshold: cosine similarity of keys above which a dropped token joins a kept one. pool_kernel: odd. chunk: tokens
     that are kept or not together (ChunkKV); 1: each on its own.
 
@@ -42,6 +43,7 @@ class SpanPolicy:
     chunk: int = 1
     whole: tuple[tuple[int, int], ...] = ()
     shares: tuple[tuple[int, int, int], ...] = ()
+    carried: int = 0
 
     @property
     def whole_tokens(self) -> int:
@@ -137,6 +139,16 @@ def match(
     return assign.scatter(1, dropped, joined)
 
 
+def left_raw(p: SpanPolicy, n: int) -> int:
+    """How many of the m slots, the last ones, are the last tokens of a span of n slots, one slot each in every head.
+
+    They have their own keys, so a caller may take them in with what follows; a rule that fits all slots to each other
+    (attention_matching) may have changed their values and votes. Whole tokens come first in `kept`, so only tokens
+    behind the last of them count.
+    """
+    return min(_always_kept(p)[1], n - (p.whole[-1][1] if p.whole else 0))
+
+
 def own_cluster(kept: torch.Tensor, n: int) -> torch.Tensor:
     """assign [H, n] in which every kept token is alone and every other one is dropped."""
     number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
@@ -159,7 +171,7 @@ def check_ranges(p: SpanPolicy, n: int) -> None:
 
 
 def _always_kept(p: SpanPolicy) -> tuple[int, int]:
-    recent = min(p.recent, p.free // 2)
+    recent = min(p.recent, max(p.carried, p.free // 2))
     return min(p.sinks, p.free - recent), recent
 
 

@@ -14,11 +14,12 @@ def span_policy(
     followed: bool = False,
     whole: tuple[tuple[int, int], ...] = (),
     shares: tuple[tuple[int, int, int], ...] = (),
+    carried: int = 0,
 ) -> SpanPolicy:
     """The policy that keeps `m` slots of a span.
 
     sinks: config.sinks for a span that nothing precedes, else 0. followed: the span's successor is computed already, so
-    its recent tokens need no protection (docs/log.md). whole, shares: as SpanPolicy has them.
+    its recent tokens need no protection (docs/log.md). whole, shares, carried: as SpanPolicy has them.
     """
     return SpanPolicy(
         m=m,
@@ -30,4 +31,5 @@ def span_policy(
         chunk=config.chunk,
         whole=whole,
         shares=shares,
+        carried=carried,
     )

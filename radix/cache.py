@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -137,14 +137,15 @@ class KeepKVRadixCache(JointEviction):
         if anchor is not None and not self.is_root(anchor):
             self.nodes.hit(info.node_id for info in self.path_of(anchor))
 
-    def raw_tail_start(self, entry: Span) -> tuple[int, int]:
-        """(slots, tokens) where the raw spans at the end of the chain begin: the next turn compresses them."""
+    def raw_tail_start(self, entry: Span) -> tuple[int, int, int]:
+        """(slots, tokens) where the raw spans at the end of the chain begin, and how many of the tokens that follow the
+        last compression left raw, inside its budget. The next turn compresses them."""
         node: Span | None = entry
         while node is not None and node.raw:
             node = node.parent
         if node is None:
-            return entry.anchor_len, entry.anchor_len
-        return node.path_slots, node.path_tokens
+            return entry.anchor_len, entry.anchor_len, 0
+        return node.path_slots, node.path_tokens, node.lookahead
 
     # -- locks --------------------------------------------------------------------------------------------------------
 
@@ -201,13 +202,23 @@ class KeepKVRadixCache(JointEviction):
         self._touch_of(req)
 
     def publish_span(
-        self, req: Any, namespace: tuple[Any, ...], tokens: array, first: int, start: int, m: int, *, raw: bool
+        self,
+        req: Any,
+        namespace: tuple[Any, ...],
+        tokens: array,
+        first: int,
+        start: int,
+        m: int,
+        *,
+        raw: bool,
+        lookahead: int = 0,
     ) -> bool:
         """Hands row slots [start, start + m) to the cache as one span below the request's present lock.
 
-        tokens: what the slots stand for, beginning at logical position `first`. An identical span that is already there
-        is adopted: the row is pointed at its slots and ours are freed. Returns False when the slots stay private: the
-        request is barred from the cache, or a different twin is in the way.
+        tokens: what the slots stand for, beginning at logical position `first`; the `lookahead` tokens of the request
+        behind them had a say in what was kept. An identical span that is already there is adopted: the row is pointed
+        at its slots and ours are freed. Returns False when the slots stay private: the request is barred from the
+        cache, or a different twin is in the way.
         """
         kv = req.kv
         if self.disable or req.skip_radix_cache_insert or start != kv.cache_protected_len:
@@ -227,10 +238,13 @@ class KeepKVRadixCache(JointEviction):
             return False
         slots = self.req_to_token_pool.req_to_token[kv.req_pool_idx, start : start + m].to(torch.int64)
         state = getattr(req, runtime.STATE)
-        keyed = state.protection.keyed(logical_tokens(req)[: first + len(tokens)])
-        span, created = self.insert_span(parent, anchor, anchor_len, namespace, keyed, len(tokens), slots, raw)
+        end = first + len(tokens)
+        keyed = state.protection.keyed(logical_tokens(req)[: end + lookahead])
+        prompt, behind = keyed[:end], keyed[end:]
+        assert len(behind) == lookahead, (len(keyed), end, lookahead)
+        span, created = self.insert_span(parent, anchor, anchor_len, namespace, prompt, len(tokens), slots, raw, behind)
         if not created:
-            if span.m != m:
+            if (span.n, span.m) != (len(tokens), m):
                 return False
             self.req_to_token_pool.write((kv.req_pool_idx, slice(start, start + m)), span.slots.to(torch.int32))
             self.token_to_kv_pool_allocator.free(slots)
@@ -251,10 +265,11 @@ class KeepKVRadixCache(JointEviction):
         n: int,
         slots: torch.Tensor,
         raw: bool,
+        lookahead: Sequence[int] = (),
     ) -> tuple[Span, bool]:
         """Adds the last n tokens of `prompt`, held in `slots`; (span, True) or (the twin that is there, False).
 
-        prompt: with the marks of what is protected (protect.py).
+        prompt, and the lookahead behind it: with the marks of what is protected (protect.py).
         """
         span, created = self.spans.insert(
             parent=parent,
@@ -265,13 +280,16 @@ class KeepKVRadixCache(JointEviction):
             slots=slots,
             m=len(slots),
             raw=raw,
+            lookahead=lookahead,
         )
         scope: Scope = namespace[:3]
         if not created:
             return span, False
         self.count_span(namespace, 1)
         rt = runtime.active()
-        if raw and rt is not None and namespace[-1] == rt.pressure_key and not marked(span.tokens):
+        # What a compression left raw belongs to the next one, not to pressure.
+        left = parent is not None and parent.lookahead > 0
+        if raw and not left and rt is not None and namespace[-1] == rt.pressure_key and not marked(span.tokens):
             self.raw_spans[span.serial] = span
         if self.events is not None:
             self.events.stored(span, plain(prompt), *scope[:2])

@@ -1,8 +1,9 @@
 """One compressed span, and the hashed index of spans below a parent.
 
 A span is atomic: a slot of it holds information of all its tokens, so showing it to a request that shares
-only some of them would leak one prompt into another. Hence a child is found by *all* its tokens, a long one by
-their hash, and what a match returns is confirmed token by token; a hash only ever saves work, it never decides.
+only some of them would leak one prompt into another. Hence a child is found by *all* its tokens, and by those behind
+it that had a say in what it keeps (`seen`), a long one by their hash, and what a match returns is confirmed token by
+token; a hash only ever saves work, it never decides.
 """
 
 from __future__ import annotations
@@ -102,12 +103,12 @@ _NO_SUMS = np.zeros(1, dtype=np.uint64).data
 
 
 class ChildIndex:
-    """Spans below one parent. No two have the same tokens.
+    """Spans below one parent. No two have seen the same tokens.
 
-    A span of up to HEAD_TOKENS tokens is found by these tokens: token count -> token bytes -> span. A longer one by
-    its first HEAD_TOKENS tokens, then its token count, then its hash: head bytes -> token count -> hash -> spans. So
-    a lookup tries a bounded number of short lengths, and then only the distinct lengths of the children that
-    begin like the key.
+    "Tokens" here are those of `Span.seen`. A span of up to HEAD_TOKENS tokens is found by these tokens: token count ->
+    token bytes -> span. A longer one by its first HEAD_TOKENS tokens, then its token count, then its hash: head bytes
+    -> token count -> hash -> spans. So a lookup tries a bounded number of short lengths, and then only the distinct
+    lengths of the children that begin like the key.
     """
 
     __slots__ = ("_long", "_short", "_size")
@@ -129,36 +130,36 @@ class ChildIndex:
                     yield from spans
 
     def add(self, span: Span) -> None:
-        """Adds a span whose tokens no child has."""
-        if span.n <= HEAD_TOKENS:
-            self._short.setdefault(span.n, {})[span.tokens.tobytes()] = span
+        """Adds a span that has seen what no child has."""
+        if len(span.seen) <= HEAD_TOKENS:
+            self._short.setdefault(len(span.seen), {})[span.seen.tobytes()] = span
         else:
-            span.hash = KeyHash(span.tokens).of(0, span.n)
-            lengths = self._long.setdefault(span.tokens[:HEAD_TOKENS].tobytes(), {})
-            lengths.setdefault(span.n, {}).setdefault(span.hash, []).append(span)
+            span.hash = KeyHash(span.seen).of(0, len(span.seen))
+            lengths = self._long.setdefault(span.seen[:HEAD_TOKENS].tobytes(), {})
+            lengths.setdefault(len(span.seen), {}).setdefault(span.hash, []).append(span)
         self._size += 1
 
     def discard(self, span: Span) -> None:
         """Removes a span that is in the index (KeyError or ValueError otherwise) and levels left empty."""
-        if span.n <= HEAD_TOKENS:
-            del self._short[span.n][span.tokens.tobytes()]
-            if not self._short[span.n]:
-                del self._short[span.n]
+        if len(span.seen) <= HEAD_TOKENS:
+            del self._short[len(span.seen)][span.seen.tobytes()]
+            if not self._short[len(span.seen)]:
+                del self._short[len(span.seen)]
         else:
-            head = span.tokens[:HEAD_TOKENS].tobytes()
+            head = span.seen[:HEAD_TOKENS].tobytes()
             lengths = self._long[head]
-            hashes = lengths[span.n]
+            hashes = lengths[len(span.seen)]
             hashes[span.hash].remove(span)
             if not hashes[span.hash]:
                 del hashes[span.hash]
             if not hashes:
-                del lengths[span.n]
+                del lengths[len(span.seen)]
             if not lengths:
                 del self._long[head]
         self._size -= 1
 
     def candidates(self, tokens: array[int], key: KeyHash, start: int, end: int) -> list[Span]:
-        """Every child whose tokens are tokens[start:start + child.n], with start + child.n <= end.
+        """Every child that has seen tokens[start:start + len(child.seen)], with start + len(child.seen) <= end.
 
         And, where hashes collide, some of more than HEAD_TOKENS tokens that only look so: see `Span.follows`.
         """
@@ -184,13 +185,13 @@ class ChildIndex:
         return found
 
     def exact(self, tokens: array[int]) -> Span | None:
-        """The child with exactly these tokens, or None."""
+        """The child that has seen exactly these tokens, or None."""
         n = len(tokens)
         if n <= HEAD_TOKENS:
             return self._short.get(n, {}).get(tokens.tobytes())
         hashes = self._long.get(tokens[:HEAD_TOKENS].tobytes(), {}).get(n)
         for span in hashes.get(KeyHash(tokens).of(0, n), ()) if hashes else ():
-            if span.tokens == tokens:
+            if span.seen == tokens:
                 return span
         return None
 
@@ -202,6 +203,8 @@ class Span:
 
     parent, anchor, anchor_len, namespace  where it hangs; the anchor is P uncompressed tokens, None if P == 0
     tokens      array('q') of its own n tokens
+    seen        array('q'): its tokens and the `lookahead` tokens behind them whose queries chose what it keeps; a key
+                that differs in any of these does not match, although only the n belong to the span
     slots       opaque to the tree (the adapter keeps an int64 tensor of m slot ids)
     raw         one slot per token (n == m): the uncompressed tail of a chain
     meta        opaque to the tree (the adapter's accounting)
@@ -216,7 +219,7 @@ class Span:
 
     __slots__ = (
         "anchor", "anchor_len", "children", "created", "dead", "hash", "hits", "last_access", "lock_ref", "m",
-        "meta", "n", "namespace", "parent", "path_slots", "path_tokens", "queued", "raw", "serial", "slots",
+        "meta", "n", "namespace", "parent", "path_slots", "path_tokens", "queued", "raw", "seen", "serial", "slots",
         "tokens",
     )  # fmt: skip
 
@@ -228,6 +231,7 @@ class Span:
         anchor_len: int,
         namespace: Hashable,
         tokens: array[int],
+        lookahead: array[int] | None = None,
         slots: Any,
         m: int,
         raw: bool,
@@ -236,6 +240,7 @@ class Span:
     ) -> None:
         self.parent, self.anchor, self.anchor_len, self.namespace = parent, anchor, anchor_len, namespace
         self.tokens, self.slots, self.meta = tokens, slots, meta
+        self.seen = tokens + lookahead if lookahead else tokens
         self.n, self.m, self.raw = len(tokens), m, raw
         self.lock_ref, self.dead, self.serial = 0, False, serial
         self.created, self.last_access, self.hits = 0, 0, 1
@@ -249,6 +254,11 @@ class Span:
     def offset(self) -> int:
         """Logical minus physical length at its end: what to add to positions of a row that continues here."""
         return self.path_tokens - self.path_slots
+
+    @property
+    def lookahead(self) -> int:
+        """Tokens behind its own that a key must have, too."""
+        return len(self.seen) - self.n
 
     @property
     def evictable(self) -> bool:
@@ -267,11 +277,11 @@ class Span:
         return list(self.chain())[::-1]
 
     def follows(self, tokens: array[int]) -> bool:
-        """Whether tokens[P:path_tokens] really is the chain's, token by token: O(path_tokens - P)."""
+        """Whether tokens[P:] really begins with what the chain has seen, token by token: O(path_tokens - P)."""
         end = self.path_tokens
         for link in self.chain():
             start = end - link.n
-            if link.tokens != tokens[start:end]:
+            if link.seen != tokens[start : start + len(link.seen)]:
                 return False
             end = start
         return True

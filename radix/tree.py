@@ -137,21 +137,27 @@ class SpanTree:
         m: int,
         raw: bool = False,
         meta: Any = None,
+        lookahead: Sequence[int] = (),
     ) -> tuple[Span, bool]:
         """Adds n = len(tokens) tokens held in m slots below `parent`, or below the anchor if parent is None.
 
-        tokens are copied. Returns (span, True), or (the live child with the same tokens, False): then nothing
-        was added and the slots stay the caller's. Either way the chain is marked as used; a new span is
-        unlocked. Same tokens means same key: m and raw are not compared, the first one stays. ValueError on
-        a span that cannot be: no tokens, m outside 1..n, raw with m != n, a dead parent, a place other than
+        lookahead: the tokens right behind them whose queries had a say in what the m slots hold. They are part of the
+        key: only a prompt that goes on with them may see the span. tokens and lookahead are copied.
+
+        Returns (span, True), or (the live child with the same key, False): then nothing was added and the slots
+        stay the caller's. Either way the chain is marked as used; a new span is unlocked. Same tokens, those of the
+        lookahead included, means same key: n, m and raw are not compared, the first one stays. ValueError on a span
+        that cannot be: no tokens, m outside 1..n, raw with m != n or a lookahead, a dead parent, a place other than
         the parent's. Own tokens plus the chain's length.
 
         Hits follow SGLang's hit_count, which counts a request once on each node that it passes over: 1 on a new
         span or on the twin; the chain above is the request's own or was counted by its match.
         """
-        own = array("q", tokens)
+        own, behind = array("q", tokens), array("q", lookahead)
         if not own or not 1 <= m <= len(own) or (raw and m != len(own)):
             raise ValueError(f"a span needs 1 <= m <= n tokens, and m == n if raw: n={len(own)}, m={m}, raw={raw}")
+        if raw and behind:
+            raise ValueError(f"nothing chose what a raw span keeps, so it has no lookahead: {len(behind)}")
         if (anchor is None) != (anchor_len == 0) or anchor_len < 0:
             raise ValueError(f"anchor None means length 0 and nothing else does: {anchor!r}, {anchor_len}")
         if self._anchor_lens.get(anchor, anchor_len) != anchor_len:
@@ -161,6 +167,9 @@ class SpanTree:
                 raise ValueError(f"the parent is dead: {parent!r}")
             if (parent.anchor, parent.anchor_len, parent.namespace) != (anchor, anchor_len, namespace):
                 raise ValueError(f"anchor and namespace must be the parent's: {parent!r}, {anchor!r}")
+            known = min(parent.lookahead, len(own))
+            if own[:known] != parent.seen[parent.n : parent.n + known]:
+                raise ValueError(f"the tokens are not those that the parent was chosen for: {parent!r}")
 
         siblings = parent.children if parent is not None else self._tops.get(anchor, {}).get(namespace)
         if siblings is None:
@@ -170,7 +179,7 @@ class SpanTree:
             else:
                 self._tops.setdefault(anchor, {})[namespace] = siblings
                 self._anchor_lens[anchor] = anchor_len
-        elif (existing := siblings.exact(own)) is not None:
+        elif (existing := siblings.exact(own + behind)) is not None:
             existing.hits += 1
             self.touch(existing)
             return existing, False
@@ -182,6 +191,7 @@ class SpanTree:
             anchor_len=anchor_len,
             namespace=namespace,
             tokens=own,
+            lookahead=behind,
             slots=slots,
             m=m,
             raw=raw,
@@ -248,7 +258,8 @@ class SpanTree:
         )
         upper.created, upper.last_access, upper.hits = span.created, span.last_access, span.hits
         self._access_sum += span.last_access
-        span.parent, span.tokens, span.slots = upper, rest, lower_slots
+        span.parent, span.slots = upper, lower_slots
+        span.tokens = span.seen = rest
         span.n = span.m = len(rest)
         siblings.add(upper)
         upper.children = ChildIndex()
@@ -276,7 +287,7 @@ class SpanTree:
             assert top.lock_ref == 0, f"adopted while locked: {top!r}"
         if span.children is None:
             span.children = ChildIndex()
-        twins = [top for top in tops if span.children.exact(top.tokens) is not None]
+        twins = [top for top in tops if span.children.exact(top.seen) is not None]
         removed = self._remove_all(children_first(twins))
         less = span.path_tokens - span.path_slots
         for top in tops:
@@ -383,7 +394,7 @@ def _longest(starts: list[tuple[int, ChildIndex]], tokens: array[int], end: int,
         start, index = stack.pop()
         for span in index.candidates(tokens, key, start, end):
             stop = span.path_tokens
-            if not trust and span.tokens != tokens[start:stop]:
+            if not trust and span.seen != tokens[start : start + len(span.seen)]:
                 continue
             if best is None or stop > best.path_tokens or (stop == best.path_tokens and _rank(span) > _rank(best)):
                 best = span

@@ -17,6 +17,7 @@ from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.evaluate.probe import Probe, Row, Slots
 from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer
 from keepkv_sglang.scoring.references import QuerySample, reference_positions
+from keepkv_sglang.selection import SpanPolicy, left_raw
 from keepkv_sglang.span_policy import span_policy
 
 
@@ -69,16 +70,26 @@ def slots_of(budget: float, tokens: int) -> int:
 
 
 def compress_tail(
-    row: Row, config: KeepKVConfig, m: int, start: int = 0, offline_scorer: str = ""
-) -> list[LayerResult]:
-    """Slots [start, end) of the row become m, scored by window and reference queries of the tokens fed last.
+    row: Row, config: KeepKVConfig, m: int, start: int = 0, offline_scorer: str = "", carried: int = 0
+) -> int:
+    """Slots [start, end) of the row become m; returns how many of the last are raw (selection.left_raw).
 
-    What compressor.py does on the server, layer by layer: the span is everything behind `start`, one slot per token
-    where the window lies. Nothing happens when m >= its slots. Returns what was chosen, per layer.
+    What compressor.py does on the server: the span is everything behind `start`, one slot per token where the window
+    lies; its first `carried` slots are what its predecessor left raw. Nothing happens when m >= its slots.
     """
-    if m >= row.slots - start:
-        return []
-    policy = span_policy(config, m, sinks=config.sinks if start == 0 else 0)
+    n = row.slots - start
+    if m >= n:
+        return 0
+    policy = span_policy(config, m, sinks=config.sinks if start == 0 else 0, carried=carried)
+    compress_with(row, config, policy, start, offline_scorer)
+    return left_raw(policy, n)
+
+
+def compress_with(
+    row: Row, config: KeepKVConfig, policy: SpanPolicy, start: int = 0, offline_scorer: str = ""
+) -> list[LayerResult]:
+    """Slots [start, end) of the row become policy.m, scored by window and reference queries of the tokens fed last.
+    Returns what was chosen, per layer."""
     if offline_scorer:
         policy = replace(policy, scorer=offline_scorer)
     n, fed = row.slots - start, row.tokens - row.queries[0].shape[0]  # fed: the first token that has a query

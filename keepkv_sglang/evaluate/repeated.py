@@ -184,15 +184,16 @@ def _servers(setup: Setup) -> list[tuple[Ours, float]]:
 
 
 def feed_in_pieces(row: Row, ids: Sequence[int], method: InPieces, budget: float) -> Row:
-    """Feeds ids in equal pieces; after each, [0, end) holds ceil(budget * end) slots. Returns the row."""
-    at = 0
+    """Feeds ids in equal pieces; after each, [0, end) holds ceil(budget * end) slots. Returns the row. Finished pieces are
+    left alone but for their recent tokens, as on the server."""
+    at = start = left = 0
     for piece in range(1, method.pieces + 1):
-        end, before = piece * len(ids) // method.pieces, row.slots
+        end = piece * len(ids) // method.pieces
         row.feed(ids[at:end], last=1)
         wanted = slots_of(budget, end)
-        start = 0 if method.again else before
         if wanted > start:
-            compress_tail(row, method.config, wanted - start, start=start)
+            left = compress_tail(row, method.config, wanted - start, start=start, carried=left)
+            start, left = (0, 0) if method.again else (wanted - left, left)
         at = end
     return row
 
@@ -202,13 +203,14 @@ def decode(row: Row, ids: Sequence[int], config: KeepKVConfig, budget: float) ->
     two compressions run as one batch: under a causal mask that is the same as one by one. Returns log-probabilities
     [len(ids), vocabulary] and the reply's slots, mean over its tokens."""
     config = replace(config, budget=budget)
-    origin, held, made = row.slots, 0.0, []
+    origin, held, made, left = row.slots, 0.0, [], 0
     for at in range(0, len(ids), config.interval):
-        tail, part = row.slots, ids[at : at + config.interval]
+        before, part = row.slots, ids[at : at + config.interval]
         made.append(row.feed(part))
-        held += sum(range(tail - origin + 1, tail - origin + len(part) + 1))
+        held += sum(range(before - origin + 1, before - origin + len(part) + 1))
         if len(part) == config.interval:
-            compress_tail(row, config, config.kept_slots(at, at + config.interval), start=tail)
+            m = config.kept_slots(at, at + config.interval) + left
+            left = compress_tail(row, config, m, start=before - left, carried=left)
     return torch.cat(made), held / len(ids)
 
 

@@ -2,9 +2,10 @@
 
 Real dialogues of tau-bench (users, tools, an agent) behind a system prompt of ours, teacher-forced. The server's rules
 (schedule.py): the first message is an anchor and stays whole; a turn's prompt, and what was left raw before it, is
-compressed after its prefill by its last `window` queries; its last token begins the reply, which stays raw until the
-next turn's prompt (here in one piece: the server also compresses long replies while they grow, task `decoding`);
-a span shorter than min_tokens stays raw and joins the next; finished spans are never compressed again.
+compressed after its prefill by its last `window` queries; its recent tokens stay raw inside its budget and join the
+next span; its last token begins the reply, which stays raw until the next turn's prompt (here in one piece: the server
+also compresses long replies while they grow, task `decoding`); a span shorter than min_tokens stays raw and joins the
+next; finished spans are never compressed again.
 """
 
 from __future__ import annotations
@@ -134,22 +135,24 @@ class Turns:
 
 
 class Conversation:
-    """A row that the server's rules compress turn by turn. `tail`: the slot where the raw part begins."""
+    """A row that the server's rules compress turn by turn. `tail`: the slot where the raw part begins; its first
+    `carried` slots are what the last compression left raw."""
 
     def __init__(self, row: Row, config: KeepKVConfig, budget: float, anchor: int) -> None:
         self.row, self.config, self.budget = row, config, budget
         self.anchor = self.tail = anchor
+        self.carried = 0
         self.slots_before_reply = 0
 
     def prompt(self, ids: Sequence[int]) -> None:
         """Prefills a turn's prompt but its last token, then compresses the raw part."""
         self.row.feed(ids, last=1)
         n = self.row.slots - self.tail
-        m = slots_of(self.budget, n)
-        if n < self.config.min_tokens or m >= n:
+        m = slots_of(self.budget, n - self.carried) + self.carried
+        if n - self.carried < self.config.min_tokens or m >= n:
             return
-        compress_tail(self.row, self.config, m, start=self.tail)
-        self.tail += m
+        left = compress_tail(self.row, self.config, m, start=self.tail, carried=self.carried)
+        self.tail, self.carried = self.tail + m - left, left
 
     def reply(self, ids: Sequence[int]) -> torch.Tensor:
         """The prompt's last token and the reply: raw. Log-probabilities [len(ids), vocabulary]."""

@@ -117,7 +117,7 @@ def select(scores: torch.Tensor, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
     scores = scores.clone()
     scores[:, whole] = -math.inf
     by_chunk = chunk_scores(scores, p.chunk)
-    recent = min(p.recent, m // 2)
+    recent = min(p.recent, max(p.carried, m // 2))
     sinks = min(p.sinks, m - recent)
     first, last = free[:sinks], free[len(free) - recent :]
     strong_count = math.ceil(round(p.strong_fraction * m, 9))

@@ -90,12 +90,16 @@ def test_a_clone_is_independent(probe: Probe, ids: list[int]):
 def test_compress_tail_keeps_what_is_before_it_and_full_budget_changes_nothing(probe: Probe, ids: list[int]):
     row = probe.row(ids[:40])
     before = list(row.layers)
-    assert compress_tail(row, CONFIG, 40) == [] and compress_tail(row, CONFIG, 30, start=10) == []
+    assert compress_tail(row, CONFIG, 40) == 0 and compress_tail(row, CONFIG, 30, start=10) == 0
     assert all(a is b for a, b in zip(row.layers, before, strict=True))
-    results = compress_tail(row, CONFIG, 7, start=10)
-    assert len(results) == probe.layer_count and row.slots == 17
+    assert compress_tail(row, CONFIG, 7, start=10) == 3, "half of the slots are recent tokens"
+    assert row.slots == 17
     for new, old in zip(row.layers, before, strict=True):
         assert all(torch.equal(a[:10], b[:10]) for a, b in zip(new, old, strict=True))
+        assert torch.equal(new.k[-3:], old.k[-3:]), "their own keys"
+    row.feed(ids[40:50])
+    assert compress_tail(row, CONFIG, 4 + 3, start=14, carried=3) == 3, "what was left raw moves on"
+    assert row.slots == 14 + 7
 
 
 def test_methods_hold_what_the_budget_allows(probe: Probe, ids: list[int]):

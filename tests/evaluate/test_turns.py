@@ -20,7 +20,8 @@ CONFIG = KeepKVConfig(enabled=True)
 
 
 def test_slots_after_every_turn(probe: Probe, ids: list[int]):
-    """anchor + sum of ceil(budget * n) over compressed spans; a span of fewer than min_tokens joins the next."""
+    """anchor + sum of ceil(budget * n) over compressed spans; a span of fewer than min_tokens joins the next. Recent
+    tokens are inside, at most half of the first span's slots or as many as came in, and join the next as well."""
     anchor, budget, at = 20, 0.2, 0
     row = Conversation(probe.row(), CONFIG, budget, anchor)
     turns = [(100, 30), (40, 10), (20, 5), (70, 12)]  # (prompt, reply) tokens; the first prompt has the anchor
@@ -31,7 +32,7 @@ def test_slots_after_every_turn(probe: Probe, ids: list[int]):
         if raw >= CONFIG.min_tokens:
             spans, raw = spans + slots_of(budget, raw), 0
         assert row.row.slots == anchor + spans + raw
-        assert row.tail == anchor + spans
+        assert row.tail == anchor + spans - row.carried
         if finished is not None:  # finished turns are bit for bit what they were
             for old, new in zip(finished, row.row.layers, strict=True):
                 assert all(torch.equal(a, b[: len(a)]) for a, b in zip(old, new, strict=True))
@@ -41,6 +42,10 @@ def test_slots_after_every_turn(probe: Probe, ids: list[int]):
         at += prompt + reply
         assert row.row.tokens == at
     assert spans == sum(slots_of(budget, n) for n in (80, 70, 105))  # the third turn's 30 tokens waited
+    carried = 0
+    for n in (80, 70, 105):
+        carried = min(CONFIG.recent, max(carried, (slots_of(budget, n) + carried) // 2))
+    assert row.carried == carried
 
 
 def test_full_budget_is_the_full_cache(probe: Probe, ids: list[int]):

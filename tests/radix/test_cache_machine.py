@@ -21,6 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang import compressor, pressure
 from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.radix.span import Span
 from keepkv_sglang.selection import SpanPolicy, check_ranges
 from keepkv_sglang.simulate.traces import BORDER
 from keepkv_sglang.simulate.world import World
@@ -141,7 +142,9 @@ class CacheMachine(RuleBasedStateMachine):
         begin, source = span.end - span.tokens, row[span.start : span.start + span.slots].tolist()
         whole = state.protected_in(span.slots, begin, span.end)
         shares = () if state.config.counts_slots else state.protection.shares_in(begin, span.end, state.config.budget)
-        policy = SpanPolicy(span.m, "evict", 2, state.sinks_of(begin), 0.6, whole=whole, shares=shares)
+        policy = SpanPolicy(
+            span.m, "evict", 0 if span.followed else 2, state.sinks_of(begin), 0.6, whole=whole, shares=shares
+        )
         check_ranges(policy, span.slots)
         places = [self.whole[source[index]] for first, stop in whole for index in range(first, stop)]
         assert set(places) == {p for a, b in state.protection.whole for p in range(max(a, begin), min(b, span.end))}
@@ -195,7 +198,8 @@ class CacheMachine(RuleBasedStateMachine):
         if req.prefix_len:
             matched = self.world.tree.path_device_indices(node).tolist()
             self.sees_only_itself(req, matched)
-            assert all(len(self.knows[slot]) - 1 <= req.prefix_len for slot in matched), "knows of the future"
+            seen = req.prefix_len + (node.lookahead if isinstance(node, Span) else 0)
+            assert all(len(self.knows[slot]) - 1 <= seen for slot in matched), "knows of the future"
             self.has_protected(req, matched, req.prefix_len)
         if not self.world.prefill(req):
             self.world.abort(req)

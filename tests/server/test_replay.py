@@ -16,11 +16,12 @@ from client import Answer, flush, generate, numbers
 from replay import Replay, events_of
 
 from keepkv_sglang.config import MERGE_RULES, KeepKVConfig
-from keepkv_sglang.evaluate.methods import compress_tail, slots_of
+from keepkv_sglang.evaluate.methods import compress_with, slots_of
 from keepkv_sglang.evaluate.probe import Probe
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.kernels.score import reference as reference_scores
 from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.span_policy import span_policy
 
 pytestmark = pytest.mark.server
 BOUND = 1e-4
@@ -212,7 +213,8 @@ def test_keepkv_eval_keeps_the_same_slots_with_the_same_votes(server, record, pr
     answer = generate(server, prompt, 2)
     (event,) = events_of(record, answer.rid)
     row = Probe(str(model_path)).row(prompt[: event["end"]])
-    results = compress_tail(row, KeepKVConfig(enabled=True, budget=0.2), event["m"])
+    config = KeepKVConfig(enabled=True, budget=0.2)
+    results = compress_with(row, config, span_policy(config, event["m"], sinks=config.sinks))
     assert row.slots == event["m"] == slots_of(0.2, event["end"])
     kept, assign = (torch.stack([getattr(r, name) for r in results]) for name in ("kept", "assign"))
     assert (kept == event["kept"]).float().mean() >= 0.999

@@ -1,0 +1,111 @@
+"""Recent tokens: raw behind the compressed span, inside its budget, and compressed with what follows."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+import pytest
+
+from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.radix.eviction import FULL
+from keepkv_sglang.simulate.traces import BORDER
+from keepkv_sglang.simulate.world import World
+from tests.radix.test_cache import SYSTEM, Server, text
+
+RECENT = 6
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    config = KeepKVConfig(
+        enabled=True, budget=0.25, window=4, recent=RECENT, sinks=1, interval=16, min_tokens=8, references=0
+    )
+    world = World(config, slots=600, scale=1, longest=2000, rows=4)
+    with world.running():
+        yield Server(world)
+        world.check()
+        world.flush()
+
+
+def chain(server: Server, prompt: list[int]) -> list[tuple[int, int, int, bool]]:
+    """(tokens, slots, lookahead, raw) of the spans that a request with this prompt finds."""
+    req = server.admit(prompt, 1)
+    found = [(span.n, span.m, span.lookahead, span.raw) for span in req.last_node.path()]
+    server.world.abort(req)
+    return found
+
+
+def test_a_turn_leaves_its_recent_tokens_to_the_next(server):
+    first = [*SYSTEM, *text(200, 100), BORDER, 5]  # 101 tokens behind the anchor, the last belongs to the reply
+    server.run(first)
+    assert chain(server, first) == [(95, 26 - RECENT, RECENT, False), (RECENT, RECENT, 0, True)]
+    reply = text(9000, 4)[:3]  # the last token of a reply is never run
+    second = [*first, *reply, *text(300, 40), BORDER, 5]
+    assert server.run(second) == len(first) + 3, "all of the first turn is found"
+    new = 1 + 3 + 41  # the prompt's last token, the reply, the next prompt
+    kept = -(-new // 4)
+    assert chain(server, second) == [
+        (95, 20, RECENT, False),
+        (new, kept, RECENT, False),  # RECENT tokens come in, RECENT stay out: the budget of what is new
+        (RECENT, RECENT, 0, True),
+    ]
+    assert chain(server, first)[-1] == (RECENT, RECENT, 0, True), "others may still go on from the first turn"
+
+
+def test_slots_of_a_long_conversation_are_the_budget_of_all_its_tokens(server):
+    prompt, total = [*SYSTEM, *text(200, 60), BORDER, 5], 61
+    for turn in range(1, 7):
+        server.run(prompt)
+        (*spans, tail) = chain(server, prompt)
+        slots = sum(m for _, m, _, _ in spans) + tail[1]
+        assert abs(slots - total / 4) <= turn, "one rounding up per turn"
+        prompt = [*prompt, *text(9000, 4)[:3], *text(1000 * turn, 40), BORDER, 5]
+        total += 1 + 3 + 41
+
+
+def test_a_prompt_that_ends_otherwise_finds_nothing_of_the_compressed_span(server):
+    """Queries of the recent tokens chose what the span keeps: showing it to another end would tell of them."""
+    first = [*SYSTEM, *text(200, 100), BORDER, 5]
+    server.run(first)
+    cut = len(first) - 1 - RECENT
+    for at in range(cut, len(first) - 1):
+        assert server.cached([*first[:at], 777, *first[at + 1 :], *text(400, 10)]) == len(SYSTEM)
+    assert server.cached([*first[:-1], 777, *text(400, 10)]) == len(first) - 1
+
+
+def test_a_twin_and_its_reply_go_on_as_the_first_did(server):
+    once, twin = ([*SYSTEM, *text(first, 100), BORDER, 5] for first in (200, 400))
+    server.run(once, reply=40)
+    server.run(twin, reply=1)
+    assert server.run(twin, reply=40) == len(twin) - 1
+    chains = [chain(server, [*prompt, *text(9000, 39), 1]) for prompt in (once, twin)]
+    # 16 tokens of reply make 4 slots; as many tokens as came in raw stay raw; two intervals are one entry.
+    assert chains[0][1:] == [(32, 8, RECENT, False), (RECENT, RECENT, 0, True), (40 - 32, 40 - 32, 0, True)]
+    assert chains[1] == chains[0]
+
+
+def test_without_the_raw_tokens_the_compressed_span_is_found_and_the_budget_is_the_same(server):
+    first = [*SYSTEM, *text(200, 100), BORDER, 5]
+    server.run(first, reply=1)
+    tail = next(span for span in server.tree.spans.spans() if span.raw)
+    server.tree.drop_spans(server.tree.spans.drop_subtree(tail), {FULL: 0})
+    assert server.cached(first) == len(first) - 1 - RECENT
+    second = [*first, *text(300, 44), BORDER, 5]
+    assert server.run(second) == len(first) - 1 - RECENT
+    assert [m for _, m, _, _ in chain(server, second)] == [20, -(-(1 + 45) // 4), RECENT]
+
+
+def test_a_retracted_reply_is_found_with_its_recent_tokens(server):
+    prompt = [*SYSTEM, *text(200, 100), BORDER, 5]
+    req = server.admit(prompt, 40)
+    assert server.world.prefill(req)
+    server.world.prefilled(req)
+    while req.kv.kv_committed_len + server.world._state(req).offset < len(prompt) - 1 + 20:
+        server.world._decode(req, 1)
+        req.output_ids.append(9000 + len(req.output_ids))
+        server.world._compress(req)
+    assert server.world._state(req).counted_tokens == len(prompt) - 1 + 16
+    server.world.abort(req)
+    assert server.cached([*prompt, *text(9000, 40)]) >= len(prompt) - 1 + 16
+    assert array("q", prompt) == req.origin_input_ids
