@@ -84,6 +84,11 @@ class RequestState:
         """Logical position up to which the budget is spent: what comes behind it is new."""
         return self.tail_tokens + self.carried
 
+    @property
+    def interval_start(self) -> int:
+        """Logical position from which the reply's next interval counts."""
+        return max(self.counted_tokens, self.reply_start)
+
     def move_tail(self, slots: int, tokens: int, carried: int = 0) -> None:
         """The raw tail begins here from now on."""
         self.tail_slots, self.tail_tokens, self.carried = slots, tokens, carried

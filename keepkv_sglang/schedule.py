@@ -110,7 +110,7 @@ def capture(rt: Runtime, state: RequestState, start: int, end: int, out: tuple[l
 def _open_reply_window(rt: Runtime, state: RequestState, start: int, end: int) -> None:
     """Queries of the last `window` tokens before the next compression of the reply; taken as late as possible."""
     config = state.config
-    base = state.plan[-1].end if state.plan else state.counted_tokens  # where what is new will begin
+    base = state.plan[-1].end if state.plan else state.interval_start  # where what is new will begin
     due = base + config.interval
     count = min(config.window, config.interval)
     if state.reply_window is None and end > due - count and rt.room_for_replies():
@@ -168,7 +168,9 @@ def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Plann
     new = tokens if state.config.counts_slots else planned.end - state.counted_tokens
     short = planned.is_prompt and new < state.config.min_tokens
     window = planned.window
-    if short or m >= slots or window is None or window.filled == 0:
+    if short and state.carried:
+        _publish_raw(rt, req, state, planned.end)  # the tail stays open: the reply's first interval takes it in
+    elif short or m >= slots or window is None or window.filled == 0:
         _close_raw(rt, req, state, planned.end)
     else:
         computed = req.kv.kv_committed_len + state.offset
@@ -236,7 +238,7 @@ def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
     assert window is not None
     length = req.kv.kv_committed_len
     end = length + state.offset
-    if end < state.counted_tokens + state.config.interval or window.filled < len(window.rows):
+    if end < state.interval_start + state.config.interval or window.filled < len(window.rows):
         return
     start_slots, start_tokens = _span_start(state)
     slots = length - start_slots

@@ -380,7 +380,7 @@ class World:
         if state is None:
             return 1 << 60
         config = state.config
-        due = (state.plan[-1].end if state.plan else state.counted_tokens) + config.interval
+        due = (state.plan[-1].end if state.plan else state.interval_start) + config.interval
         missing = due - (req.kv.kv_committed_len + state.offset)
         return missing if missing > 0 else min(config.window, config.interval)
 

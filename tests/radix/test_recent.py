@@ -64,6 +64,20 @@ def test_slots_of_a_long_conversation_are_the_budget_of_all_its_tokens(server):
         total += 1 + 3 + 41
 
 
+def test_short_turns_with_long_replies_leave_nothing_raw_behind(server):
+    """A turn below min_tokens is compressed with its reply, together with the recent tokens before it."""
+    prompt, total = [*SYSTEM, *text(200, 60), BORDER, 5], 61
+    for turn in range(1, 6):
+        server.run(prompt, reply=35)
+        prompt = [*prompt, *text(9000, 34), BORDER, 5]  # 2 tokens of the reply wait, and 2 of the next prompt
+        total += 1 + 34
+        spans = chain(server, prompt)
+        assert [raw for _, _, _, raw in spans].count(True) == 2, "the end of this turn"
+        slots = sum(m for _, m, _, _ in spans)
+        assert slots <= total / 4 + 2 * turn + 16, "at most one interval is raw"
+        total += 1
+
+
 def test_a_prompt_that_ends_otherwise_finds_nothing_of_the_compressed_span(server):
     """Queries of the recent tokens chose what the span keeps: showing it to another end would tell of them."""
     first = [*SYSTEM, *text(200, 100), BORDER, 5]

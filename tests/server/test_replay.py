@@ -140,9 +140,10 @@ def test_protected_tokens_stay_whole_and_the_next_turn_hits(server, record, prom
     """In every layer and head; on top of the budget; in the reply too. Ranges added later leave old entries valid."""
     answer = generate(server, prompt, 65, {"protect": PROTECT, **STRICT_RULE})
     events = events_of(record, answer.rid)
-    # Of [0, 299) 29 tokens are protected, of [299, 331) 11.
-    assert [(event["end"], event["m"]) for event in events] == [(299, 54 + 29), (331, 5 + 11), (363, 6)]
-    for event, first in zip(events, (0, 299, 331), strict=True):
+    # Of [0, 299) 29 tokens are protected, the last one, too, so no recent token is left raw; of [299, 331) 11, and 2
+    # recent ones of the 5 others join the next interval.
+    assert [(event["end"], event["m"]) for event in events] == [(299, 54 + 29), (331, 5 + 11), (363, 6 + 2)]
+    for event, first in zip(events, (0, 299, 329), strict=True):
         whole = torch.tensor([token - first for token in PROTECTED if first <= token < event["end"]], dtype=torch.int64)
         kept, assign = event["kept"], event["assign"]
         assert (kept[..., : len(whole)] == whole).all()
