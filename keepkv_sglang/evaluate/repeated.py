@@ -184,8 +184,8 @@ def _servers(setup: Setup) -> list[tuple[Ours, float]]:
 
 
 def feed_in_pieces(row: Row, ids: Sequence[int], method: InPieces, budget: float) -> Row:
-    """Feeds ids in equal pieces; after each, [0, end) holds ceil(budget * end) slots. Returns the row. Finished pieces are
-    left alone but for their recent tokens, as on the server."""
+    """Feeds ids in equal pieces; after each, [0, end) holds ceil(budget * end) slots. Finished pieces are left alone
+    but for their recent tokens, as on the server. Returns the row."""
     at = start = left = 0
     for piece in range(1, method.pieces + 1):
         end = piece * len(ids) // method.pieces

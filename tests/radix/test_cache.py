@@ -4,56 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from itertools import count
-from typing import Any
 
 import pytest
-from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.sampling.sampling_params import SamplingParams
+from served import OFF, SYSTEM, Server, text
 
 from keepkv_sglang import pressure
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.radix.invariants import check_slots
 from keepkv_sglang.simulate.traces import BORDER
 from keepkv_sglang.simulate.world import World
-
-OFF = {"enabled": False}
-SYSTEM = [*range(100, 140), BORDER]  # 41 tokens
-RIDS = count()
-
-
-def text(first: int, length: int) -> list[int]:
-    return list(range(first, first + length))
-
-
-class Server:
-    """Runs one request after the other, 600 slots, budget 0.25."""
-
-    def __init__(self, world: World) -> None:
-        self.world, self.tree, self.rt = world, world.tree, world.rt
-
-    def admit(self, prompt: list[int], reply: int = 4, kind: Any = None) -> Any:
-        sampling = SamplingParams(max_new_tokens=reply, custom_params={"keepkv": kind} if kind else None)
-        req = Req(f"r{next(RIDS)}", "", array("q", prompt), sampling)
-        assert self.world.admit(req)
-        return req
-
-    def run(self, prompt: list[int], reply: int = 4, kind: Any = None) -> int:
-        """Returns how many tokens were cached."""
-        req = self.admit(prompt, reply, kind)
-        cached = req.prefix_len
-        assert self.world.prefill(req)
-        self.world.prefilled(req)
-        self.world.finish(req, array("q", text(9000, reply)))
-        if not self.world.promised:
-            self.tree.check()
-        return cached
-
-    def cached(self, prompt: list[int], kind: Any = None) -> int:
-        """How many tokens a request would find; ages change, nothing else."""
-        req = self.admit(prompt, 1, kind)
-        self.world.abort(req)
-        return req.prefix_len
 
 
 @pytest.fixture

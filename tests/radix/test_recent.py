@@ -6,12 +6,12 @@ from array import array
 from collections.abc import Iterator
 
 import pytest
+from served import SYSTEM, Server, text
 
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.radix.eviction import FULL
 from keepkv_sglang.simulate.traces import BORDER
 from keepkv_sglang.simulate.world import World
-from tests.radix.test_cache import SYSTEM, Server, text
 
 RECENT = 6
 
