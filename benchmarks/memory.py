@@ -89,11 +89,13 @@ def request_host_bytes(config: KeepKVConfig) -> int:
     return 2000 + 2 * (8 + 32) * (config.window + config.references)
 
 
-def concurrency(pool: int, shared: int, own: int, reply: int, budget: float, interval: int = 64) -> float:
+def concurrency(
+    pool: int, shared: int, own: int, reply: int, budget: float, interval: int = KeepKVConfig().interval
+) -> float:
     """Requests that decode at once in a pool of slots: a prefix of `shared` tokens that all have, uncompressed and
     once; `own` tokens each, ceil(budget own) slots; of a reply its budget and at most one interval of raw tail. At
     budget 1 the reply is raw altogether."""
-    tail = reply if budget == 1 else math.ceil(budget * reply) + min(interval, reply)
+    tail = reply if budget == 1 else math.ceil(budget * reply) + min(KeepKVConfig().interval, reply)
     return (pool - shared) / (math.ceil(budget * own) + tail)
 
 

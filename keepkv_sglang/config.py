@@ -137,7 +137,7 @@ class KeepKVConfig:
     recent: int = 64
     sinks: int = 4
     threshold: float = 0.85
-    interval: int = 64
+    interval: int = 128
     min_tokens: int = 64
     span_tokens: int = 0
     protect: str = ""

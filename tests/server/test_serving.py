@@ -12,8 +12,10 @@ import openai
 import pytest
 from client import BORDER, body, flush, generate, numbers, tokens
 
+from keepkv_sglang.config import KeepKVConfig
+
 pytestmark = pytest.mark.server
-INTERVAL = 64
+INTERVAL = KeepKVConfig().interval
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def test_right_after_prefill_a_tenth_and_the_last_prompt_token(server):
     assert info["merged"] + info["dropped"] == pytest.approx(1499 - 150, abs=0.02)
 
 
-@pytest.mark.parametrize("new", [2, 63, 64, 65, 130])
+@pytest.mark.parametrize("new", [2, INTERVAL - 1, INTERVAL, INTERVAL + 1, 2 * INTERVAL + 2])
 def test_held_while_decoding(server, new):
     answer = generate(server, tokens(700, 2), new)
     generated = answer.keepkv["logical_tokens"] - 700

@@ -19,7 +19,7 @@ from keepkv_sglang.bench.workloads import Agents
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 RANKS = 3
-FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.1", "--max-total-tokens", "1500")
+FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.1", "--keepkv-interval", "64", "--max-total-tokens", "1500")
 # One thread per rank: SGLang otherwise wants a NUMA node for each (SEAMS.md).
 BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1"}
 # Both compute in float32; ranks sum a layer's output in another order, and a selection may flip at a tie (none did).
