@@ -216,7 +216,8 @@ class Runtime:
         assert self.arena is not None
         self.arena.give_back(state.drop_windows())
         state.admitted = False
-        state.own, state.plan = [], []
+        state.own, state.plan, state.merged_tokens = [], [], 0
+        state.move_tail(0, 0)
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 

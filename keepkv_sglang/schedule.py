@@ -312,7 +312,10 @@ def finish(rt: Runtime, req: Any, state: RequestState, publish: bool, retracted:
             return
         state.own = []
     end = state.logical_tokens
-    counted = state.counted_tokens if state.carried else 0
-    for border in sorted((state.reply_start, counted, end)):  # a prompt that stayed raw and its reply are two entries
-        if border <= end and not (retracted and border > max(state.reply_start, counted)):
+    # A prompt that stayed raw and its reply are two entries; what a compression left raw is one.
+    borders = [state.counted_tokens] if state.carried else []
+    if not borders or state.reply_start not in range(state.tail_tokens, state.counted_tokens):
+        borders.append(state.reply_start)
+    for border in [*sorted(borders), *([] if retracted else [end])]:
+        if border <= end:
             _publish_raw(rt, req, state, border)

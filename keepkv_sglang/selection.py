@@ -144,8 +144,10 @@ def left_raw(p: SpanPolicy, n: int) -> int:
 
     They have their own keys, so a caller may take them in with what follows; a rule that fits all slots to each other
     (attention_matching) may have changed their values and votes. Whole tokens come first in `kept`, so only tokens
-    behind the last of them count.
+    behind the last of them count. None where there are shares: what a share keeps stays in the span.
     """
+    if p.shares:
+        return 0
     return min(_always_kept(p)[1], n - (p.whole[-1][1] if p.whole else 0))
 
 

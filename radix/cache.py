@@ -288,14 +288,14 @@ class KeepKVRadixCache(JointEviction):
         self.count_span(namespace, 1)
         rt = runtime.active()
         # What a compression left raw belongs to the next one, not to pressure.
-        left = parent is not None and parent.lookahead > 0
+        left = parent is not None and n <= parent.lookahead
         if raw and not left and rt is not None and namespace[-1] == rt.pressure_key and not marked(span.tokens):
             self.raw_spans[span.serial] = span
         if self.events is not None:
             self.events.stored(span, plain(prompt), *scope[:2])
         below = self._match_core(plain(prompt), scope)
         if below.device_prefix_len > anchor_len:
-            self._find_covered(self.path_of(below.last_device_node), prompt, scope)
+            self._find_covered(self.path_of(below.last_device_node), as_tokens([*prompt, *lookahead]), scope)
         return span, True
 
     def _find_covered(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
@@ -376,12 +376,16 @@ class KeepKVRadixCache(JointEviction):
         anchor, prompt = path[-2].node_id if start else None, self.prompt_of(path)
         n = len(prompt) - start
         span, created = self.insert_span(None, anchor, start, namespace, prompt, n, slots, raw=False)
+        home: Span | None = span
         if created:
             self.spans.inherit(span, node.usage)
         else:
             self.token_to_kv_pool_allocator.free(slots)
-        if self.spans.has_anchor(node_id):
-            self.drop_spans(self.spans.adopt(node_id, namespace, span), {FULL: 0})
+            if span.n != n:  # these tokens and its recent ones, which may be a raw span below it, are the node's
+                home = self.spans.match([(anchor, start)], namespace, prompt, touch=False)
+                home = home if home is not None and home.path_tokens == len(prompt) else None
+        if home is not None and self.spans.has_anchor(node_id):
+            self.drop_spans(self.spans.adopt(node_id, namespace, home), {FULL: 0})
         self.evict_node(node_id, {FULL: 0})
 
     # -- paths --------------------------------------------------------------------------------------------------------

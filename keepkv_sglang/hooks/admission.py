@@ -17,6 +17,7 @@ from typing import Any
 from keepkv_sglang import pressure, runtime
 from keepkv_sglang.anchor import first_message_end
 from keepkv_sglang.hooks.scheduler import compress_batch
+from keepkv_sglang.radix.span import Span
 from keepkv_sglang.request import RequestState
 
 logger = logging.getLogger("keepkv")
@@ -61,7 +62,7 @@ def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int,
     if not state.admitted and rt.arena.free_rows < rt.queries_of(state.config):
         return new_tokens  # no room for its queries: nothing of it will be compressed
     if state.admitted:  # a later chunk: the turn began before it
-        turn = len(req.full_untruncated_fill_ids) - state.tail_tokens
+        turn = len(req.full_untruncated_fill_ids) - state.counted_tokens
     else:
         turn = extend - max(0, first_message_end(req.origin_input_ids, rt.border) - req.prefix_len)
     prompt, config = turn - 1, state.config  # the last prompt token belongs to the reply
@@ -129,6 +130,14 @@ def after_get_prefill_adder_class(cls: Any, self: Any) -> Any:
     return _adders[cls]
 
 
+def _left_behind(req: Any, state: RequestState) -> int:
+    """Slots that the next compression takes beside those it reads: recent tokens in a cached span that others use, such
+    as parallel samples, are not given back."""
+    node = req.last_node
+    cached = req.kv.holds_kv and req.kv.cache_protected_len > state.tail_slots
+    return state.carried if cached and isinstance(node, Span) and node.lock_ref > 1 else 0
+
+
 _adders: dict[Any, Any] = {}
 
 
@@ -147,7 +156,7 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
             rt, state = found
             if state.reply_window is None and not rt.room_for_replies():
                 return tokens  # no room for its queries: its reply will stay as it is
-            return min(tokens, state.reply_growth(math.ceil(tokens)))
+            return min(tokens, state.reply_growth(math.ceil(tokens)) + _left_behind(req, state))
 
         def _update_prefill_budget(
             self, prefix_len: int, extend_input_len: int, max_new_tokens: int, *args: Any, **kwargs: Any

@@ -12,6 +12,7 @@ from array import array
 from itertools import count, pairwise
 from typing import Any, ClassVar
 
+import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -22,7 +23,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from keepkv_sglang import compressor, pressure
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.selection import SpanPolicy, check_ranges
+from keepkv_sglang.selection import check_ranges, left_raw, select
 from keepkv_sglang.simulate.traces import BORDER
 from keepkv_sglang.simulate.world import World
 
@@ -140,12 +141,13 @@ class CacheMachine(RuleBasedStateMachine):
     def merge_layers(self, rt: Any, req: Any, state: Any, span: Any, window: Any, row: Any, target: Any) -> None:
         self.sees_only_itself(req, row.tolist())
         begin, source = span.end - span.tokens, row[span.start : span.start + span.slots].tolist()
-        whole = state.protected_in(span.slots, begin, span.end)
-        shares = () if state.config.counts_slots else state.protection.shares_in(begin, span.end, state.config.budget)
-        policy = SpanPolicy(
-            span.m, "evict", 0 if span.followed else 2, state.sinks_of(begin), 0.6, whole=whole, shares=shares
-        )
+        policy = compressor.policy_of(state, span)
+        whole = policy.whole
         check_ranges(policy, span.slots)
+        left = 0 if state.config.counts_slots else left_raw(policy, span.slots)
+        assert span.m > left, "something of the span is compressed"
+        for kept in select(torch.rand(2, span.slots), policy)[0].tolist():
+            assert kept[span.m - left :] == [*range(span.slots - left, span.slots)], "what is left raw is its own"
         places = [self.whole[source[index]] for first, stop in whole for index in range(first, stop)]
         assert set(places) == {p for a, b in state.protection.whole for p in range(max(a, begin), min(b, span.end))}
         for slot in target.tolist():
@@ -274,6 +276,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.world.tree.check(running=private if running else None)
 
 
+class ManyRecent(CacheMachine):
+    CONFIG: ClassVar[dict[str, Any]] = {"recent": 20}
+
+
 class SpanTokens(CacheMachine):
     CONFIG: ClassVar[dict[str, Any]] = {"span_tokens": 64, "min_tokens": 12}
 
@@ -294,6 +300,8 @@ class Starved(CacheMachine):
 
 TestCache = CacheMachine.TestCase
 TestCache.settings = SETTINGS
+TestManyRecent = ManyRecent.TestCase
+TestManyRecent.settings = SETTINGS
 TestSpanTokens = SpanTokens.TestCase
 TestSpanTokens.settings = SETTINGS
 TestSlots = Slots.TestCase

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from served import SYSTEM, Server, text
+from served import OFF, SYSTEM, Server, text
 
+from keepkv_sglang import pressure
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.radix.eviction import FULL
 from keepkv_sglang.simulate.traces import BORDER
@@ -17,10 +20,10 @@ RECENT = 6
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    config = KeepKVConfig(
-        enabled=True, budget=0.25, window=4, recent=RECENT, sinks=1, interval=16, min_tokens=8, references=0
-    )
+def server(request) -> Iterator[Server]:
+    values = {"budget": 0.25, "window": 4, "recent": RECENT, "sinks": 1, "interval": 16, "min_tokens": 8}
+    values |= {"references": 0, "pressure_free": 0.5}
+    config = KeepKVConfig(enabled=True, **values | getattr(request, "param", {}))
     world = World(config, slots=600, scale=1, longest=2000, rows=4)
     with world.running():
         yield Server(world)
@@ -28,9 +31,9 @@ def server() -> Iterator[Server]:
         world.flush()
 
 
-def chain(server: Server, prompt: list[int]) -> list[tuple[int, int, int, bool]]:
+def chain(server: Server, prompt: list[int], kind: Any = None) -> list[tuple[int, int, int, bool]]:
     """(tokens, slots, lookahead, raw) of the spans that a request with this prompt finds."""
-    req = server.admit(prompt, 1)
+    req = server.admit(prompt, 1, kind)
     found = [(span.n, span.m, span.lookahead, span.raw) for span in req.last_node.path()]
     server.world.abort(req)
     return found
@@ -123,3 +126,48 @@ def test_a_retracted_reply_is_found_with_its_recent_tokens(server):
     server.world.abort(req)
     assert server.cached([*prompt, *text(9000, 40)]) >= len(prompt) - 1 + 16
     assert array("q", prompt) == req.origin_input_ids
+
+
+def test_a_share_of_the_budget_is_kept_for_good(server):
+    first = [*SYSTEM, *text(200, 100), BORDER, 5]
+    server.run(first, kind={"fair": "120-142"})
+    assert [lookahead for _, _, lookahead, _ in chain(server, first, {"fair": "120-142"})] == [0]
+
+
+def test_a_released_row_leaves_no_tail_behind(server):
+    """Admission asks for slots before the next row begins: a retracted request counts as a new one."""
+    req = server.admit([*SYSTEM, *text(200, 100), BORDER, 5], 4)
+    assert server.world.prefill(req)
+    server.world.prefilled(req)
+    state = server.world._state(req)
+    assert state.counted_tokens == 142 and state.carried == RECENT
+    server.world.abort(req)
+    assert (state.counted_tokens, state.carried, state.merged_tokens) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("server", [{"recent": 24}], indirect=True)
+def test_what_a_short_interval_leaves_raw_is_one_span(server):
+    """24 recent tokens reach from behind a reply's 16 into the prompt; pressure leaves them to the next turn."""
+    prompt = [*SYSTEM, *text(200, 300), BORDER, 5]
+    server.run(prompt, reply=18)
+    spans = chain(server, [*prompt, *text(9000, 17), 1])
+    assert [(n, lookahead) for n, _, lookahead, _ in spans[-3:]] == [(16, 24), (24, 0), (2, 0)]
+    tree = server.tree
+    assert not any(span.raw and span.n == 24 for span in tree.raw_spans.values())
+
+
+@pytest.mark.parametrize("order", [[None, OFF, None], [OFF, OFF, None]])
+def test_an_uncompressed_copy_of_a_span_and_its_recent_tokens_is_merged(server, monkeypatch, order):
+    """Pressure merges the copy; what hung below it hangs below the recent tokens, or is dropped."""
+    monkeypatch.setattr(pressure, "is_cold", lambda spans, last: True)
+    monkeypatch.setattr(pressure, "merge_unused", lambda *args: None)
+    body = [*SYSTEM, *text(200, 100), BORDER]
+    for turn, kind in enumerate(order):
+        server.run([*body, 5 + (turn if kind else 0)], kind=kind, reply=12)
+    waiting = SimpleNamespace(origin_input_ids=range(900))
+    monkeypatch.setattr(server.rt.scheduler, "waiting_queue", [waiting], raising=False)
+    for _ in range(6):
+        pressure.relieve(server.rt)
+        server.tree.check()
+    assert server.rt.counters["pressure_merges"]
+    assert server.cached([*body, 5, 7]) >= len(SYSTEM)

@@ -107,8 +107,8 @@ def small(launch, router):
     sglang = str(Path(sys.executable).with_name("sglang"))
     assert shutil.which(sglang)
     return launch(
-        *("--enable-keepkv", "--keepkv-budget", "0.1", "--max-total-tokens", "700", "--chunked-prefill-size", "128"),
-        *("--enable-mixed-chunk", "--kv-events-config", json.dumps(endpoint)),
+        *("--enable-keepkv", "--keepkv-budget", "0.1", "--keepkv-interval", "64", "--max-total-tokens", "700"),
+        *("--chunked-prefill-size", "128", "--enable-mixed-chunk", "--kv-events-config", json.dumps(endpoint)),
         command=(sglang, "serve"),
     )
 
