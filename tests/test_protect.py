@@ -113,9 +113,13 @@ def test_protected_tokens_come_on_top():
     assert state(protect="0-1000").slots_for(0, 1000) > 1000, "nothing to compress: the span stays raw"
     assert state(protect="900-2000").slots_for(0, 1000) == 100 + 90
     assert state(40, protect="900-1100").slots_for(0, 1000) == 100 + 40
-    reply = state(protect="1000-1010")  # the reply begins at 1000
+    reply = state(protect="1000-1010", interval=64)  # the reply begins at 1000
     assert [reply.slots_for(1000 + at, 1064 + at) for at in (0, 64)] == [10 + 6, 6], "ceil(5.4), then ceil(11.8) - 6"
     assert reply.reply_growth(1000) == 100 + 64 + 10
+    reply.move_tail(90, 990, 10)  # 10 recent tokens came in with a slot each; they are counted
+    assert reply.slots_for(990, 1064) == 10 + 10 + 6
+    reply.move_tail(100, 1050, 14)
+    assert reply.slots_for(1050, 1128) == 14 + 6, "as without recent tokens from 1064 on, and a slot for each of them"
 
 
 def test_shares_are_inside_the_budget():

@@ -15,7 +15,7 @@ from keepkv_sglang.simulate import command, search, traces
 from keepkv_sglang.simulate.replay import Result, Timing, replay
 from keepkv_sglang.simulate.traces import Request, Workload, data_folder, link, load, tokenize
 
-QUARTER = KeepKVConfig(enabled=True, budget=0.25, pressure="off")
+QUARTER = KeepKVConfig(enabled=True, budget=0.25, interval=64, pressure="off")
 BLOCK = 64
 
 
