@@ -89,9 +89,7 @@ def request_host_bytes(config: KeepKVConfig) -> int:
     return 2000 + 2 * (8 + 32) * (config.window + config.references)
 
 
-def concurrency(
-    pool: int, shared: int, own: int, reply: int, budget: float, interval: int = KeepKVConfig().interval
-) -> float:
+def concurrency(pool: int, shared: int, own: int, reply: int, budget: float) -> float:
     """Requests that decode at once in a pool of slots: a prefix of `shared` tokens that all have, uncompressed and
     once; `own` tokens each, ceil(budget own) slots; of a reply its budget and at most one interval of raw tail. At
     budget 1 the reply is raw altogether."""

@@ -8,19 +8,17 @@ import inspect
 from types import SimpleNamespace
 from typing import ClassVar
 
-import pytest
+import flashinfer
+import sglang.srt.layers.attention.flashinfer_backend as stock
 import torch
+from flashinfer.jit.attention import modules as jit
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-flashinfer = pytest.importorskip("flashinfer")
-import sglang.srt.layers.attention.flashinfer_backend as stock  # noqa: E402
-from flashinfer.jit.attention import modules as jit  # noqa: E402
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool  # noqa: E402
-from sglang.srt.model_executor.forward_batch_info import ForwardMode  # noqa: E402
-
-from keepkv_sglang import runtime  # noqa: E402
-from keepkv_sglang.backend import flashinfer as ours  # noqa: E402
-from keepkv_sglang.kernels.attention import reference  # noqa: E402
-from keepkv_sglang.votes import QueryArena, VoteStore  # noqa: E402
+from keepkv_sglang import runtime
+from keepkv_sglang.backend import flashinfer as ours
+from keepkv_sglang.kernels.attention import reference
+from keepkv_sglang.votes import QueryArena, VoteStore
 
 DIM, SLOTS, LAYERS, DTYPE = 64, 300, 2, torch.bfloat16
 TOLERANCE = 2.0**-8  # relative, of the output's rounding to bfloat16; the stand-in computes in float64
