@@ -25,7 +25,7 @@ from keepkv_sglang.scoring.references import QuerySample
 from keepkv_sglang.selection import SpanPolicy
 from keepkv_sglang.span_policy import span_policy
 
-SCRATCH_BYTES = 64 << 20  # working memory of the layers that are merged at once
+SCRATCH_BYTES = 128 << 20  # working memory of the layers that are merged at once
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,12 @@ def _shape(storage: Storage, layer: int) -> tuple[torch.Size, torch.Size]:
 
 
 def _gather(buffers: Sequence[torch.Tensor], layers: Sequence[int], slots: torch.Tensor) -> torch.Tensor:
-    """[len(slots), layers * heads, ...]"""
-    return _side_by_side([buffers[layer][slots] for layer in layers])
+    """[len(slots), layers * heads, ...], a view of memory that lies head by head: so it is read from here on."""
+    shape = buffers[layers[0]].shape[1:]
+    out = buffers[layers[0]].new_empty(len(layers), shape[0], len(slots), *shape[1:])
+    for at, layer in zip(out, layers, strict=True):
+        at.copy_(buffers[layer].index_select(0, slots).transpose(0, 1))
+    return out.flatten(0, 1).transpose(0, 1)
 
 
 def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:

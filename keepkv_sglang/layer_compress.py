@@ -17,6 +17,7 @@ from keepkv_sglang.merging.base import Clusters
 from keepkv_sglang.policies import MERGE_RULES, SCORERS
 from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import Window, context_log_z, observe
+from keepkv_sglang.scoring.sums import query_sums
 from keepkv_sglang.selection import SpanPolicy, check_ranges, match, own_cluster, select
 
 
@@ -68,7 +69,7 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     _check(x, p)
     scorer, matching = get_scorer(p.scorer), p.merge != "evict"
     out = _Output.empty(x, p.m)
-    for heads, view, window in observed(x, scratch_bytes):
+    for heads, view, window in observed(x, scratch_bytes, _reads_outputs(p.merge)):
         kept, absorbs = select(scorer(window, p.pool_kernel), p)
         assign = own_cluster(kept, view.k.shape[1])
         if matching:
@@ -94,7 +95,7 @@ def merge_from_assignment(
     """
     _check_queries(x, rule)
     out = _Output.empty(x, kept.shape[1])
-    for heads, view, window in observed(x, scratch_bytes):
+    for heads, view, window in observed(x, scratch_bytes, _reads_outputs(rule)):
         _merge_heads(x, heads, view, window, kept[heads], assign[heads], rule, guard, fixed, out)
     return out.k, out.v, out.lv
 
@@ -143,18 +144,32 @@ class _HeadView:
             q.to(dtype).reshape(q.shape[0], w * group, dim) * x.scale,
         )
 
-    def observe(self, x: LayerInput, heads: slice, scratch_bytes: int) -> Window:
+    def observe(self, x: LayerInput, heads: slice, scratch_bytes: int, outputs: bool) -> Window:
         per_token = 2 * self.q.shape[0] * self.q.shape[1] * self.q.element_size()
         block = max(1, scratch_bytes // max(1, per_token))
-        log_z_ctx = context_log_z(self.q, x.k_ctx[:, heads], x.lv_ctx[:, heads], block)
-        return observe(self.q, x.q_index.to(self.q.device), self.k, self.v, self.lv, log_z_ctx, block)
+        position = x.q_index.to(self.q.device)
+        context = x.k_ctx[:, heads], x.lv_ctx[:, heads]
+        sums = query_sums(self.q, position, *context, x.k[:, heads], x.v[:, heads], x.lv[:, heads], outputs)
+        if sums is not None:
+            return Window(
+                self.q, self.k, self.v, self.lv, position, sums.log_z, sums.log_z_ctx, block, None, sums
+            )
+        log_z_ctx = context_log_z(self.q, *context, block)
+        return observe(self.q, position, self.k, self.v, self.lv, log_z_ctx, block)
 
 
-def observed(x: LayerInput, scratch_bytes: int = 64 << 20) -> Iterator[tuple[slice, _HeadView, Window]]:
-    """kv heads in groups that fit the scratch memory, and what the window's queries see of the span."""
+def observed(
+    x: LayerInput, scratch_bytes: int = 64 << 20, outputs: bool = False
+) -> Iterator[tuple[slice, _HeadView, Window]]:
+    """kv heads in groups that fit the scratch memory, and what the window's queries see of the span. outputs: their
+    attention outputs are wanted as well (MergeRule.reads_outputs)."""
     for heads in _head_groups(x, scratch_bytes):
         view = _HeadView.of(x, heads)
-        yield heads, view, view.observe(x, heads, scratch_bytes)
+        yield heads, view, view.observe(x, heads, scratch_bytes, outputs)
+
+
+def _reads_outputs(rule: str) -> bool:
+    return getattr(get_rule(rule), "reads_outputs", False)
 
 
 def _head_groups(x: LayerInput, scratch_bytes: int) -> list[slice]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from keepkv_sglang.kernels.merge.torch_impl import nearest_kept
+from keepkv_sglang.kernels.merge import nearest_kept
 
 
 @dataclass(frozen=True)

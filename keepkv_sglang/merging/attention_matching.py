@@ -50,11 +50,26 @@ def attention_matching(c: Clusters) -> Merged:
     merged values, where it pulls to zero or nowhere; reference queries are those of the prompt, moved.
     """
     k, v = c.weighted_means(c.members(c.window.log_weight()))
-    window, heads = c.window, c.assign.shape[0]
-    first = c.seg.rows[c.seg.offsets].view(heads, -1) % c.assign.shape[1]
-    hidden = first[..., None] > window.position.repeat_interleave(window.group)
+    first = c.seg.rows[c.seg.offsets].view(c.assign.shape[0], -1) % c.assign.shape[1]
     usable = k.isfinite().all(dim=2) & v.isfinite().all(dim=2)
     k, v = (x.masked_fill(~usable[..., None], 0.0) for x in (k, v))
+    fitted = _fit_in_one_pass if c.window.sums is not None and k.shape[1] <= c.window.q.shape[1] else _fit
+    votes, delta, solved = fitted(c, k, v, first, usable)
+    v = v + torch.where(solved[:, None, None], delta, 0.0)
+    return Merged(k, v, votes.masked_fill(~usable, torch.nan), rewrites_all=True)
+
+
+attention_matching.reads_outputs = True  # type: ignore[attr-defined]
+
+
+Fitted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""log votes [H, m], delta [H, m, D] to add to the values, solved [H] bool."""
+
+
+def _fit(c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usable: torch.Tensor) -> Fitted:
+    """k, v [H, m, D]: means of the clusters; first [H, m]: their first tokens; usable [H, m]: both are finite."""
+    window = c.window
+    hidden = first[..., None] > window.position.repeat_interleave(window.group)
     e = torch.bmm(k, window.q.transpose(1, 2)).sub_(window.log_z[:, None, :]).clamp_(max=MAX_LOG_MASS).exp_()
     e.masked_fill_(hidden | ~usable[..., None], 0.0)
     outside = (window.log_z_ctx - window.log_z).exp_()
@@ -65,9 +80,35 @@ def attention_matching(c: Clusters) -> Merged:
     root = weight.sqrt()
     attention, residual = attention.mul_(root), residual.mul_(root[:, None])
     attention[:, : c.fixed] = 0.0  # their part is in the residual
-    delta, solved = _ridge(attention, residual)
-    v = v + torch.where(solved[:, None, None], delta, 0.0)
-    return Merged(k, v, votes.masked_fill(~usable, torch.nan), rewrites_all=True)
+    return votes, *_ridge(attention, residual)
+
+
+def _fit_in_one_pass(
+    c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usable: torch.Tensor
+) -> Fitted:
+    """The same on a CPU, where kernels/score and kernels/merge have their C++, for no more slots than queries."""
+    from keepkv_sglang.kernels.merge import cpp_impl
+
+    window = c.window
+    found = cpp_impl.fit(
+        k,
+        v,
+        c.log_votes,
+        first.masked_fill(~usable, -1),
+        window.q,
+        window.position.repeat_interleave(window.group),
+        window.log_z,
+        window.log_z_ctx,
+        _output(c),
+        _weight(window),
+        fixed=c.fixed,
+        steps=VOTE_STEPS,
+        max_correction=MAX_LOG_VOTE_CORRECTION,
+        max_log_mass=MAX_LOG_MASS,
+        ridge=RIDGE,
+        min_ridge=MIN_RIDGE,
+    )
+    return found.votes, *_solve(found.gram, found.rhs)
 
 
 def _weight(window: Window) -> torch.Tensor:
@@ -96,6 +137,8 @@ def _votes(
 
 def _output(c: Clusters) -> torch.Tensor:
     """[H, Q, D]: the span's part of the queries' attention outputs."""
+    if c.window.sums is not None and c.window.sums.output is not None:
+        return c.window.sums.output
     first_hidden = int(c.window.position.min()) + 1
     output = c.v.new_zeros(())
     for block in c.window.blocks():
@@ -115,6 +158,15 @@ def _ridge(a: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     power = a.square().sum(dim=(1, 2)) / queries
     gram = a @ a.transpose(1, 2) if m <= queries else a.transpose(1, 2) @ a
     gram.diagonal(dim1=1, dim2=2).add_((RIDGE * power + MIN_RIDGE)[:, None])
+    if m <= queries:
+        return _solve(gram, a @ r)
+    delta, solved = _solve(gram, r)
+    delta = a @ delta
+    return delta, solved & delta.isfinite().flatten(1).all(dim=1)
+
+
+def _solve(gram: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gram^-1 right, solved [H] bool: gram could be factorised and the result is finite)."""
     factor, info = torch.linalg.cholesky_ex(gram)
-    delta = torch.cholesky_solve(a @ r, factor) if m <= queries else a @ torch.cholesky_solve(r, factor)
+    delta = torch.cholesky_solve(right, factor)
     return delta, (info == 0) & delta.isfinite().flatten(1).all(dim=1)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from keepkv_sglang.scoring.sums import QuerySums
 
 RECENCY_HALF_LIFE = 4.0
 """Query tokens. 4 found more passwords than 8, and a window of 32 without decay fewer than the last query alone."""
@@ -26,7 +30,8 @@ class Window:
     log_z    [H, Q]: log of the softmax denominator, with votes, over the context and what the query may
              see of the span; log_z_ctx [H, Q]: of the context alone
     block_tokens: tensors [H, tokens, Q] exist only for this many tokens at a time
-    whole    [H, n, Q] or None: attention() of the whole span, when that is one block
+    whole    [H, n, Q] or None: attention() of the whole span, when that is one block and was needed for log_z
+    sums     what the CPU kernel found about all queries (scoring/sums.py), or None: torch computes it when asked
     """
 
     q: torch.Tensor
@@ -38,6 +43,7 @@ class Window:
     log_z_ctx: torch.Tensor
     block_tokens: int
     whole: torch.Tensor | None
+    sums: QuerySums | None = None
 
     @property
     def group(self) -> int:
@@ -62,6 +68,7 @@ class Window:
             log_z=self.log_z[:, rows],
             log_z_ctx=self.log_z_ctx[:, rows],
             whole=None if self.whole is None else self.whole[..., rows],
+            sums=None,
         )
 
     def blocks(self) -> list[slice]:
@@ -80,6 +87,15 @@ class Window:
         """
         if self.whole is not None:
             return self.whole[:, block]
+        if block == slice(0, self.k.shape[1]):
+            return self._one_block
+        return self._attention(block)
+
+    @cached_property
+    def _one_block(self) -> torch.Tensor:
+        return self._attention(slice(0, self.k.shape[1]))
+
+    def _attention(self, block: slice) -> torch.Tensor:
         return self.logits(block).add_(self.lv[:, block, None]).sub_(self.log_z[:, None, :]).exp_()
 
     def hidden(self, block: slice) -> torch.Tensor:
@@ -97,10 +113,22 @@ class Window:
 
     def received_norm(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """[H, n]: as received(), the root of the sum of squares over the queries, weighted by weight [Q]."""
+        if weight is None and self.sums is not None:
+            return self.sums.squares().sqrt()
         if weight is None:
             return self._received(lambda attention: torch.linalg.vector_norm(attention, dim=2))
         root = weight.sqrt()
         return self._received(lambda attention: torch.linalg.vector_norm(attention * root, dim=2))
+
+    def norms(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(received_norm() of the references, received_norm(recency()) of the window proper), each [H, n]; None where
+        one of them has no queries."""
+        references, proper = self.parts()
+        if references is None or proper is None:
+            return None
+        if self.sums is not None and self.sums.references is not None and self.sums.recent is not None:
+            return self.sums.references.sqrt(), self.sums.recent.sqrt()
+        return references.received_norm(), proper.received_norm(proper.recency())
 
     def _received(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """reduce: [H, b, Q] -> [H, b], of attention that is 0 where the query may not see the token."""
@@ -136,9 +164,12 @@ class Window:
         """
         if self.q.shape[1] == 0:
             return self.lv
-        total = self.per_token(lambda block: self.attention(block).sum(dim=2))
+        if self.sums is not None:
+            total = self.sums.received
+        else:
+            total = self.per_token(lambda block: self.attention(block).sum(dim=2))
         if trusted(total):
-            total = total.log_()
+            total = total.log()
         else:
             shift = self.log_z[:, None, :]
             total = self.lv + self.per_token(lambda b: torch.logsumexp(self.logits(b).sub_(shift), dim=2))
@@ -146,9 +177,7 @@ class Window:
 
     def recency(self) -> torch.Tensor:
         """[Q]: 2^(-age / 4), age in query tokens before the newest; the group's heads alike."""
-        w = self.position.shape[0]
-        age = torch.arange(w - 1, -1, -1, device=self.q.device, dtype=self.q.dtype)
-        return torch.exp2(age / -RECENCY_HALF_LIFE).repeat_interleave(self.group)
+        return recency(self.position.shape[0], self.group, self.q)
 
     def log_ema(self, decay: float) -> torch.Tensor:
         """[Q]: log weights, summing to 1, of Eq. 8: bias-corrected EMA over the window; the group's heads
@@ -156,6 +185,12 @@ class Window:
         w = self.position.shape[0]
         age = torch.arange(w - 1, -1, -1, device=self.q.device, dtype=self.q.dtype)
         return torch.log_softmax((age * math.log(decay)).repeat_interleave(self.group), 0)
+
+
+def recency(w: int, group: int, like: torch.Tensor) -> torch.Tensor:
+    """Window.recency() of a window of w tokens with `group` q heads, in the dtype and on the device of `like`."""
+    age = torch.arange(w - 1, -1, -1, device=like.device, dtype=like.dtype)
+    return torch.exp2(age / -RECENCY_HALF_LIFE).repeat_interleave(group)
 
 
 class Scorer(Protocol):

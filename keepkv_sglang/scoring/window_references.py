@@ -23,11 +23,11 @@ def window_references(window: Window, pool_kernel: int) -> torch.Tensor:
     SnapKV's (arXiv 2404.14469), its decay like the EMA of KeepKV's Eq. 8 (arXiv 2504.09936), the root of squares that
     of Attention Matching (arXiv 2602.16284). With references alone, or with none, `rms`.
     """
-    references, proper = window.parts()
-    if references is None or proper is None:
+    norms = window.norms()
+    if norms is None:
         return rms(window, pool_kernel)
-    window_share = _share(proper.received_norm(proper.recency()), pool_kernel)
-    return torch.maximum(WINDOW * window_share, _share(references.received_norm(), pool_kernel))
+    references, proper = norms
+    return torch.maximum(WINDOW * _share(proper, pool_kernel), _share(references, pool_kernel))
 
 
 def _share(norm: torch.Tensor, pool_kernel: int) -> torch.Tensor:

@@ -8,12 +8,10 @@ or the number of threads (torch.get_num_threads() are used).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from . import build
+from .. import cpu_build
 from .contract import Lengths, as_int64, check
 
 name = "cpp"
@@ -37,17 +35,8 @@ class _Args(ctypes.Structure):
     )
 
 
-def _load(path: Path) -> Callable[[int, bool, bool], int]:
-    try:
-        function = ctypes.CDLL(str(path)).keepkv_attention
-    except (OSError, AttributeError) as error:
-        raise RuntimeError(f"cannot load {path}: {error}; delete it and try again") from error
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    function.restype = ctypes.c_int
-    return function
-
-
-_function = _load(build.build())  # at import: load() turns a failure into a fallback
+_function = cpu_build.load(cpu_build.build("attention"), "keepkv_attention")  # at import: load() turns a failure into a fallback
+_function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]  # type: ignore[attr-defined]
 
 
 def _call(

@@ -2,7 +2,7 @@
 // start. A block's result depends on its own keys alone and blocks are merged in order, so the bits of a
 // request's output do not depend on batch neighbours, slot placement or thread count.
 #pragma once
-#include "cpu_vec.h"
+#include "../cpu_vec.h"
 
 namespace keepkv {
 

@@ -292,11 +292,11 @@ def test_load(monkeypatch, caplog):
 
 
 def test_a_missing_compiler_says_what_to_do(monkeypatch):
-    from keepkv_sglang.kernels.attention import build
+    from keepkv_sglang.kernels import cpu_build
 
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match="install g\\+\\+ or set CXX"):
-        build.build()
+        cpu_build.build("attention")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
@@ -304,14 +304,17 @@ def test_a_missing_compiler_says_what_to_do(monkeypatch):
 def test_other_instruction_sets_built_in_a_race(march, builders, tmp_path, monkeypatch):
     """The AVX2 and the portable path; the first compiled twice at once into one empty cache: one library
     stays."""
-    from keepkv_sglang.kernels.attention import build, cpp_impl
+    from keepkv_sglang.kernels import cpu_build
+    from keepkv_sglang.kernels.attention import cpp_impl
 
     monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in build.FLAGS))
+    monkeypatch.setattr(cpu_build, "FLAGS", tuple("-O1" if flag == "-O3" else flag for flag in cpu_build.FLAGS))
     with ThreadPoolExecutor(builders) as pool:
-        paths = set(pool.map(build.build, [march] * builders))
+        paths = set(pool.map(cpu_build.build, ["attention"] * builders, [march] * builders))
     assert set((tmp_path / "kernels").iterdir()) == paths
-    monkeypatch.setattr(cpp_impl, "_function", cpp_impl._load(paths.pop()))
+    function = cpu_build.load(paths.pop(), "keepkv_attention")
+    function.argtypes = cpp_impl._function.argtypes
+    monkeypatch.setattr(cpp_impl, "_function", function)
     for dtype in ROUNDING:
         for case in (Case(LENGTHS, dim=72, dtype=dtype), Case([300, 9], [100, 9], dim=72, dtype=dtype)):
             assert case.error(cpp_impl) < TOLERANCE

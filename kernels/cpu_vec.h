@@ -109,6 +109,33 @@ template <int W> INL void hsum4(const vf<W>* a, float* out) {
 #endif
 }
 
+// dst[d][j] = keys[j][d] for 8 keys, d < dim (a multiple of 8); a null row is zeros.
+template <class T> INL void transpose8(const T* const* keys, int dim, float* dst, int ld) {
+  for (int d = 0; d < dim; d += 8) {
+    vf<8> r[8];
+    for (int j = 0; j < 8; ++j) r[j] = keys[j] ? load<8>(keys[j] + d) : vf<8>{};
+#if defined(__AVX__)
+    __m256 t[8], u[8];
+    for (int j = 0; j < 8; j += 2) {
+      t[j] = _mm256_unpacklo_ps((__m256)r[j], (__m256)r[j + 1]);
+      t[j + 1] = _mm256_unpackhi_ps((__m256)r[j], (__m256)r[j + 1]);
+    }
+    for (int j = 0; j < 8; j += 4)
+      for (int i = 0; i < 2; ++i) {
+        u[j + 2 * i] = _mm256_shuffle_ps(t[j + i], t[j + i + 2], 0x44);
+        u[j + 2 * i + 1] = _mm256_shuffle_ps(t[j + i], t[j + i + 2], 0xEE);
+      }
+    for (int i = 0; i < 4; ++i) {
+      store<8>(dst + (d + i) * ld, (vf<8>)_mm256_permute2f128_ps(u[i], u[i + 4], 0x20));
+      store<8>(dst + (d + i + 4) * ld, (vf<8>)_mm256_permute2f128_ps(u[i], u[i + 4], 0x31));
+    }
+#else
+    for (int j = 0; j < 8; ++j)
+      for (int i = 0; i < 8; ++i) dst[(d + i) * ld + j] = r[j][i];
+#endif
+  }
+}
+
 // exp for x <= 0: Cody-Waite reduction and Cephes' polynomial, relative error about 1e-7 (tested).
 // exp(0) is exactly 1; below the smallest normal result, and for -inf, exactly 0.
 template <int W> INL vf<W> vexp(vf<W> x) {

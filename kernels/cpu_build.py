@@ -1,23 +1,29 @@
-"""Compiles cpu_attention.cpp for this machine; `python -m keepkv_sglang.kernels.attention.build` does it
-ahead of use.
+"""Compiles the C++ of an op, <op>/cpu_<op>.cpp, for this machine; `python -m keepkv_sglang.kernels.cpu_build` does it
+for all of them ahead of use.
 
-The library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under a hash of everything that shapes it:
+A library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under a hash of everything that shapes it:
 sources, flags, compiler, CPU model and the OpenMP runtime. It is written beside its final name and renamed,
 so processes can race.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import importlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 HERE = Path(__file__).parent
-SOURCES = ("cpu_vec.h", "cpu_decode.h", "cpu_extend.h", "cpu_attention.cpp")
+OPS = ("attention", "score", "merge")
 # No -ffast-math: masked entries are -inf. Contraction to fused multiply-add is allowed and wanted.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wno-psabi")
 
@@ -70,8 +76,13 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "keepkv") / "kernels"
 
 
-def build(march: str = "native") -> Path:
-    """Path of the compiled library, compiling it (seconds) if the cache has none. RuntimeError with the
+def sources(op: str) -> list[Path]:
+    """The files that an op's library is made of."""
+    return [*sorted(HERE.glob("*.h")), *sorted((HERE / op).glob("*.h")), HERE / op / f"cpu_{op}.cpp"]
+
+
+def build(op: str, march: str = "native") -> Path:
+    """Path of the op's compiled library, compiling it (seconds) if the cache has none. RuntimeError with the
     reason.
 
     march: the instruction set; tests compile the AVX2 and the portable path of the sources on any x86
@@ -82,16 +93,16 @@ def build(march: str = "native") -> Path:
     digest = hashlib.sha256()
     for part in (*flags, _run([cxx, "--version"]), cxx, cpu_model(), str(runtime)):
         digest.update(part.encode() + b"\0")
-    for name in SOURCES:
-        digest.update((HERE / name).read_bytes())
-    target = cache_dir() / f"attention-{digest.hexdigest()[:20]}.so"
+    for source in sources(op):
+        digest.update(source.read_bytes())
+    target = cache_dir() / f"{op}-{digest.hexdigest()[:20]}.so"
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            obj, lib = f"{folder}/attention.o", f"{folder}/attention.so"
-            _run([cxx, *flags, "-fopenmp", "-c", str(HERE / "cpu_attention.cpp"), "-o", obj])
+            obj, lib = f"{folder}/{op}.o", f"{folder}/{op}.so"
+            _run([cxx, *flags, "-fopenmp", "-c", str(sources(op)[-1]), "-o", obj])
             link = [cxx, "-shared", obj, "-o", lib, "-Wl,-z,defs"]
             plans = [["-fopenmp"]]
             if runtime:
@@ -111,5 +122,31 @@ def build(march: str = "native") -> Path:
     return target
 
 
+def load(path: Path, function: str) -> Callable[..., int]:
+    """The library's `function`, which takes a struct by address and flags. RuntimeError when it cannot be loaded."""
+    try:
+        found = getattr(ctypes.CDLL(str(path)), function)
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"cannot load {path}: {error}; delete it and try again") from error
+    found.restype = ctypes.c_int
+    return found  # type: ignore[no-any-return]
+
+
+def implementation(op: str) -> ModuleType | None:
+    """The op's cpp_impl, or None where it cannot run (no compiler) or KEEPKV_CPU_KERNEL names another kernel: then torch
+    computes the same, more slowly. A failure is logged once to the "keepkv" logger."""
+    return _loaded(op) if (os.environ.get("KEEPKV_CPU_KERNEL") or "auto") in ("auto", "cpp") else None
+
+
+@cache
+def _loaded(op: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"keepkv_sglang.kernels.{op}.cpp_impl")
+    except (ImportError, RuntimeError, OSError) as error:
+        logging.getLogger("keepkv").warning("CPU kernel cpp of %s cannot run, torch computes it: %s", op, error)
+        return None
+
+
 if __name__ == "__main__":
-    print(build())
+    for name in OPS:
+        print(build(name))

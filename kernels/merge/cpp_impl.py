@@ -1,0 +1,114 @@
+"""Matching and the fit of `attention_matching` in C++ (cpu_merge.cpp).
+
+Deterministic: a head's bits do not depend on the other heads or on the number of threads (torch.get_num_threads()).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from .. import cpu_build
+
+_NEAREST = ("k", "dropped", "kept", "allowed", "similarity", "column")
+_NEAREST_SIZES = ("k_token", "k_head", "heads", "dim", "dropped_count", "kept_count", "threads")
+_FIT = (
+    *("k", "v", "start", "q", "log_z", "log_z_ctx", "output", "weight", "first", "position"),
+    *("votes", "gram", "rhs"),
+)
+_FIT_SIZES = ("heads", "slots", "queries", "dim", "dim_v", "fixed", "steps", "threads")
+_FIT_NUMBERS = ("max_correction", "max_log_mass", "ridge", "min_ridge")
+
+
+class _Nearest(ctypes.Structure):
+    _fields_ = [(x, ctypes.c_void_p) for x in _NEAREST] + [(x, ctypes.c_int64) for x in _NEAREST_SIZES]
+
+
+class _Fit(ctypes.Structure):
+    _fields_ = (
+        [(x, ctypes.c_void_p) for x in _FIT]
+        + [(x, ctypes.c_int64) for x in _FIT_SIZES]
+        + [(x, ctypes.c_double) for x in _FIT_NUMBERS]
+    )
+
+
+_library = cpu_build.build("merge")  # at import: the caller falls back to torch
+_nearest = cpu_build.load(_library, "keepkv_nearest")
+_fit = cpu_build.load(_library, "keepkv_fit")
+for _function in (_nearest, _fit):
+    _function.argtypes = [ctypes.c_void_p]  # type: ignore[attr-defined]
+
+
+def nearest_kept(
+    k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As torch_impl.nearest_kept; k [H, n, D] float32 with contiguous vectors, D a multiple of 8."""
+    if not supports(k):
+        raise ValueError("nearest_kept takes float32 keys on a CPU, D a multiple of 8")
+    dropped, kept, allowed = dropped.contiguous(), kept.contiguous(), allowed.contiguous()
+    heads, r = dropped.shape
+    u = kept.shape[1]
+    best, column = k.new_full((heads, r), -torch.inf), torch.zeros_like(dropped)
+    if r and u:
+        pointers = (k, dropped, kept, allowed, best, column)
+        sizes = (k.stride(1), k.stride(0), heads, k.shape[2], r, u, torch.get_num_threads())
+        args = _Nearest(*(x.data_ptr() for x in pointers), *sizes)
+        _nearest(ctypes.addressof(args))
+    return best, column
+
+
+class Fit(NamedTuple):
+    """votes [H, m]: fitted log votes. gram [H, m, m] = A A^T + lambda I and rhs [H, m, D] = A R of the values' normal
+    equations, in the notation of merging/attention_matching.py."""
+
+    votes: torch.Tensor
+    gram: torch.Tensor
+    rhs: torch.Tensor
+
+
+def fit(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    first: torch.Tensor,
+    q: torch.Tensor,
+    position: torch.Tensor,
+    log_z: torch.Tensor,
+    log_z_ctx: torch.Tensor,
+    output: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    fixed: int,
+    steps: int,
+    max_correction: float,
+    max_log_mass: float,
+    ridge: float,
+    min_ridge: float,
+) -> Fit:
+    """k [H, m, D], v [H, m, Dv], start [H, m] log votes: the slots to fit; first [H, m] int64: each one's first token in
+    the span, -1 for a slot that no query may see. q [H, Q, D] scaled, position [Q] int64, log_z, log_z_ctx [H, Q], output
+    [H, Q, Dv], weight [Q]: the queries, as scoring.base.Window has them. All float32; the rest as in attention_matching.
+    """
+    heads, m, dim = k.shape
+    queries, dim_v = q.shape[1], v.shape[2]
+    given = [x.contiguous() for x in (k, v, start, q, log_z, log_z_ctx, output, weight, first, position)]
+    if any(x.dtype != torch.float32 or not x.is_cpu for x in given[:8]):
+        raise ValueError("fit takes float32 tensors on a CPU")
+    shapes = [tuple(x.shape) for x in given]
+    wanted = [(heads, m, dim), (heads, m, dim_v), (heads, m), (heads, queries, dim), (heads, queries), (heads, queries)]
+    wanted += [(heads, queries, dim_v), (queries,), (heads, m), (queries,)]
+    if shapes != wanted or first.dtype != torch.int64 or position.dtype != torch.int64:
+        raise ValueError(f"shapes {shapes}, int64 first and position: expected {wanted}")
+    votes, gram, rhs = start.new_empty(heads, m), k.new_empty(heads, m, m), v.new_empty(heads, m, dim_v)
+    sizes = (heads, m, queries, dim, dim_v, fixed, steps, torch.get_num_threads())
+    numbers = (max_correction, max_log_mass, ridge, min_ridge)
+    args = _Fit(*(x.data_ptr() for x in (*given, votes, gram, rhs)), *sizes, *numbers)
+    _fit(ctypes.addressof(args))
+    return Fit(votes, gram, rhs)
+
+
+def supports(k: torch.Tensor) -> bool:
+    """Keys that nearest_kept reads."""
+    return k.is_cpu and k.dtype == torch.float32 and k.stride(2) == 1 and k.shape[2] % 8 == 0
