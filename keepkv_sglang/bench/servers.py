@@ -52,8 +52,7 @@ class Setup:
         return ServerProcess(
             self.flags(name, pool),
             timeout_s=self.start_timeout_s,
-            # Two OpenMP threads on a machine that does other things wait for each other; sleeping costs less.
-            env={VARIABLE: "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            env={VARIABLE: "1"},
         )
 
 

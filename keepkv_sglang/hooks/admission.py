@@ -1,7 +1,9 @@
 """Admission counts the slots that a request will really hold, so that concurrency grows with the saving.
 
 A prompt holds all its slots until it has been computed and only its budget afterwards; a reply grows by its budget and
-one raw interval. SGLang's own estimate (prompt + max_new_tokens) is lowered to that, never raised.
+one raw interval. SGLang's own estimate (prompt + max_new_tokens) is lowered to that, never raised. Prompts are compressed
+before anybody decodes the next token, so the replies of those that run may count on what a prompt gives back: it
+must fit what is free now, and its budget what others leave.
 
 A prompt longer than the pool is compressed between chunks and never needs all its slots. SGLang refuses such prompts at
 four places, all counting logical tokens. We raise the scheduler's limits to the context length, and refuse here what
@@ -53,13 +55,16 @@ def peak_slots(rt: runtime.Runtime, scheduler: Any, state: RequestState, req: An
     return anchor + held + config.min_tokens + chunk + config.interval
 
 
-def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
-    """Slots to reserve beyond the `extend` prompt tokens about to be computed, for `new_tokens` of reply.
+def later_slots(
+    rt: runtime.Runtime, state: RequestState, req: Any, extend: int, new_tokens: int, taken: int = 0
+) -> int:
+    """Slots to reserve beyond the `extend` prompt tokens about to be computed, for `new_tokens` of reply; negative where
+    the compression of the prompt, which comes before the next decode step, gives back more than the reply takes.
 
-    The reply may use what the compression of the prompt gives back, which happens before the first decode step.
+    taken: arena rows promised to others that are admitted in the same round.
     """
     assert rt.arena is not None
-    if not state.admitted and rt.arena.free_rows < rt.queries_of(state.config):
+    if not state.admitted and rt.arena.free_rows - taken < rt.queries_of(state.config):
         return new_tokens  # no room for its queries: nothing of it will be compressed
     if state.admitted:  # a later chunk: the turn began before it
         turn = len(req.full_untruncated_fill_ids) - state.counted_tokens
@@ -72,7 +77,7 @@ def later_slots(rt: runtime.Runtime, state: RequestState, req: Any, extend: int,
     kept = state.slots_for(end - prompt, end)
     if config.span_tokens and not config.counts_slots:
         kept += prompt // config.span_tokens
-    return max(0, state.reply_growth(new_tokens) - max(0, prompt - kept))
+    return state.reply_growth(new_tokens) - max(0, prompt - kept)
 
 
 def before_get_new_batch_prefill(self: Any, running_batch: Any) -> None:
@@ -143,6 +148,8 @@ _adders: dict[Any, Any] = {}
 
 def _adder_class(cls: Any, scheduler: Any) -> Any:
     class KeepKVPrefillAdder(cls):
+        _arena_rows = 0  # promised to prompts of this round, which take them when they run
+
         def _compressed(self, req: Any) -> tuple[runtime.Runtime, RequestState] | None:
             rt = runtime.active()
             state = rt.state_of(req) if rt is not None else None
@@ -164,8 +171,16 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
             req = self.can_run_list[-1]  # SGLang appends first, then charges
             found = self._compressed(req)
             if found is not None:
-                max_new_tokens = min(max_new_tokens, later_slots(*found, req, extend_input_len, max_new_tokens))
+                later = self._later(*found, req, extend_input_len, max_new_tokens)
+                ends = prefix_len + extend_input_len >= len(req.full_untruncated_fill_ids)
+                # A chunk gives nothing back before the last one.
+                max_new_tokens = min(max_new_tokens, later if ends else max(0, later))
+                if not found[1].admitted:
+                    self._arena_rows += found[0].queries_of(found[1].config)
             super()._update_prefill_budget(prefix_len, extend_input_len, max_new_tokens, *args, **kwargs)
+
+        def _later(self, rt: runtime.Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
+            return later_slots(rt, state, req, extend, new_tokens, self._arena_rows)
 
         def _others_run(self, req: Any) -> bool:
             running = self.running_batch.reqs if self.running_batch is not None else ()
@@ -177,8 +192,10 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
                 total_tokens = self._too_long_total(*found, req, extend_input_len, total_tokens)
             elif found is not None:
                 wanted = total_tokens - extend_input_len
-                later = later_slots(*found, req, extend_input_len, wanted) + self.per_req_token_overhead
+                later = self._later(*found, req, extend_input_len, wanted) + self.per_req_token_overhead
                 total_tokens = extend_input_len + min(wanted, later)
+                if extend_input_len + self.per_req_token_overhead >= self.cur_rem_tokens:
+                    return False, None
             return super()._check_prefill_budget(
                 req, extend_input_len=extend_input_len, total_tokens=total_tokens, **kwargs
             )

@@ -263,7 +263,8 @@ class World:
                 later = state.reply_growth(reply)
                 wanted = min(wanted, reply + 1 + peak) if self.promised else peak + 1
             else:
-                later = min(reply, later_slots(self.rt, state, req, extend, reply))
+                # Here replies end while a prompt is computed, so its slots are not theirs before it is compressed.
+                later = max(0, min(reply, later_slots(self.rt, state, req, extend, reply)))
                 wanted = extend + later + 1
         if wanted >= self.free_or_evictable() - self.reserved:
             self.tree.unlock(req.lock)
