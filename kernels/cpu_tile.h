@@ -78,10 +78,12 @@ template <int W> INL vf<W> vlog(vf<W> x) {
 
 // exp of anything: vexp wants x <= 0. For where x > 0 is rare.
 template <int W> INL vf<W> exp_any(vf<W> x) {
+  vf<W> above = x > 0.0f ? x : vf<W>{};
   vf<W> e = vexp<W>(x < 0.0f ? x : vf<W>{});
-  for (int i = 0; i < W; ++i)
-    if (!(x[i] < 0.0f)) e[i] = std::exp(x[i]);
-  return e;
+  if (hmax<W>(above) > 0.0f)
+    for (int i = 0; i < W; ++i)
+      if (x[i] > 0.0f) e[i] = std::exp(x[i]);
+  return x == x ? e : x;
 }
 
 }  // namespace keepkv
