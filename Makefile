@@ -61,8 +61,9 @@ compile-gate: env ## every Triton kernel compiled for sm_80, sm_90, sm_100 (no G
 flashinfer-gate: env ## compile the FlashInfer kernels without a GPU: no register or spill more than recorded (10-20 min)
 	$(BIN)/python -m keepkv_sglang.kernels.attention.flashinfer_build --gate
 
-bench-kernels: env ## attention kernels against SGLang's torch_native
-	$(BIN)/python benchmarks/bench_attention.py
+bench-kernels: env model ## attention kernels against SGLang's torch_native, votes, bandwidth; compression against prefill
+	$(BIN)/python benchmarks/bench_attention.py --threads 2 $(ARGS)
+	$(BIN)/python benchmarks/bench_compression.py
 
 bench-budget1: env model ## stock SGLang against KeepKV at budget 1, side by side
 	$(BIN)/python benchmarks/bench_budget1.py
@@ -118,5 +119,7 @@ $(STAMP): pyproject.toml
 		| tee $(VENV)/pip.log | $(SHOW_PIP); then \
 		echo "pip failed; the end of $(VENV)/pip.log:" >&2; tail -n 15 $(VENV)/pip.log >&2; exit 1; \
 	fi; \
+	$(BIN)/python -m keepkv_sglang.kernels.cpu_build > /dev/null 2> $(VENV)/kernels.log \
+		|| echo "No C++ kernels ($(VENV)/kernels.log): attention runs on Numba, the rest on torch, slower."; \
 	echo "== ready after $$((SECONDS - start)) s, $$(du -sh $(VENV) | cut -f1)"
 	@touch $@

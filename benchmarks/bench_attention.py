@@ -5,22 +5,26 @@
 Each case is timed in interleaved rounds (one call of each contender per round, so that a noisy neighbour hits
 all of them) and the median round is printed: microseconds per layer call and, in brackets, torch_native's
 time over ours. The contenders of ours compute votes; torch_native has none, which only favours it. Slots are
-scattered.
+scattered. Then what cpp pays for votes (interleaved with itself without them), and its share of what reading
+the same rows and nothing else takes (read_rows.cpp).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from keepkv_sglang.kernels import attention
+from keepkv_sglang.kernels import attention, cpu_build
 
 HEADS_Q, HEADS_KV, DIM = 9, 3, 64
 DECODE = [(1, 256), (1, 2048), (8, 256), (8, 2048), (32, 256), (32, 2048)]
@@ -95,6 +99,46 @@ def row(label: str, contenders: dict[str, Callable[[], None]], seconds: float) -
     print(f"{label:22}" + "".join(cells), flush=True)
 
 
+def reader(folder: str) -> Callable[..., None]:
+    """keepkv_read of read_rows.cpp, compiled as the kernels are."""
+    library = f"{folder}/read_rows.so"
+    source = str(Path(__file__).with_name("read_rows.cpp"))
+    command = [cpu_build.compiler(), *cpu_build.FLAGS, "-march=native", "-fopenmp", "-shared", source, "-o", library]
+    subprocess.run(command, check=True)
+    read = ctypes.CDLL(library).keepkv_read
+    read.restype = ctypes.c_float
+
+    def call(k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        row, threads = k.stride(0), torch.get_num_threads()
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (k, v, slots)]
+        read(*pointers, ctypes.c_int64(slots.numel()), ctypes.c_int64(row), ctypes.c_int64(threads))
+
+    return call
+
+
+def votes_and_bandwidth(seconds: float) -> None:
+    """cpp alone, float32: with votes over without, and bytes of K and V per second over the reader's."""
+    cpp = attention.load("cpp")
+    print(f"{'cpp decode':22}{'us':>12}{'votes cost':>14}{'GB/s':>10}{'reading alone':>16}{'share':>10}")
+    with tempfile.TemporaryDirectory() as folder:
+        read = reader(folder)
+        for batch, length in DECODE:
+            q, k, v, votes, table, rows, lens, _, scale, out = make(batch, length, 1, torch.float32)
+            flat = table.flatten().contiguous()
+            found = medians(
+                {
+                    "votes": lambda: cpp.decode(q, k, v, votes, table, rows, lens, scale, out),  # noqa: B023
+                    "none": lambda: cpp.decode(q, k, v, None, table, rows, lens, scale, out),  # noqa: B023
+                    "read": lambda: read(k, v, flat),  # noqa: B023
+                },
+                seconds,
+            )
+            size = 2 * batch * length * HEADS_KV * DIM * 4 / 1e3
+            cells = f"{found['votes']:12.0f}{found['votes'] / found['none'] - 1:14.1%}{size / found['votes']:10.1f}"
+            cells += f"{size / found['read']:16.1f}{found['read'] / found['votes']:10.0%}"
+            print(f"{f'{batch} x {length}':22}{cells}", flush=True)
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -131,6 +175,7 @@ def main() -> None:
         for name, kernel in kernels.items():
             calls[name] = lambda f=kernel.extend: f(q, k, v, votes, table, rows, lens, news, scale, out)  # noqa: B023
         row(f"{cached} + {new}", calls, seconds)
+    votes_and_bandwidth(seconds)
 
 
 if __name__ == "__main__":

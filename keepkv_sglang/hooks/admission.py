@@ -192,10 +192,14 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
                 total_tokens = self._too_long_total(*found, req, extend_input_len, total_tokens)
             elif found is not None:
                 wanted = total_tokens - extend_input_len
-                later = self._later(*found, req, extend_input_len, wanted) + self.per_req_token_overhead
-                total_tokens = extend_input_len + min(wanted, later)
-                if extend_input_len + self.per_req_token_overhead >= self.cur_rem_tokens:
+                later = self._later(*found, req, extend_input_len, wanted)
+                limit = kwargs.get("chunk_limit")
+                if limit is not None and extend_input_len > limit:
+                    # Between its chunks others may decode (--enable-mixed-chunk), and a chunk without room is fatal.
+                    later = max(0, later)
+                elif extend_input_len + self.per_req_token_overhead >= self.cur_rem_tokens:
                     return False, None
+                total_tokens = extend_input_len + min(wanted, later + self.per_req_token_overhead)
             return super()._check_prefill_budget(
                 req, extend_input_len=extend_input_len, total_tokens=total_tokens, **kwargs
             )

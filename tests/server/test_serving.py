@@ -73,6 +73,19 @@ def test_freed_slots_are_usable_by_others(server):
     assert alone.cached == 1499
 
 
+def test_a_prompt_may_use_the_room_that_replies_take_later(server):
+    """14 x (1,000 + 60 tokens), each 160 slots in the end, in 2,600: all decode at once. Asked for a prompt's slots
+    and for all replies' room at the same time, the pool would take 10."""
+    flush(server)
+    threads = [threading.Thread(target=generate, args=(server, tokens(1000, 300 + n), 60)) for n in range(14)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counters = numbers(server)["counters"]
+    assert counters["most_running"] >= 13 and counters["retractions_published"] == 0
+
+
 @pytest.mark.parametrize("second", [{"enabled": False}, {"budget": 0.2}], ids=str)
 def test_shared_prefix_is_bit_identical_whether_the_first_was_compressed(server, second):
     system = [*tokens(499, 20), BORDER]

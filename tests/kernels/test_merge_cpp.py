@@ -1,0 +1,168 @@
+"""kernels/merge/cpp_impl.py: matching against float64, and the fit of attention_matching against torch in float64."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+
+import pytest
+import torch
+
+from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.kernels import cpu_build
+from keepkv_sglang.kernels.merge import cpp_impl, torch_impl
+from keepkv_sglang.layer_compress import LayerInput, compress_layer
+from keepkv_sglang.merging import attention_matching
+from keepkv_sglang.span_policy import span_policy
+
+TOLERANCE = 1e-5  # float32 sums of at most 256 products of size 1
+
+
+@pytest.fixture
+def gen():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(("n", "m", "dim"), [(3, 1, 64), (63, 20, 80), (500, 100, 128), (130, 64, 256)])
+def test_nearest_kept(gen, n, m, dim, poisoned):
+    heads = 2
+    k = torch.randn(heads, n, dim, generator=gen)
+    order = torch.stack([torch.randperm(n, generator=gen) for _ in range(heads)])
+    kept, dropped = order[:, :m].sort(dim=1).values, order[:, m:].sort(dim=1).values
+    allowed = torch.rand(heads, m, generator=gen) < 0.7
+    allowed[:, 0] = True
+    exact = torch.nn.functional.normalize(k.double(), dim=2)
+    cosine = torch.stack([exact[h, dropped[h]] @ exact[h, kept[h]].T for h in range(heads)])
+    wanted = cosine.masked_fill(~allowed[:, None, :], -torch.inf).max(dim=2)
+    best, column = cpp_impl.nearest_kept(k, dropped, kept, allowed)
+    assert (best - wanted.values).abs().max() < TOLERANCE
+    got = cosine.gather(2, column[:, :, None])[:, :, 0]  # the same column, or one as good within rounding
+    assert (got - wanted.values).abs().max() < TOLERANCE and allowed.gather(1, column).all()
+
+
+def test_nearest_kept_at_the_edges(gen):
+    """Ties take the lower column, also across panels; nothing allowed: -inf and 0; a zero key: similarity 0; a key that
+    is not finite is nobody's nearest."""
+    k = torch.randn(1, 80, 64, generator=gen)
+    k[0, 2] = k[0, 50] = k[0, 70] = k[0, 79]
+    k[0, 78] = 0.0
+    kept, dropped = torch.arange(75)[None], torch.tensor([[79, 78]])
+    allowed = torch.ones(1, 75, dtype=torch.bool)
+    best, column = cpp_impl.nearest_kept(k, dropped, kept, allowed)
+    assert column[0].tolist() == [2, 0] and abs(best[0, 0] - 1) < 1e-6 and best[0, 1] == 0
+    allowed[0, 2] = False
+    assert cpp_impl.nearest_kept(k, dropped, kept, allowed)[1][0, 0] == 50
+    best, column = cpp_impl.nearest_kept(k, dropped, kept, torch.zeros_like(allowed))
+    assert best.eq(-torch.inf).all() and column.eq(0).all()
+    none = cpp_impl.nearest_kept(k, dropped, kept[:, :0], allowed[:, :0])
+    assert none[0].eq(-torch.inf).all() and none[1].eq(0).all()
+    with pytest.raises(ValueError, match="float32"):
+        cpp_impl.nearest_kept(k.double(), dropped, kept, allowed)
+
+
+def layer(n, w, references, context=0, group=3, heads=2, dim=64, dtype=torch.float32):
+    gen = torch.Generator().manual_seed(n + w)
+    return LayerInput(
+        q=torch.randn(w + references, heads * group, dim, generator=gen) * 2,
+        q_index=torch.cat([torch.arange(n, n + references), torch.arange(n - w, n)]),
+        k_ctx=torch.randn(context, heads, dim, generator=gen).to(dtype),
+        lv_ctx=torch.rand(context, heads, generator=gen),
+        k=torch.randn(n, heads, dim, generator=gen).to(dtype),
+        v=torch.randn(n, heads, dim, generator=gen).to(dtype),
+        lv=torch.rand(n, heads, generator=gen),
+        scale=dim**-0.5,
+    )
+
+
+def doubled(x):
+    return LayerInput(**{name: y.double() if getattr(y, "is_floating_point", bool)() else y for name, y in vars(x).items()})
+
+
+def policy(m, whole=()):
+    return replace(span_policy(KeepKVConfig(enabled=True), m, sinks=4, whole=whole), threshold=0.1)
+
+
+CASES = {
+    "prompt": (layer(300, 32, 64), policy(60)),
+    "reply": (layer(192, 32, 0, context=150), policy(77)),
+    "protected": (layer(700, 8, 60, context=33, dim=80, group=1), policy(60, whole=((0, 20), (40, 50)))),
+    "more slots than queries": (layer(257, 16, 10, context=5, dim=128, group=4), policy(200)),
+    "one slot": (layer(70, 5, 3, group=8), policy(1)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fit_against_float64(name):
+    """The whole compression of a layer: same tokens kept, same clusters; keys, values and votes to float32 rounding, of
+    which the solved equations amplify some."""
+    x, p = CASES[name]
+    got, wanted = compress_layer(x, p), compress_layer(doubled(x), p)
+    assert torch.equal(got.kept, wanted.kept) and torch.equal(got.assign, wanted.assign)
+    assert (got.k - wanted.k).abs().max() < TOLERANCE
+    assert (got.lv - wanted.lv).abs().max() < 5e-5
+    assert (got.v - wanted.v).abs().max() < 5e-4
+
+
+def test_the_one_pass_is_taken_and_gives_what_torch_gives(monkeypatch):
+    x, p = CASES["prompt"]
+    taken = []
+    original = cpp_impl.fit
+    monkeypatch.setattr(cpp_impl, "fit", lambda *a, **k: taken.append(1) or original(*a, **k))
+    fast = compress_layer(x, p)
+    assert taken
+    monkeypatch.setenv("KEEPKV_CPU_KERNEL", "torch")
+    slow = compress_layer(x, p)
+    assert len(taken) == 1
+    torch.testing.assert_close(fast.v, slow.v, rtol=0, atol=5e-4)
+    torch.testing.assert_close(fast.lv, slow.lv, rtol=0, atol=5e-5)
+
+
+def test_what_is_not_finite_stays_with_its_slot():
+    """A slot whose value overflows is left as it was; nothing of it reaches the others."""
+    x, p = CASES["prompt"]
+    x = replace(x, v=x.v.clone())
+    x.v[299, 0, 0] = torch.inf  # a recent token: kept in every head
+    got = compress_layer(x, p)
+    assert got.v[:-1].isfinite().all() and got.lv.isfinite().all()
+    assert torch.equal(got.v[-1, 0], x.v[299, 0]) and torch.equal(got.lv[-1, 0], x.lv[299, 0])
+
+
+def test_bits_do_not_depend_on_threads():
+    x, p = CASES["prompt"]
+    threads, wanted = torch.get_num_threads(), compress_layer(x, p)
+    try:
+        torch.set_num_threads(1)
+        alone = compress_layer(x, p)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone.lv, wanted.lv) and torch.equal(alone.kept, wanted.kept)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_other_instruction_sets(march, tmp_path, monkeypatch, gen):
+    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
+    library = cpu_build.build("merge", march)
+    for name in ("_nearest", "_fit"):
+        function = cpu_build.load(library, f"keepkv{name}")
+        function.argtypes = getattr(cpp_impl, name).argtypes
+        monkeypatch.setattr(cpp_impl, name, function)
+    test_the_fit_against_float64("prompt")
+    test_the_fit_against_float64("protected")
+    k = torch.randn(1, 40, 72, generator=gen)
+    arguments = k, torch.arange(20, 40)[None], torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool)
+    assert torch.equal(cpp_impl.nearest_kept(*arguments)[1], torch_impl.nearest_kept(*arguments)[1])
+
+
+def test_fit_refuses_what_it_cannot_read():
+    k = torch.zeros(1, 2, 8)
+    rows = torch.zeros(1, 3, 8), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(1, 3)
+    rest = torch.zeros(1, 3, 8), torch.ones(3)
+    numbers = {"fixed": 0, "steps": 5, "max_correction": 4.0, "max_log_mass": 20.0, "ridge": 0.03, "min_ridge": 1e-3}
+    first = torch.zeros(1, 2, dtype=torch.int64)
+    assert cpp_impl.fit(k, k, torch.zeros(1, 2), first, *rows, *rest, **numbers).gram.shape == (1, 2, 2)
+    with pytest.raises(ValueError, match="float32"):
+        cpp_impl.fit(k.double(), k, torch.zeros(1, 2), first, *rows, *rest, **numbers)
+    with pytest.raises(ValueError, match="expected"):
+        cpp_impl.fit(k, k, torch.zeros(1, 3), first, *rows, *rest, **numbers)
+    assert attention_matching.VOTE_STEPS == 5

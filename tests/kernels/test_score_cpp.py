@@ -1,0 +1,172 @@
+"""kernels/score/cpp_impl.py against float64: what a window sees of a span, in one pass."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from keepkv_sglang.kernels import cpu_build
+from keepkv_sglang.kernels.score import cpp_impl
+from keepkv_sglang.scoring import get_scorer
+from keepkv_sglang.scoring.base import context_log_z, observe, recency
+from keepkv_sglang.scoring.sums import query_sums
+
+# Logits of size 10 in float32 carry rounding of 1e-6, which exp passes on relative to attention, at most 1; sums of 2,000
+# of them carry some more. A wrong mask, weight or head is off by more than 1e-2.
+TOLERANCE = 2e-5
+NAMES = ("log_z", "log_z_ctx", "received", "squares", "output")
+
+
+class Case:
+    """H kv heads, Q rows of which the first `references` see everything, n tokens behind c others."""
+
+    def __init__(self, n, rows, context=0, heads=2, dim=64, dim_v=None, references=0, dtype=torch.float32, votes=1.0):
+        gen = torch.Generator().manual_seed(n + rows + context + dim)
+        dim_v = dim_v or dim
+        self.q = torch.randn(heads, rows, dim, generator=gen) * 2 * dim**-0.5
+        behind = torch.full((references,), n + 3)
+        self.position = torch.cat([behind, (torch.arange(rows - references) + n - rows + references).clamp(min=0)])
+        self.k_ctx = torch.randn(context, heads, dim, generator=gen).to(dtype)
+        # Not contiguous, as a slice of several layers' heads is.
+        self.k = torch.randn(n, heads + 1, dim, generator=gen).to(dtype)[:, :heads]
+        self.v = torch.randn(heads, n, dim_v, generator=gen).to(dtype).transpose(0, 1)
+        self.lv_ctx = torch.rand(context, heads, generator=gen) * votes
+        self.lv = torch.rand(n, heads, generator=gen) * votes
+        self.weights = torch.rand(2, rows, generator=gen)
+
+    def run(self, outputs=True):
+        return cpp_impl.window_sums(
+            self.q, self.position, self.k_ctx, self.lv_ctx, self.k, self.v, self.lv, self.weights, outputs
+        )
+
+    def exact(self):
+        q, k_ctx, lv_ctx, k, v, lv, weights = (
+            x.double() for x in (self.q, self.k_ctx, self.lv_ctx, self.k, self.v, self.lv, self.weights)
+        )
+        seen = torch.arange(k.shape[0])[:, None] <= self.position
+        logits = torch.einsum("hqd,nhd->hnq", q, k) + lv.T[..., None]
+        before = torch.logsumexp(torch.einsum("hqd,chd->hcq", q, k_ctx) + lv_ctx.T[..., None], dim=1)
+        log_z = torch.logaddexp(before, torch.logsumexp(logits.masked_fill(~seen, -torch.inf), dim=1))
+        a = (logits - log_z[:, None]).exp()
+        visible = a * seen
+        squares = torch.einsum("hnq,rq->rhn", visible.square(), weights)
+        return log_z, before, a.sum(2), squares, torch.einsum("hnq,nhd->hqd", visible, v)
+
+
+def check(case):
+    for name, got, wanted in zip(NAMES, case.run(), case.exact(), strict=True):
+        assert got.shape == wanted.shape and got.dtype == torch.float32, name
+        same = got.double() == wanted  # -inf without a context
+        wrong = torch.where(same, 0.0, (got - wanted).abs() / (1 + wanted.abs()))
+        assert wrong.max() < TOLERANCE, (name, float(wrong.max()))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1),
+        Case(63, 7, context=31),
+        Case(500, 96, context=1, references=60),
+        Case(2047, 130, references=100, heads=1),
+        Case(501, 65, context=500, dim=80, references=65),
+        Case(120, 64, dim=128, dim_v=64),
+        Case(121, 3, context=119, dim=256, heads=3),
+        Case(300, 200, context=77, references=150, dtype=torch.bfloat16),
+        Case(90, 24, votes=30.0),
+    ],
+    ids=lambda x: f"{tuple(x.q.shape)}-{len(x.k)}-{len(x.k_ctx)}",
+)
+def test_against_float64(case, poisoned):
+    check(case)
+    assert case.run(outputs=False).output is None
+
+
+@pytest.mark.parametrize("masked", [-torch.inf, -1e30])
+def test_masked_entries_weigh_nothing(masked):
+    case = Case(100, 12, context=20)
+    case.lv[10:30] = masked
+    case.lv_ctx[:5] = masked
+    check(case)
+    assert case.run().received[:, 10:30].eq(0).all()
+
+
+def test_the_first_query_sees_one_token_only():
+    """received counts what a query may not see as well; squares and outputs do not."""
+    case = Case(40, 40)
+    check(case)
+    assert case.run().squares[:, :, -1].gt(0).all()
+
+
+def test_bits_do_not_depend_on_threads_or_on_other_heads():
+    case, threads = Case(200, 70, context=9, heads=3), torch.get_num_threads()
+    wanted = case.run()
+    try:
+        torch.set_num_threads(1)
+        alone = case.run()
+        last = cpp_impl.window_sums(
+            case.q[2:], case.position, case.k_ctx[:, 2:], case.lv_ctx[:, 2:], case.k[:, 2:], case.v[:, 2:],
+            case.lv[:, 2:], case.weights, True,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, alone, strict=True))
+    assert torch.equal(last.output, wanted.output[2:]) and torch.equal(last.squares, wanted.squares[:, 2:])
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64"])
+def test_other_instruction_sets(march, tmp_path, monkeypatch):
+    """The AVX2 and the portable path."""
+    monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
+    function = cpu_build.load(cpu_build.build("score", march), "keepkv_score")
+    function.argtypes = cpp_impl._function.argtypes
+    monkeypatch.setattr(cpp_impl, "_function", function)
+    check(Case(130, 70, context=33, references=40, dim=72))
+    check(Case(61, 5, dtype=torch.bfloat16))
+
+
+def test_wrong_arguments():
+    case = Case(10, 2)
+    with pytest.raises(ValueError, match="float32 queries"):
+        cpp_impl.window_sums(case.q.double(), case.position, *[case.k_ctx, case.lv_ctx], case.k, case.v, case.lv,
+                             case.weights, True)  # fmt: skip
+    with pytest.raises(ValueError, match="do not belong together"):
+        cpp_impl.window_sums(case.q, case.position, case.k_ctx, case.lv_ctx, case.k, case.v, case.lv[:5], case.weights,
+                             True)  # fmt: skip
+
+
+@pytest.mark.parametrize("references", [0, 9, 12], ids=["window", "both", "references"])
+@pytest.mark.parametrize("scorer", ["rms", "window_references", "snapkv"])
+def test_scorers_get_the_same_from_it_as_from_torch(scorer, references):
+    group, w, n, context = 3, 12, 90, 17
+    case = Case(n, w * group, context=context)
+    position = torch.cat([torch.arange(n, n + references), torch.arange(n - w + references, n)])
+    k, v = (x.transpose(0, 1).contiguous() for x in (case.k, case.v))
+    log_z_ctx = context_log_z(case.q, case.k_ctx, case.lv_ctx, 64)
+    slow = observe(case.q, position, k, v, case.lv.T.contiguous(), log_z_ctx, 64)
+    sums = query_sums(case.q, position, case.k_ctx, case.lv_ctx, case.k, case.v, case.lv, True)
+    assert sums is not None
+    from dataclasses import replace
+
+    fast = replace(slow, log_z=sums.log_z, log_z_ctx=sums.log_z_ctx, whole=None, sums=sums)
+    torch.testing.assert_close(fast.log_z, slow.log_z)
+    torch.testing.assert_close(fast.log_weight(), slow.log_weight(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(get_scorer(scorer)(fast, 7), get_scorer(scorer)(slow, 7), rtol=1e-4, atol=1e-7)
+
+
+def test_it_is_left_alone_where_it_does_not_fit(monkeypatch):
+    case = Case(30, 6)
+    arguments = [case.k_ctx, case.lv_ctx, case.k, case.v, case.lv, False]
+    position = torch.arange(24, 30)
+    assert query_sums(case.q, position, *arguments) is not None
+    assert query_sums(case.q.double(), position, *arguments) is None
+    assert query_sums(case.q[:, :0], position[:0], *arguments) is None
+    monkeypatch.setenv("KEEPKV_CPU_KERNEL", "torch")
+    assert query_sums(case.q, position, *arguments) is None
+
+
+def test_recency_halves_every_four_tokens():
+    weights = recency(9, 2, torch.zeros(1))
+    assert weights.tolist()[::2] == pytest.approx([2 ** (-age / 4) for age in range(8, -1, -1)])
