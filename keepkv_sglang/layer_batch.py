@@ -60,7 +60,7 @@ def compress_rows(
 
     queries(i): the queries of layer i [w, q_heads, D], q_index [w] as in LayerInput. Yields each layer's result in
     order, after it is written. As many layers at once as `scratch_bytes` hold: the logits of all their heads, and K
-    and V of context and span; one layer where that is too much.
+    and V of context and span; one layer where that is too much, or on a CPU as many as give every thread a head.
     """
     if not storage.keys:  # the simulator's pool has no layers
         return
@@ -99,7 +99,9 @@ def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scrat
     for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
         numbers = (len(rows.context) + len(rows.source)) * (keys.shape[1:].numel() + values.shape[1:].numel())
         logits = 2 * len(rows.source) * queries * q_heads  # as layer_compress._head_groups counts them
-        most = max(1, scratch_bytes // (max(numbers, logits, 1) * max(4, keys.element_size())))
+        # The CPU kernels work on one head per thread and never hold these logits.
+        least = -(-torch.get_num_threads() // keys.shape[1]) if keys.is_cpu else 1
+        most = max(least, scratch_bytes // (max(numbers, logits, 1) * max(4, keys.element_size())))
         first = groups[-1][0] if groups else layer
         alike = storage.scales[first] == scale and _shape(storage, first) == _shape(storage, layer)
         if groups and alike and len(groups[-1]) < most:

@@ -64,7 +64,8 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     `scratch_bytes` bounds what holds window logits [heads, Q, tokens], Q = w * Hq / Hkv: kv heads are
     processed in groups, and a context, or a span too long for one head at a time, in blocks of tokens. On
     top come float copies of the group's keys and values and a few [heads, m, Q] tensors. Grouping changes
-    results by rounding only.
+    results by rounding only. The CPU kernels never hold these logits, but work on one head per thread: there a group has
+    at least as many heads as there are threads.
     """
     _check(x, p)
     scorer, matching = get_scorer(p.scorer), p.merge != "evict"
@@ -163,7 +164,7 @@ def observed(
 ) -> Iterator[tuple[slice, _HeadView, Window]]:
     """kv heads in groups that fit the scratch memory, and what the window's queries see of the span. outputs: their
     attention outputs are wanted as well (MergeRule.reads_outputs)."""
-    for heads in _head_groups(x, scratch_bytes):
+    for heads in _head_groups(x, scratch_bytes, torch.get_num_threads() if x.k.is_cpu else 1):
         view = _HeadView.of(x, heads)
         yield heads, view, view.observe(x, heads, scratch_bytes, outputs)
 
@@ -172,11 +173,11 @@ def _reads_outputs(rule: str) -> bool:
     return getattr(get_rule(rule), "reads_outputs", False)
 
 
-def _head_groups(x: LayerInput, scratch_bytes: int) -> list[slice]:
+def _head_groups(x: LayerInput, scratch_bytes: int, least: int) -> list[slice]:
     n, heads, _ = x.k.shape
     queries = x.q.shape[0] * x.q.shape[1] // heads
     size = 8 if x.k.dtype == torch.float64 else 4
-    step = max(1, min(heads, scratch_bytes // (2 * n * max(1, queries) * size)))
+    step = max(least, min(heads, scratch_bytes // (2 * n * max(1, queries) * size)))
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
 
 

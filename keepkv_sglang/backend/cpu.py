@@ -13,7 +13,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from keepkv_sglang.backend.common import VoteLayers
-from keepkv_sglang.kernels import attention
+from keepkv_sglang.kernels import attention, cpu_build
 
 
 class KeepKVCpuBackend(AttentionBackend):
@@ -22,6 +22,8 @@ class KeepKVCpuBackend(AttentionBackend):
     def __init__(self, runner: Any) -> None:
         super().__init__()
         self.kernel = attention.load()
+        for op in ("score", "merge"):  # compiled now rather than while a request waits
+            cpu_build.implementation(op)
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
         self.layers = VoteLayers(runner)

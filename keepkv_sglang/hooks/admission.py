@@ -77,7 +77,9 @@ def later_slots(
     kept = state.slots_for(end - prompt, end)
     if config.span_tokens and not config.counts_slots:
         kept += prompt // config.span_tokens
-    return state.reply_growth(new_tokens) - max(0, prompt - kept)
+    later = state.reply_growth(new_tokens) - max(0, prompt - kept)
+    # Pieces of a cut prompt, and a reply computed again, may find no arena rows of their own and stay whole.
+    return max(0, later) if config.span_tokens or req.output_ids else later
 
 
 def before_get_new_batch_prefill(self: Any, running_batch: Any) -> None:
@@ -172,7 +174,7 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
             found = self._compressed(req)
             if found is not None:
                 later = self._later(*found, req, extend_input_len, max_new_tokens)
-                ends = prefix_len + extend_input_len >= len(req.full_untruncated_fill_ids)
+                ends = req.extend_end >= len(req.full_untruncated_fill_ids)
                 # A chunk gives nothing back before the last one.
                 max_new_tokens = min(max_new_tokens, later if ends else max(0, later))
                 if not found[1].admitted:
@@ -187,18 +189,18 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
             return any(other is not req and not other.finished() for other in [*running, *self.can_run_list])
 
         def _check_prefill_budget(self, req: Any, *, extend_input_len: int, total_tokens: int, **kwargs: Any) -> Any:
-            found = self._compressed(req)
+            limit, found = kwargs.get("chunk_limit"), self._compressed(req)
+            chunk = extend_input_len if limit is None else min(extend_input_len, limit)
+            # SGLang looks at what is promised only, which can now be less than what this round takes.
+            if chunk + self.per_req_token_overhead >= self.cur_rem_tokens:
+                return False, None
             if found is not None and found[0].too_long(req):
                 total_tokens = self._too_long_total(*found, req, extend_input_len, total_tokens)
             elif found is not None:
                 wanted = total_tokens - extend_input_len
                 later = self._later(*found, req, extend_input_len, wanted)
-                limit = kwargs.get("chunk_limit")
-                if limit is not None and extend_input_len > limit:
-                    # Between its chunks others may decode (--enable-mixed-chunk), and a chunk without room is fatal.
-                    later = max(0, later)
-                elif extend_input_len + self.per_req_token_overhead >= self.cur_rem_tokens:
-                    return False, None
+                if chunk < extend_input_len:
+                    later = max(0, later)  # it must be in the pool whole before it gives anything back
                 total_tokens = extend_input_len + min(wanted, later + self.per_req_token_overhead)
             return super()._check_prefill_budget(
                 req, extend_input_len=extend_input_len, total_tokens=total_tokens, **kwargs
@@ -218,7 +220,7 @@ def _adder_class(cls: Any, scheduler: Any) -> Any:
         def add_chunked_req(self, req: Any) -> Any:
             """A chunk that finds no slots waits for others to finish, or fails alone; SGLang would stop the server."""
             found = self._compressed(req)
-            if found is not None and found[0].too_long(req):
+            if found is not None:
                 rt, _ = found
                 missing = len(req.full_untruncated_fill_ids) - req.prefix_len
                 chunk = min(missing, self.rem_chunk_tokens or missing)

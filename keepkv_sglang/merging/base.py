@@ -100,6 +100,7 @@ class Merged(NamedTuple):
 
 
 class MergeRule(Protocol):
-    """A pure function of the clusters; mutates nothing."""
+    """A pure function of the clusters; mutates nothing. One with a true attribute `reads_outputs` gets the queries'
+    attention outputs computed with their scores, where a kernel does that (Window.sums)."""
 
     def __call__(self, c: Clusters) -> Merged: ...

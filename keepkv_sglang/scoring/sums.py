@@ -47,10 +47,10 @@ def query_sums(
     """q [H, Q, D] as in Window, position [w]; k_ctx [c, H, D], lv_ctx [c, H], k, v [n, H, D], lv [n, H] as stored.
     outputs: whether output is wanted. None where the kernel does not run: no compiler, another device or dtype.
     """
-    kernel = cpu_build.implementation("score")
-    if kernel is None or q.shape[1] == 0 or not k.is_cpu or not kernel.supports(k_ctx, k, v):
+    if q.shape[1] == 0 or not k.is_cpu or any(x.dtype != torch.float32 for x in (q, lv_ctx, lv)):
         return None
-    if any(x.dtype != torch.float32 for x in (q, lv_ctx, lv)):
+    kernel = cpu_build.implementation("score")
+    if kernel is None or not kernel.supports(k_ctx, k, v):
         return None
     w, group = position.shape[0], q.shape[1] // position.shape[0]
     references = int((position >= k.shape[0]).sum())

@@ -89,7 +89,8 @@ def fit(
 ) -> Fit:
     """k [H, m, D], v [H, m, Dv], start [H, m] log votes: the slots to fit; first [H, m] int64: each one's first token in
     the span, -1 for a slot that no query may see. q [H, Q, D] scaled, position [Q] int64, log_z, log_z_ctx [H, Q], output
-    [H, Q, Dv], weight [Q]: the queries, as scoring.base.Window has them. All float32; the rest as in attention_matching.
+    [H, Q, Dv], weight [Q]: the queries, as scoring.base.Window has them. All float32, D and Dv multiples of 8 (else
+    ValueError); the rest as in attention_matching.
     """
     heads, m, dim = k.shape
     queries, dim_v = q.shape[1], v.shape[2]
@@ -99,8 +100,8 @@ def fit(
     shapes = [tuple(x.shape) for x in given]
     wanted = [(heads, m, dim), (heads, m, dim_v), (heads, m), (heads, queries, dim), (heads, queries), (heads, queries)]
     wanted += [(heads, queries, dim_v), (queries,), (heads, m), (queries,)]
-    if shapes != wanted or first.dtype != torch.int64 or position.dtype != torch.int64:
-        raise ValueError(f"shapes {shapes}, int64 first and position: expected {wanted}")
+    if shapes != wanted or dim % 8 or dim_v % 8 or first.dtype != torch.int64 or position.dtype != torch.int64:
+        raise ValueError(f"shapes {shapes}, int64 first and position: expected {wanted}, D and Dv multiples of 8")
     votes, gram, rhs = start.new_empty(heads, m), k.new_empty(heads, m, m), v.new_empty(heads, m, dim_v)
     sizes = (heads, m, queries, dim, dim_v, fixed, steps, torch.get_num_threads())
     numbers = (max_correction, max_log_mass, ridge, min_ridge)

@@ -30,7 +30,9 @@ struct FitArgs {  // mirrored field by field by cpp_impl._Fit
 
 struct Scratch {
   std::vector<float> a, b, c, panels, q, row;
+  size_t floats() const { return a.capacity() + b.capacity() + c.capacity() + panels.capacity() + q.capacity() + row.capacity(); }
 };
+constexpr size_t kKeepFloats = size_t(16) << 20;  // a thread's scratch above 64 MiB is given back after the call
 
 float length(const float* x, int64_t dim) {
   vf<8> sum{};
@@ -45,9 +47,11 @@ void nearest(const NearestArgs& a, int64_t h, Scratch& w) {
   w.row.assign(size_t(panels) * kPanel, kNegInf);
   for (int64_t i = 0; i < u; ++i) {  // kept keys of length 1, packed
     const float* key = keys + a.kept[h * u + i] * a.k_token;
-    const float scale = 1.0f / std::max(length(key, dim), 1e-12f);
-    for (int64_t d = 0; d < dim; ++d) w.a[i * dim + d] = key[d] * scale;
-    if (a.allowed[h * u + i]) w.row[i] = 0.0f;
+    const float norm = length(key, dim);
+    const bool finite = norm < __builtin_inff();  // NaN is not: such a key is nobody's nearest
+    const float scale = 1.0f / std::max(norm, 1e-12f);
+    for (int64_t d = 0; d < dim; ++d) w.a[i * dim + d] = finite ? key[d] * scale : 0.0f;
+    if (finite && a.allowed[h * u + i]) w.row[i] = 0.0f;
   }
   for (int64_t p = 0; p < panels; ++p)
     pack_panel(&w.a[p * kPanel * dim], std::min<int64_t>(kPanel, u - p * kPanel), dim, &w.panels[p * kPanel * dim]);
@@ -230,6 +234,7 @@ template <class F> void for_heads(int64_t heads, int64_t threads, F one) {
     static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t h = 0; h < heads; ++h) one(h, scratch);
+    if (scratch.floats() > kKeepFloats) scratch = Scratch();
   }
 }
 

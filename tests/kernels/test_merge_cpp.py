@@ -12,7 +12,6 @@ from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.kernels import cpu_build
 from keepkv_sglang.kernels.merge import cpp_impl, torch_impl
 from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.merging import attention_matching
 from keepkv_sglang.span_policy import span_policy
 
 TOLERANCE = 1e-5  # float32 sums of at most 256 products of size 1
@@ -56,6 +55,10 @@ def test_nearest_kept_at_the_edges(gen):
     assert best.eq(-torch.inf).all() and column.eq(0).all()
     none = cpp_impl.nearest_kept(k, dropped, kept[:, :0], allowed[:, :0])
     assert none[0].eq(-torch.inf).all() and none[1].eq(0).all()
+    for bad in (torch.nan, torch.inf):
+        broken = k.clone()
+        broken[0, 51, 3] = bad
+        assert cpp_impl.nearest_kept(broken, dropped, kept, allowed)[1][0, 0] == 50
     with pytest.raises(ValueError, match="float32"):
         cpp_impl.nearest_kept(k.double(), dropped, kept, allowed)
 
@@ -127,15 +130,64 @@ def test_what_is_not_finite_stays_with_its_slot():
     assert torch.equal(got.v[-1, 0], x.v[299, 0]) and torch.equal(got.lv[-1, 0], x.lv[299, 0])
 
 
-def test_bits_do_not_depend_on_threads():
-    x, p = CASES["prompt"]
-    threads, wanted = torch.get_num_threads(), compress_layer(x, p)
+def fit_arguments(heads=3, m=20, queries=70, dim=64):
+    gen = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen)
+
+    first = torch.randint(0, 90, (heads, m), generator=gen)
+    position = torch.cat([torch.full((40,), 100), torch.arange(queries - 40) + 60])
+    return [
+        *(normal(heads, m, dim), normal(heads, m, dim), normal(heads, m), first),
+        *(normal(heads, queries, dim) * dim**-0.5, position, normal(heads, queries) + 5, normal(heads, queries) + 2),
+        *(normal(heads, queries, dim), torch.rand(queries, generator=gen)),
+    ]
+
+
+NUMBERS = {"fixed": 2, "steps": 5, "max_correction": 4.0, "max_log_mass": 20.0, "ridge": 0.03, "min_ridge": 1e-3}
+PER_HEAD = (0, 1, 2, 3, 4, 6, 7, 8)
+
+
+def test_bits_do_not_depend_on_threads_or_on_other_heads():
+    arguments, threads = fit_arguments(), torch.get_num_threads()
+    wanted = cpp_impl.fit(*arguments, **NUMBERS)
     try:
         torch.set_num_threads(1)
-        alone = compress_layer(x, p)
+        alone = cpp_impl.fit(*arguments, **NUMBERS)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(alone.lv, wanted.lv) and torch.equal(alone.kept, wanted.kept)
+    last = cpp_impl.fit(*(x[2:] if i in PER_HEAD else x for i, x in enumerate(arguments)), **NUMBERS)
+    for name in wanted._fields:
+        assert torch.equal(getattr(alone, name), getattr(wanted, name)), name
+        assert torch.equal(getattr(last, name)[0], getattr(wanted, name)[2]), name
+
+
+def test_normal_equations_in_float64(poisoned):
+    """Votes by the five steps, A and R as merging/attention_matching.py defines them, term by term."""
+    k, v, start, first, q, position, log_z, log_z_ctx, output, weight = (
+        x.double() if x.is_floating_point() else x for x in fit_arguments()
+    )
+    e = (torch.einsum("hmd,hqd->hmq", k, q) - log_z[:, None]).clamp(max=20.0).exp()
+    e = e.masked_fill(first[..., None] > position, 0.0)
+    outside = (log_z_ctx - log_z).exp()
+    share, lv = (1 - outside).clamp(min=0.0), start
+    for _ in range(5):
+        mass = (lv.exp()[..., None] * e).sum(1)
+        step = ((e * (weight * share / mass)[:, None]).sum(2) / (e * weight).sum(2)).log()
+        step[:, :2] = 0.0
+        lv = start + (lv - start + step).clamp(-4.0, 4.0)
+    mass = (lv.exp()[..., None] * e).sum(1)
+    a = lv.exp()[..., None] * e / (outside + mass)[:, None] * weight.sqrt()
+    r = weight.sqrt()[:, None] * output - a.transpose(1, 2) @ v
+    a[:, :2] = 0.0
+    gram = a @ a.transpose(1, 2)
+    ridge = 0.03 * gram.diagonal(dim1=1, dim2=2).sum(1) / q.shape[1] + 1e-3
+    gram.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    got = cpp_impl.fit(*fit_arguments(), **NUMBERS)
+    for name, wanted in (("votes", lv), ("gram", gram), ("rhs", a @ r)):
+        wrong = (getattr(got, name) - wanted).abs() / (1 + wanted.abs())
+        assert wrong.max() < 2e-5, (name, float(wrong.max()))
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
@@ -155,14 +207,10 @@ def test_other_instruction_sets(march, tmp_path, monkeypatch, gen):
 
 
 def test_fit_refuses_what_it_cannot_read():
-    k = torch.zeros(1, 2, 8)
-    rows = torch.zeros(1, 3, 8), torch.zeros(3, dtype=torch.int64), torch.zeros(1, 3), torch.zeros(1, 3)
-    rest = torch.zeros(1, 3, 8), torch.ones(3)
-    numbers = {"fixed": 0, "steps": 5, "max_correction": 4.0, "max_log_mass": 20.0, "ridge": 0.03, "min_ridge": 1e-3}
-    first = torch.zeros(1, 2, dtype=torch.int64)
-    assert cpp_impl.fit(k, k, torch.zeros(1, 2), first, *rows, *rest, **numbers).gram.shape == (1, 2, 2)
+    good = fit_arguments()
     with pytest.raises(ValueError, match="float32"):
-        cpp_impl.fit(k.double(), k, torch.zeros(1, 2), first, *rows, *rest, **numbers)
+        cpp_impl.fit(good[0].double(), *good[1:], **NUMBERS)
     with pytest.raises(ValueError, match="expected"):
-        cpp_impl.fit(k, k, torch.zeros(1, 3), first, *rows, *rest, **numbers)
-    assert attention_matching.VOTE_STEPS == 5
+        cpp_impl.fit(*good[:2], good[2][:, :3], *good[3:], **NUMBERS)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        cpp_impl.fit(*fit_arguments(dim=12), **NUMBERS)
