@@ -92,7 +92,9 @@ def main() -> None:
             if repeat:  # the first round warms up
                 times[name].append(time.perf_counter() - begin)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    print(f"torch {torch.__version__}, commit {git.stdout.strip() or '-'}, {args.threads} threads, {args.tokens} tokens")
+    print(
+        f"torch {torch.__version__}, commit {git.stdout.strip() or '-'}, {args.threads} threads, {args.tokens} tokens"
+    )
     base = statistics.median(times["prefill"])
     print(f"{'prefill':28}{base * 1e3:9.0f} ms")
     for name, found in times.items():

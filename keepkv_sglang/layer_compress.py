@@ -64,8 +64,8 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     `scratch_bytes` bounds what holds window logits [heads, Q, tokens], Q = w * Hq / Hkv: kv heads are
     processed in groups, and a context, or a span too long for one head at a time, in blocks of tokens. On
     top come float copies of the group's keys and values and a few [heads, m, Q] tensors. Grouping changes
-    results by rounding only. The CPU kernels never hold these logits, but work on one head per thread: there a group has
-    at least as many heads as there are threads.
+    results by rounding only. The CPU kernels never hold these logits, but work on one head per thread: there a group
+    has at least as many heads as there are threads.
     """
     _check(x, p)
     scorer, matching = get_scorer(p.scorer), p.merge != "evict"
@@ -152,9 +152,7 @@ class _HeadView:
         context = x.k_ctx[:, heads], x.lv_ctx[:, heads]
         sums = query_sums(self.q, position, *context, x.k[:, heads], x.v[:, heads], x.lv[:, heads], outputs)
         if sums is not None:
-            return Window(
-                self.q, self.k, self.v, self.lv, position, sums.log_z, sums.log_z_ctx, block, None, sums
-            )
+            return Window(self.q, self.k, self.v, self.lv, position, sums.log_z, sums.log_z_ctx, block, None, sums)
         log_z_ctx = context_log_z(self.q, *context, block)
         return observe(self.q, position, self.k, self.v, self.lv, log_z_ctx, block)
 

@@ -133,8 +133,10 @@ def load(path: Path, function: str) -> Callable[..., int]:
 
 
 def implementation(op: str) -> ModuleType | None:
-    """The op's cpp_impl, or None where it cannot run (no compiler) or KEEPKV_CPU_KERNEL names another kernel: then torch
-    computes the same, more slowly. A failure is logged once to the "keepkv" logger."""
+    """The op's cpp_impl, or None where it cannot run (no compiler) or KEEPKV_CPU_KERNEL names another kernel.
+
+    Then torch computes the same, more slowly. A failure is logged once to the "keepkv" logger.
+    """
     return _loaded(op) if (os.environ.get("KEEPKV_CPU_KERNEL") or "auto") in ("auto", "cpp") else None
 
 

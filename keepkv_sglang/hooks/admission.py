@@ -1,9 +1,9 @@
 """Admission counts the slots that a request will really hold, so that concurrency grows with the saving.
 
 A prompt holds all its slots until it has been computed and only its budget afterwards; a reply grows by its budget and
-one raw interval. SGLang's own estimate (prompt + max_new_tokens) is lowered to that, never raised. Prompts are compressed
-before anybody decodes the next token, so the replies of those that run may count on what a prompt gives back: it
-must fit what is free now, and its budget what others leave.
+one raw interval. SGLang's own estimate (prompt + max_new_tokens) is lowered to that, never raised. A prompt that is
+computed in one chunk is compressed before the next decode step, so the replies of those that run may count on what
+it gives back: it must fit what is free now, and its budget what others leave.
 
 A prompt longer than the pool is compressed between chunks and never needs all its slots. SGLang refuses such prompts at
 four places, all counting logical tokens. We raise the scheduler's limits to the context length, and refuse here what
@@ -58,8 +58,8 @@ def peak_slots(rt: runtime.Runtime, scheduler: Any, state: RequestState, req: An
 def later_slots(
     rt: runtime.Runtime, state: RequestState, req: Any, extend: int, new_tokens: int, taken: int = 0
 ) -> int:
-    """Slots to reserve beyond the `extend` prompt tokens about to be computed, for `new_tokens` of reply; negative where
-    the compression of the prompt, which comes before the next decode step, gives back more than the reply takes.
+    """Slots to reserve beyond the `extend` prompt tokens about to be computed, for `new_tokens` of reply; negative
+    where the compression of the prompt, which comes before the next decode step, gives back more than the reply takes.
 
     taken: arena rows promised to others that are admitted in the same round.
     """

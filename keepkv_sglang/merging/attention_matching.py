@@ -57,7 +57,9 @@ def attention_matching(c: Clusters) -> Merged:
     usable = k.isfinite().all(dim=2) & v.isfinite().all(dim=2)
     k, v = (x.masked_fill(~usable[..., None], 0.0) for x in (k, v))
     cpp = cpu_build.implementation("merge") if c.window.sums is not None and k.shape[1] <= c.window.q.shape[1] else None
-    votes, delta, solved = _fit(c, k, v, first, usable) if cpp is None else _fit_in_one_pass(cpp, c, k, v, first, usable)
+    votes, delta, solved = (
+        _fit(c, k, v, first, usable) if cpp is None else _fit_in_one_pass(cpp, c, k, v, first, usable)
+    )
     v = v + torch.where(solved[:, None, None], delta, 0.0)
     return Merged(k, v, votes.masked_fill(~usable, torch.nan), rewrites_all=True)
 

@@ -1,5 +1,7 @@
-"""What the CPU kernel (kernels/score/cpp_impl.py) finds about a window in one pass, instead of one torch operation after
-the other over [H, n, Q]."""
+"""What the CPU kernel (kernels/score/cpp_impl.py) finds about a window in one pass.
+
+In torch it is one operation after the other over [H, n, Q].
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import ctypes
 
 import torch
 
-from .. import cpu_build
+from keepkv_sglang.kernels import cpu_build
+
 from .contract import Lengths, as_int64, check
 
 name = "cpp"
@@ -35,7 +36,9 @@ class _Args(ctypes.Structure):
     )
 
 
-_function = cpu_build.load(cpu_build.build("attention"), "keepkv_attention")  # at import: load() turns a failure into a fallback
+_function = cpu_build.load(
+    cpu_build.build("attention"), "keepkv_attention"
+)  # at import: load() turns a failure into a fallback
 _function.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]  # type: ignore[attr-defined]
 
 

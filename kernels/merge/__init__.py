@@ -1,13 +1,14 @@
-"""Compression of one layer: `reference` (the equations), `torch_impl` (batched segment operations), `cpp_impl` (matching and
-the fit of attention_matching on a CPU), `triton_impl` (matching, merging, gather on a GPU)."""
+"""Compression of one layer: `reference` (the equations), `torch_impl` (batched segment operations).
+
+`cpp_impl`: matching and the fit of attention_matching on a CPU. `triton_impl`: matching, merging, gather on a GPU.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from keepkv_sglang.kernels import cpu_build
-
-from . import torch_impl
+from keepkv_sglang.kernels.merge import torch_impl
 
 
 def nearest_kept(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import cpu_build
+from keepkv_sglang.kernels import cpu_build
 
 _NEAREST = ("k", "dropped", "kept", "allowed", "similarity", "column")
 _NEAREST_SIZES = ("k_token", "k_head", "heads", "dim", "dropped_count", "kept_count", "threads")
@@ -87,10 +87,10 @@ def fit(
     ridge: float,
     min_ridge: float,
 ) -> Fit:
-    """k [H, m, D], v [H, m, Dv], start [H, m] log votes: the slots to fit; first [H, m] int64: each one's first token in
-    the span, -1 for a slot that no query may see. q [H, Q, D] scaled, position [Q] int64, log_z, log_z_ctx [H, Q], output
-    [H, Q, Dv], weight [Q]: the queries, as scoring.base.Window has them. All float32, D and Dv multiples of 8 (else
-    ValueError); the rest as in attention_matching.
+    """k [H, m, D], v [H, m, Dv], start [H, m] log votes: the slots to fit; first [H, m] int64: each one's first token
+    in the span, -1 for a slot that no query may see. q [H, Q, D] scaled, position [Q] int64, log_z, log_z_ctx [H, Q],
+    output [H, Q, Dv], weight [Q]: the queries, as scoring.base.Window has them. All float32, D and Dv multiples of 8
+    (else ValueError); the rest as in attention_matching.
     """
     heads, m, dim = k.shape
     queries, dim_v = q.shape[1], v.shape[2]

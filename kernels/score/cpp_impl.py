@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import cpu_build
+from keepkv_sglang.kernels import cpu_build
 
 _POINTERS = (
     *("q", "k_ctx", "k", "v", "lv_ctx", "lv", "position", "weights"),
@@ -63,8 +63,8 @@ def window_sums(
 ) -> Sums:
     """q [H, Q, D] float32, already scaled; position [Q] int64: the last token of the span that each row sees. k_ctx [c,
     H, D], lv_ctx [c, H]: what precedes the span, c may be 0; k [n, H, D], v [n, H, Dv], lv [n, H]: the span, as
-    stored: float32 or bfloat16 in all three, votes float32, any strides with contiguous vectors; D and Dv multiples of 8.
-    weights [R, Q] float32, R at most 2. ValueError for anything else.
+    stored: float32 or bfloat16 in all three, votes float32, any strides with contiguous vectors; D and Dv multiples of
+    8. weights [R, Q] float32, R at most 2. ValueError for anything else.
     """
     heads, queries, dim = q.shape
     tokens = k.shape[0]

@@ -78,7 +78,12 @@ def layer(n, w, references, context=0, group=3, heads=2, dim=64, dtype=torch.flo
 
 
 def doubled(x):
-    return LayerInput(**{name: y.double() if getattr(y, "is_floating_point", bool)() else y for name, y in vars(x).items()})
+    return LayerInput(
+        **{
+            name: y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else y
+            for name, y in vars(x).items()
+        }
+    )
 
 
 def policy(m, whole=()):

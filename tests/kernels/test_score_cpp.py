@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from keepkv_sglang.scoring import get_scorer
 from keepkv_sglang.scoring.base import context_log_z, observe, recency
 from keepkv_sglang.scoring.sums import query_sums
 
-# Logits of size 10 in float32 carry rounding of 1e-6, which exp passes on relative to attention, at most 1; sums of 2,000
-# of them carry some more. A wrong mask, weight or head is off by more than 1e-2.
+# Logits of size 10 in float32 carry rounding of 1e-6, which exp passes on relative to attention, at most 1; sums of
+# 2,000 of them carry some more. A wrong mask, weight or head is off by more than 1e-2.
 TOLERANCE = 2e-5
 NAMES = ("log_z", "log_z_ctx", "received", "squares", "output")
 
@@ -148,8 +149,6 @@ def test_scorers_get_the_same_from_it_as_from_torch(scorer, references):
     slow = observe(case.q, position, k, v, case.lv.T.contiguous(), log_z_ctx, 64)
     sums = query_sums(case.q, position, case.k_ctx, case.lv_ctx, case.k, case.v, case.lv, True)
     assert sums is not None
-    from dataclasses import replace
-
     fast = replace(slow, log_z=sums.log_z, log_z_ctx=sums.log_z_ctx, whole=None, sums=sums)
     torch.testing.assert_close(fast.log_z, slow.log_z)
     torch.testing.assert_close(fast.log_weight(), slow.log_weight(), rtol=1e-5, atol=1e-5)
