@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from keepkv_sglang.kernels.cpu_build import cache_dir
+
 from . import flashinfer_table
-from .build import cache_dir
 
 # The wheels ship CUDA 13 headers that are older than FlashInfer's vendored CCCL; CCCL refuses the pair by default.
 CUDA_FLAGS = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK -Xptxas -v"
