@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nearest import check_nearest
 
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.kernels import cpu_build
@@ -24,19 +25,7 @@ def gen():
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(3, 1, 64), (63, 20, 80), (500, 100, 128), (130, 64, 256)])
 def test_nearest_kept(gen, n, m, dim, poisoned):
-    heads = 2
-    k = torch.randn(heads, n, dim, generator=gen)
-    order = torch.stack([torch.randperm(n, generator=gen) for _ in range(heads)])
-    kept, dropped = order[:, :m].sort(dim=1).values, order[:, m:].sort(dim=1).values
-    allowed = torch.rand(heads, m, generator=gen) < 0.7
-    allowed[:, 0] = True
-    exact = torch.nn.functional.normalize(k.double(), dim=2)
-    cosine = torch.stack([exact[h, dropped[h]] @ exact[h, kept[h]].T for h in range(heads)])
-    wanted = cosine.masked_fill(~allowed[:, None, :], -torch.inf).max(dim=2)
-    best, column = cpp_impl.nearest_kept(k, dropped, kept, allowed)
-    assert (best - wanted.values).abs().max() < TOLERANCE
-    got = cosine.gather(2, column[:, :, None])[:, :, 0]  # the same column, or one as good within rounding
-    assert (got - wanted.values).abs().max() < TOLERANCE and allowed.gather(1, column).all()
+    check_nearest(cpp_impl.nearest_kept, gen, n, m, dim)
 
 
 def test_nearest_kept_at_the_edges(gen):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nearest import check_nearest
 from paged import DEVICE
 
 from keepkv_sglang.kernels.merge import torch_impl, triton_impl
@@ -22,21 +23,7 @@ def gen():
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(3, 1, 64), (63, 20, 80), (500, 100, 128), (130, 40, 256)])
 def test_nearest_kept(gen, n, m, dim):
-    heads = 2
-    k = torch.randn(heads, n, dim, generator=gen)
-    order = torch.stack([torch.randperm(n, generator=gen) for _ in range(heads)])
-    kept, dropped = order[:, :m].sort(dim=1).values, order[:, m:].sort(dim=1).values
-    allowed = torch.rand(heads, m, generator=gen) < 0.7
-    allowed[:, 0] = True
-    exact = torch.nn.functional.normalize(k.double(), dim=2)
-    cosine = torch.stack([exact[h, dropped[h]] @ exact[h, kept[h]].T for h in range(heads)])
-    wanted = cosine.masked_fill(~allowed[:, None, :], -torch.inf).max(dim=2)
-    arguments = [x.to(DEVICE) for x in (k, dropped, kept, allowed)]
-    best, column = (x.cpu() for x in triton_impl.nearest_kept(*arguments))
-    assert (best - wanted.values).abs().max() < TOLERANCE
-    # Columns: the same, or one as good within rounding.
-    got = cosine.gather(2, column[:, :, None])[:, :, 0]
-    assert (got - wanted.values).abs().max() < TOLERANCE and allowed.gather(1, column).all()
+    arguments, best, column = check_nearest(triton_impl.nearest_kept, gen, n, m, dim, DEVICE)
     torch_best, torch_column = torch_impl.nearest_kept(*arguments)
     assert (torch_best.cpu() - best).abs().max() < TOLERANCE
     assert (torch_column.cpu() == column).float().mean() > 0.99
