@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -22,6 +23,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -126,6 +128,29 @@ def cases() -> Iterator[tuple[int, int, float]]:
     yield from sorted(every, key=lambda case: case[0] * case[1] * case[2])
 
 
+def compression(device: str = "cuda", spans: tuple[int, ...] = (2000, 8000)) -> list[dict[str, Any]]:
+    """One layer's prompt of so many tokens to a tenth, default scorer and rule, 256 + 32 query tokens: milliseconds
+    with torch's operations and with our Triton kernels (KEEPKV_GPU_KERNEL)."""
+    from keepkv_sglang.layer_compress import LayerInput, compress_layer
+    from keepkv_sglang.selection import SpanPolicy
+
+    rows = []
+    for n in spans:
+        index = torch.cat([torch.full((256,), n), torch.arange(n - 32, n)]).to(device)
+        k, v = (torch.randn(n, HEADS_KV, DIM, device=device, dtype=DTYPE) for _ in range(2))
+        q, votes = torch.randn(288, HEADS, DIM, device=device, dtype=DTYPE), torch.zeros(n, HEADS_KV, device=device)
+        x = LayerInput(q, index, k[:0], votes[:0], k, v, votes, DIM**-0.5)
+        policy = SpanPolicy(
+            n // 10, "attention_matching", recent=64, sinks=4, threshold=0.85, scorer="window_references"
+        )
+        row: dict[str, Any] = {"tokens": n}
+        for kernel in ("torch", "triton"):
+            with patch.dict(os.environ, KEEPKV_GPU_KERNEL=kernel):
+                row[f"{kernel}_ms"] = 1e3 * seconds(lambda x=x, p=policy: compress_layer(x, p))  # type: ignore[misc]
+        rows.append(row)
+    return rows
+
+
 def bench(out: Path) -> None:
     """Writes out/bench.json after every case."""
     properties = torch.cuda.get_device_properties(0)
@@ -135,11 +160,16 @@ def bench(out: Path) -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "copy_gb_per_s": copy_gb_per_s(),
+        "compression": [],
         "rows": [],
         "skipped": [],
     }
     missing: set[str] = set()
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        result["compression"] = compression()
+    except Exception as error:  # attention is still worth measuring
+        result["skipped"].append(f"compression: {type(error).__name__}: {error}")
     begun = time.monotonic()
     for context, batch, budget in cases():
         slots = max(1, round(context * budget))
@@ -187,9 +217,9 @@ def small() -> None:
     shared = (q, batch.k, batch.v, batch.votes, batch.table, batch.rows, lens, new, batch.scale, out)
     triton_impl.extend(*shared)
     k = torch.randn(2, 130, DIM, device="cuda")
-    queries, lv, position = torch.randn(2, 32, DIM, device="cuda"), torch.zeros(2, 130, device="cuda"), torch.arange(32)
-    z = score.log_z(queries, k, lv, position.cuda())
-    score.window_score(queries, k, lv, position.cuda(), z, 2)
+    queries, position = torch.randn(2, 32, DIM, device="cuda"), torch.arange(98, 130, device="cuda")
+    keys, lv, weights = k.transpose(0, 1), torch.zeros(130, 2, device="cuda"), torch.ones(2, 32, device="cuda")
+    score.window_sums(queries, position, keys[:50], lv[:50], keys, keys, lv, weights, True)
     order = torch.randperm(130, device="cuda").expand(2, -1).contiguous()
     merge.nearest_kept(k, order[:, :100].contiguous(), order[:, 100:].contiguous(), order[:, 100:] % 2 == 0, 1 << 20)
     torch.cuda.synchronize()
@@ -221,6 +251,8 @@ def report(folder: Path) -> None:
                 f" | {row['us_on']:.1f} | {row['votes_cost']:+.1%} | {row['gb_per_s']:.0f}"
                 f" | {row['gb_per_s'] / ceiling:.0%} |"
             )
+        lines += ["", "| compression of one layer, tokens | torch, ms | Triton, ms |", "|---|---|---|"]
+        lines += [f"| {r['tokens']} | {r['torch_ms']:.2f} | {r['triton_ms']:.2f} |" for r in measured["compression"]]
         lines += ["", *(f"- skipped: {text}" for text in measured["skipped"])]
     (folder / "report.json").write_text(json.dumps(whole, indent=1))
     (folder / "report.md").write_text("\n".join(lines) + "\n")

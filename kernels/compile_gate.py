@@ -168,10 +168,9 @@ def own_cases(arch: int) -> Cases:
             attention.extend(q, k, v, votes, table, rows, lens, torch.full((16,), new), 0.1, torch.empty_like(q))
 
     def scores(dim: int) -> None:
-        q, k = torch.zeros(2, 64, dim, dtype=torch.bfloat16), torch.zeros(2, 64, dim, dtype=torch.bfloat16)
-        position = torch.arange(16)
-        log_z = score.log_z(q, k, torch.zeros(2, 64), position, torch.zeros(2, 64))
-        score.window_score(q, k, torch.zeros(2, 64), position, log_z, power=2)
+        q, k = torch.zeros(2, 64, dim), torch.zeros(64, 2, dim, dtype=torch.bfloat16)
+        votes, position = torch.zeros(64, 2), torch.arange(64)
+        score.window_sums(q, position, k, votes, k, k, votes, torch.zeros(2, 64), True)
 
     def merging(dim: int) -> None:
         k, assign = torch.zeros(2, 64, dim), torch.arange(64).expand(2, -1) % 32

@@ -43,7 +43,7 @@ rm -f "$out"/*.xml "$out"/*.log "$out"/bench.json "$out"/report.* # of an earlie
 tests=("$python" -m pytest -o addopts= -q -rs --import-mode=importlib -p no:cacheprovider)
 step triton 150 "${tests[@]}" --junit-xml "$out/triton.xml" tests/kernels/test_attention_triton.py \
     tests/kernels/test_merge_triton.py tests/kernels/test_score_triton.py tests/kernels/test_score_mod_triton.py \
-    tests/kernels/test_backend_triton.py
+    tests/kernels/test_backend_triton.py tests/kernels/test_layer_triton.py
 step graphs 60 "${tests[@]}" --junit-xml "$out/graphs.xml" tests/kernels/test_cuda_graph.py
 step flashinfer 200 "${tests[@]}" --junit-xml "$out/flashinfer.xml" tests/kernels/test_flashinfer_gpu.py
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)

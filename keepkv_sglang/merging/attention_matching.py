@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from keepkv_sglang.kernels import cpu_build
+from keepkv_sglang.kernels import choose
 from keepkv_sglang.merging.base import Clusters, Merged
 from keepkv_sglang.scoring.base import Window
 
@@ -56,10 +56,11 @@ def attention_matching(c: Clusters) -> Merged:
     first = c.seg.rows[c.seg.offsets].view(c.assign.shape[0], -1) % c.assign.shape[1]
     usable = k.isfinite().all(dim=2) & v.isfinite().all(dim=2)
     k, v = (x.masked_fill(~usable[..., None], 0.0) for x in (k, v))
-    cpp = cpu_build.implementation("merge") if c.window.sums is not None and k.shape[1] <= c.window.q.shape[1] else None
-    votes, delta, solved = (
-        _fit(c, k, v, first, usable) if cpp is None else _fit_in_one_pass(cpp, c, k, v, first, usable)
-    )
+    kernel = choose.implementation("merge", k) if c.window.sums is not None else None
+    if kernel is not None and hasattr(kernel, "fit") and k.shape[1] <= c.window.q.shape[1]:
+        votes, delta, solved = _fit_in_one_pass(kernel, c, k, v, first, usable)
+    else:
+        votes, delta, solved = _fit(c, k, v, first, usable)
     v = v + torch.where(solved[:, None, None], delta, 0.0)
     return Merged(k, v, votes.masked_fill(~usable, torch.nan), rewrites_all=True)
 
@@ -89,11 +90,11 @@ def _fit(c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usa
 
 
 def _fit_in_one_pass(
-    cpp: ModuleType, c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usable: torch.Tensor
+    kernel: ModuleType, c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usable: torch.Tensor
 ) -> Fitted:
     """The same on a CPU, where kernels/score and kernels/merge have their C++, for no more slots than queries."""
     window = c.window
-    found = cpp.fit(
+    found = kernel.fit(
         k,
         v,
         c.log_votes,

@@ -8,11 +8,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from keepkv_sglang.kernels.merge import weighted_means
 from keepkv_sglang.kernels.merge.torch_impl import (
     Segments,
     segment_logsumexp,
     segment_max,
-    segment_softmax,
     segment_sum,
 )
 from keepkv_sglang.scoring.base import Window, trusted
@@ -50,10 +50,7 @@ class Clusters:
 
     def weighted_means(self, log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of keys and of values, sum_i w_i x_i / sum_i w_i, each [H, m, D]; log_w [T] per member."""
-        weights = segment_softmax(log_w, self.seg)
-        k = segment_sum(self.k.flatten(0, 1), self.seg, weights, self.seg.rows)
-        v = segment_sum(self.v.flatten(0, 1), self.seg, weights, self.seg.rows)
-        return self.per_cluster(k), self.per_cluster(v)
+        return weighted_means(self.k, self.v, log_w, self.seg)
 
     def log_share(self) -> torch.Tensor:
         """[H, m, Q]: log of sum_{i in C} p_i exp(l_qi) / Z_q, the share of each query's attention that the

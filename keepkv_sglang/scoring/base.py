@@ -31,7 +31,7 @@ class Window:
              see of the span; log_z_ctx [H, Q]: of the context alone
     block_tokens: tensors [H, tokens, Q] exist only for this many tokens at a time
     whole    [H, n, Q] or None: attention() of the whole span, when that is one block and was needed for log_z
-    sums     what the CPU kernel found about all queries (scoring/sums.py), or None: torch computes it when asked
+    sums     what a kernel found about all queries (scoring/sums.py), or None: torch computes it when asked
     """
 
     q: torch.Tensor

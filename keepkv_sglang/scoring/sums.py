@@ -1,4 +1,4 @@
-"""What the CPU kernel (kernels/score/cpp_impl.py) finds about a window in one pass.
+"""What a kernel (kernels/score: C++ on a CPU, Triton on a GPU) finds about a window, logits never written.
 
 In torch it is one operation after the other over [H, n, Q].
 """
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from keepkv_sglang.kernels import cpu_build
+from keepkv_sglang.kernels import choose
 from keepkv_sglang.scoring.base import recency
 
 
@@ -47,11 +47,11 @@ def query_sums(
     outputs: bool,
 ) -> QuerySums | None:
     """q [H, Q, D] as in Window, position [w]; k_ctx [c, H, D], lv_ctx [c, H], k, v [n, H, D], lv [n, H] as stored.
-    outputs: whether output is wanted. None where the kernel does not run: no compiler, another device or dtype.
+    outputs: whether output is wanted. None where no kernel runs (choose.py), or with another dtype: torch computes it.
     """
-    if q.shape[1] == 0 or not k.is_cpu or any(x.dtype != torch.float32 for x in (q, lv_ctx, lv)):
+    if q.shape[1] == 0 or any(x.dtype != torch.float32 for x in (q, lv_ctx, lv)):
         return None
-    kernel = cpu_build.implementation("score")
+    kernel = choose.implementation("score", k)
     if kernel is None or not kernel.supports(k_ctx, k, v):
         return None
     w, group = position.shape[0], q.shape[1] // position.shape[0]

@@ -7,15 +7,26 @@ from __future__ import annotations
 
 import torch
 
-from keepkv_sglang.kernels import cpu_build
+from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge import torch_impl
+from keepkv_sglang.kernels.merge.torch_impl import Segments
 
 
 def nearest_kept(
     k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor, scratch_bytes: int = 64 << 20
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """torch_impl.nearest_kept by the fastest implementation that runs here."""
-    cpp = cpu_build.implementation("merge") if k.is_cpu else None
-    if cpp is not None and cpp.supports(k):
-        return cpp.nearest_kept(k, dropped, kept, allowed)
+    kernel = choose.implementation("merge", k)
+    if kernel is not None and kernel.supports(k):
+        return kernel.nearest_kept(k, dropped, kept, allowed)  # type: ignore[no-any-return]
     return torch_impl.nearest_kept(k, dropped, kept, allowed, scratch_bytes)
+
+
+def weighted_means(
+    k: torch.Tensor, v: torch.Tensor, log_w: torch.Tensor, seg: Segments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch_impl.weighted_means, with Triton in one launch where that is chosen."""
+    kernel = choose.implementation("merge", k)
+    if kernel is not None and hasattr(kernel, "weighted_means") and kernel.supports(k) and kernel.supports(v):
+        return kernel.weighted_means(k, v, log_w, seg)  # type: ignore[no-any-return]
+    return torch_impl.weighted_means(k, v, log_w, seg)

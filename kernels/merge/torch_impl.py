@@ -81,6 +81,19 @@ def segment_softmax(x: torch.Tensor, seg: Segments) -> torch.Tensor:
     return (x - segment_logsumexp(x[:, None], seg)[seg.cluster, 0]).exp_()
 
 
+def weighted_means(
+    k: torch.Tensor, v: torch.Tensor, log_w: torch.Tensor, seg: Segments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum w k / sum w and sum w v / sum w per cluster, w = exp(log_w): [H, m, D], [H, m, Dv].
+
+    k [H, n, D], v [H, n, Dv] of one float dtype, log_w [T] of it, one per member. An empty cluster gives 0, one whose
+    weights are all 0 NaN.
+    """
+    weights = segment_softmax(log_w, seg)
+    means = (segment_sum(x.flatten(0, 1), seg, weights, seg.rows).view(seg.heads, seg.m, -1) for x in (k, v))
+    return next(means), next(means)
+
+
 def nearest_kept(
     k: torch.Tensor,
     dropped: torch.Tensor,

@@ -140,6 +140,18 @@ def nearest_kept(
     return best, column
 
 
+def supports(k: torch.Tensor) -> bool:
+    """Keys (or values) that nearest_kept and weighted_means read."""
+    return k.dtype == torch.float32 and k.is_contiguous()
+
+
+def weighted_means(
+    k: torch.Tensor, v: torch.Tensor, log_w: torch.Tensor, seg: Segments
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch_impl.weighted_means, float32, contiguous."""
+    return merge_segments(k, v, k.new_zeros(k.shape[:2]), log_w, seg)[:2]
+
+
 def merge_segments(
     k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, log_w: torch.Tensor, seg: Segments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,11 +7,11 @@ other heads or on the number of threads (torch.get_num_threads() are used).
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
 
 import torch
 
 from keepkv_sglang.kernels import cpu_build
+from keepkv_sglang.kernels.score import Sums, check_window
 
 _POINTERS = (
     *("q", "k_ctx", "k", "v", "lv_ctx", "lv", "position", "weights"),
@@ -22,7 +22,6 @@ _SIZES = (
     *("k_token", "k_head", "v_token", "v_head", "lv_token", "lv_head"),
     *("heads", "queries", "dim", "dim_v", "context", "tokens", "rows", "threads"),
 )
-MAX_WEIGHTS = 2
 STORAGE_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -32,22 +31,6 @@ class _Args(ctypes.Structure):
 
 _function = cpu_build.load(cpu_build.build("score"), "keepkv_score")  # at import: the caller falls back to torch
 _function.argtypes = [ctypes.c_void_p, ctypes.c_int]  # type: ignore[attr-defined]
-
-
-class Sums(NamedTuple):
-    """a_iq = p_i exp(q.k_i) / Z_q; all float32.
-
-    log_z, log_z_ctx [H, Q]: log of the softmax denominator with votes, over the context and what the query may see of
-    the span, and over the context alone (-inf without one). received [H, n]: sum over all queries of a_iq, whether the
-    query sees token i or not. squares [R, H, n]: sum over the queries that see token i of weights_rq a_iq^2. output
-    [H, Q, Dv] or None: sum over the tokens that query q sees of a_iq v_i.
-    """
-
-    log_z: torch.Tensor
-    log_z_ctx: torch.Tensor
-    received: torch.Tensor
-    squares: torch.Tensor
-    output: torch.Tensor | None
 
 
 def window_sums(
@@ -66,16 +49,14 @@ def window_sums(
     stored: float32 or bfloat16 in all three, votes float32, any strides with contiguous vectors; D and Dv multiples of
     8. weights [R, Q] float32, R at most 2. ValueError for anything else.
     """
+    check_window(q, position, k_ctx, lv_ctx, k, v, lv, weights)
+    if not supports(k_ctx, k, v):
+        raise ValueError(
+            "on a CPU window_sums takes float32 or bfloat16 keys and values, vectors of 8, 16, ... numbers"
+        )
     heads, queries, dim = q.shape
     tokens = k.shape[0]
     q, position, weights = q.contiguous(), position.contiguous(), weights.contiguous()
-    if not supports(k_ctx, k, v) or any(x.dtype != torch.float32 for x in (q, lv_ctx, lv, weights)):
-        raise ValueError("window_sums takes float32 queries and votes, float32 or bfloat16 keys and values, on a CPU")
-    shapes = (k_ctx.shape[1:], k.shape[1:], lv.shape, v.shape[:2], position.shape, weights.shape[1:])
-    if shapes != ((heads, dim), (heads, dim), (tokens, heads), (tokens, heads), (queries,), (queries,)):
-        raise ValueError(f"shapes {shapes} do not belong together with q {tuple(q.shape)}")
-    if len(weights) > MAX_WEIGHTS or lv_ctx.shape != k_ctx.shape[:2] or position.dtype != torch.int64:
-        raise ValueError("at most two rows of weights, a vote per context entry, int64 positions")
     log_z, log_z_ctx = q.new_empty(heads, queries), q.new_empty(heads, queries)
     received, squares = q.new_empty(heads, tokens), q.new_empty(len(weights), heads, tokens)
     output = q.new_empty(heads, queries, v.shape[2]) if outputs else None

@@ -1,12 +1,12 @@
 """Window scores in Triton: what the queries of a window give to each token of a span, without a [n, Q] tensor.
 
-Same numbers as keepkv_sglang.scoring.base, up to the order of float32 sums: `log_z` is `observe(...).log_z` or, without
-positions, `context_log_z`; `window_score` is `Window.mean_received()` (power 1) or `received_norm() / viewers ** 0.5`
-(power 2). Pooling stays with torch. Logits are formed twice, once per function, and never stored.
+`window_sums` gives what kernels/score/cpp_impl.py gives, up to the order of float32 sums. Two kernels: per tile of
+queries the denominators (and outputs, as flash attention does), then per tile of tokens the sums over the queries,
+which forms the logits once more. Keys and values are read where they lie, 16 bit or float32.
 
-Differs from there: k may be 16 bit and strided, so a span need not be copied; a query that sees nothing gives
-nothing. Dots of float32 are float32; 16-bit operands are multiplied as stored when both q and k are of one dtype, as
-float32 otherwise. Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
+Products are float32 ("ieee") where keys are; against 16-bit keys the float32 queries are rounded to TF32 (10 bits),
+which holds such keys exactly. A query that sees nothing gives nothing. Never run on a GPU; compiled for sm_80, sm_90
+and sm_100 (kernels/README.md).
 """
 
 from __future__ import annotations
@@ -15,190 +15,207 @@ import torch
 import triton
 import triton.language as tl
 
+from . import Sums, check_window
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
 def _logits(
-    q_ptr, k_ptr, lv_ptr, head, query, token, queries, n, stride_qh, stride_qq, stride_kh, stride_kn, stride_lh,
-    stride_ln, DIM: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    q_ptr, k_ptr, lv_ptr, head, query, token, queries, n, stride_kh, stride_kn, stride_lh, stride_ln,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[Q, N] float32: q.k + lv; 0 + lv outside the queries, -inf outside the tokens."""
     d = tl.arange(0, BLOCK_D)
     mask_q, mask_n, mask_d = query < queries, token < n, d < DIM
     q = tl.load(
-        q_ptr + head * stride_qh + query[:, None] * stride_qq + d[None, :],
-        mask=mask_q[:, None] & mask_d[None, :], other=0.0,
-    )  # fmt: skip
+        q_ptr + (head * queries + query[:, None]) * DIM + d[None, :], mask=mask_q[:, None] & mask_d[None, :], other=0.0
+    )
     k = tl.load(
         k_ptr + head * stride_kh + token[None, :] * stride_kn + d[:, None],
         mask=mask_n[None, :] & mask_d[:, None], other=0.0,
     )  # fmt: skip
-    if UPCAST:
-        logits = tl.dot(q.to(tl.float32), k.to(tl.float32), input_precision="ieee")
-    else:
-        logits = tl.dot(q, k)
-    lv = tl.load(lv_ptr + head * stride_lh + token * stride_ln, mask=mask_n, other=0.0).to(tl.float32)
+    logits = tl.dot(q, k.to(tl.float32), input_precision=PRECISION)
+    lv = tl.load(lv_ptr + head * stride_lh + token * stride_ln, mask=mask_n, other=0.0)
     return tl.where(mask_n[None, :], logits + lv[None, :], float("-inf"))
 
 
 @triton.jit
-def log_z_kernel(
-    q_ptr, k_ptr, lv_ptr, position_ptr, start_ptr, out_ptr, queries, n,
-    stride_qh, stride_qq, stride_kh, stride_kn, stride_lh, stride_ln,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_POSITION: tl.constexpr, HAS_START: tl.constexpr, UPCAST: tl.constexpr,
+def observe_kernel(
+    q_ptr, k_ptr, v_ptr, lv_ptr, position_ptr, start_ptr, log_z_ptr, out_ptr, queries, n,
+    stride_kh, stride_kn, stride_vh, stride_vn, stride_lh, stride_ln,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr, HAS_START: tl.constexpr, HAS_OUTPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (query tile, head): running maximum and sum over the tokens that the tile's queries see."""
+    """Program (query tile, head): running maximum and sum over the tokens that the tile's queries see, and with
+    HAS_OUTPUT the sum of their values. Without start_ptr all tokens are seen."""
     head = tl.program_id(1).to(tl.int64)
     query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    mask_q = query < queries
+    mask_q, dv = query < queries, tl.arange(0, BLOCK_V)
     last = tl.zeros([BLOCK_Q], tl.int32) + n - 1
-    if HAS_POSITION:
-        last = tl.minimum(last, tl.load(position_ptr + query // GROUP, mask=mask_q, other=-1).to(tl.int32))
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
+    out = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
     if HAS_START:
+        last = tl.minimum(last, tl.load(position_ptr + query, mask=mask_q, other=-1).to(tl.int32))
         top = tl.load(start_ptr + head * queries + query, mask=mask_q, other=float("-inf"))
         total = tl.where(top > float("-inf"), 1.0, 0.0)
     for start in range(0, tl.max(last, 0) + 1, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         logits = _logits(
-            q_ptr, k_ptr, lv_ptr, head, query, token, queries, n, stride_qh, stride_qq, stride_kh, stride_kn, stride_lh,
-            stride_ln, DIM, BLOCK_D, UPCAST,
+            q_ptr, k_ptr, lv_ptr, head, query, token, queries, n, stride_kh, stride_kn, stride_lh, stride_ln,
+            DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         logits = tl.where(token[None, :] <= last[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(logits - shift[:, None]), 1)
+        weights, decay = tl.exp(logits - shift[:, None]), tl.exp(top - shift)
+        total = total * decay + tl.sum(weights, 1)
+        if HAS_OUTPUT:
+            values = tl.load(
+                v_ptr + head * stride_vh + token[:, None] * stride_vn + dv[None, :],
+                mask=(token < n)[:, None] & (dv < DIM_V)[None, :], other=0.0,
+            )  # fmt: skip
+            out = out * decay[:, None] + tl.dot(weights, values.to(tl.float32), input_precision=PRECISION)
         top = new_top
-    tl.store(out_ptr + head * queries + query, top + tl.log(tl.where(total > 0, total, 1.0)), mask=mask_q)
+    tl.store(log_z_ptr + head * queries + query, top + tl.log(tl.where(total > 0, total, 1.0)), mask=mask_q)
+    if HAS_OUTPUT:
+        out = out / tl.where(total > 0, total, 1.0)[:, None]
+        mask = mask_q[:, None] & (dv < DIM_V)[None, :]
+        tl.store(out_ptr + (head * queries + query[:, None]) * DIM_V + dv[None, :], out, mask=mask)
 
 
 @triton.jit
-def window_score_kernel(
-    q_ptr, k_ptr, lv_ptr, position_ptr, log_z_ptr, out_ptr, queries, n,
-    stride_qh, stride_qq, stride_kh, stride_kn, stride_lh, stride_ln,
-    GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    SQUARE: tl.constexpr, UPCAST: tl.constexpr,
+def sums_kernel(
+    q_ptr, k_ptr, lv_ptr, position_ptr, log_z_ptr, weights_ptr, received_ptr, squares_ptr, queries, n, heads,
+    stride_kh, stride_kn, stride_lh, stride_ln,
+    ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (token tile, head): sums over all queries, and counts those that see each token."""
+    """Program (token tile, head): sums over all queries of the weights that they give to each token."""
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_N], tl.float32)
-    viewers = tl.zeros([BLOCK_N], tl.int32)
+    received = tl.zeros([BLOCK_N], tl.float32)
+    first, second = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, queries, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         mask_q = query < queries
         logits = _logits(
-            q_ptr, k_ptr, lv_ptr, head, query, token, queries, n, stride_qh, stride_qq, stride_kh, stride_kn, stride_lh,
-            stride_ln, DIM, BLOCK_D, UPCAST,
+            q_ptr, k_ptr, lv_ptr, head, query, token, queries, n, stride_kh, stride_kn, stride_lh, stride_ln,
+            DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
-        log_z = tl.load(log_z_ptr + head * queries + query, mask=mask_q, other=0.0)
-        last = tl.load(position_ptr + query // GROUP, mask=mask_q, other=-1).to(tl.int32)
-        seen = token[None, :] <= last[:, None]
-        # inside the where: exp of what a query does not see can overflow, and exp(-inf - -inf) is NaN
-        weights = tl.where(seen & (log_z > float("-inf"))[:, None], tl.exp(logits - log_z[:, None]), 0.0)
-        if SQUARE:
-            weights = weights * weights
-        total += tl.sum(weights, 0)
-        viewers += tl.sum(seen.to(tl.int32), 0)
-    mean = total / tl.maximum(viewers, 1).to(tl.float32)
-    if SQUARE:
-        mean = tl.sqrt(mean)
-    tl.store(out_ptr + head * n + token, mean, mask=token < n)
+        log_z = tl.load(log_z_ptr + head * queries + query, mask=mask_q, other=float("-inf"))
+        # inside the where: exp(-inf - -inf) is NaN
+        a = tl.where((log_z > float("-inf"))[:, None], tl.exp(logits - log_z[:, None]), 0.0)
+        received += tl.sum(a, 0)
+        last = tl.load(position_ptr + query, mask=mask_q, other=-1).to(tl.int32)
+        a = tl.where(token[None, :] <= last[:, None], a * a, 0.0)  # what a query does not see can overflow
+        if ROWS > 0:
+            first += tl.sum(a * tl.load(weights_ptr + query, mask=mask_q, other=0.0)[:, None], 0)
+        if ROWS > 1:
+            second += tl.sum(a * tl.load(weights_ptr + queries + query, mask=mask_q, other=0.0)[:, None], 0)
+    tl.store(received_ptr + head * n + token, received, mask=token < n)
+    if ROWS > 0:
+        tl.store(squares_ptr + head * n + token, first, mask=token < n)
+    if ROWS > 1:
+        tl.store(squares_ptr + (heads + head) * n + token, second, mask=token < n)
 
 
-def log_z(
+def window_sums(
+    q: torch.Tensor,
+    position: torch.Tensor,
+    k_ctx: torch.Tensor,
+    lv_ctx: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lv: torch.Tensor,
+    weights: torch.Tensor,
+    outputs: bool,
+) -> Sums:
+    """q [H, Q, D] float32, already scaled; position [Q] int64: the last token of the span that each row sees. k_ctx [c,
+    H, D], lv_ctx [c, H]: what precedes the span, c may be 0; k [n, H, D], v [n, H, Dv], lv [n, H]: the span, as
+    stored: one of float32, bfloat16, float16, votes float32, any strides with contiguous vectors. weights [R, Q]
+    float32, R at most 2. ValueError for anything else.
+    """
+    check_window(q, position, k_ctx, lv_ctx, k, v, lv, weights)
+    if not supports(k_ctx, k, v):
+        raise ValueError("window_sums takes keys and values of float32, bfloat16 or float16, contiguous vectors")
+    heads, queries, _ = q.shape
+    n = k.shape[0]
+    q, position, weights = q.contiguous(), position.contiguous(), weights.contiguous()
+    log_z_ctx, log_z = q.new_full((heads, queries), -torch.inf), q.new_empty(heads, queries)
+    received, squares = q.new_empty(heads, n), q.new_empty(len(weights), heads, n)
+    output = q.new_empty(heads, queries, v.shape[2]) if outputs else None
+    if queries and len(k_ctx):
+        _observe(q, k_ctx, None, lv_ctx, None, None, log_z_ctx, None)
+    if queries and n:
+        _observe(q, k, v, lv, position, log_z_ctx, log_z, output)
+        _sums(q, k, lv, position, log_z, weights, received, squares)
+    else:
+        log_z.copy_(log_z_ctx)
+        for x in (received, squares, output):
+            if x is not None:
+                x.zero_()
+    return Sums(log_z, log_z_ctx, received, squares, output)
+
+
+def supports(k_ctx: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Storage that the kernels read."""
+    alike = k.dtype in _DTYPES and k_ctx.dtype == k.dtype == v.dtype
+    return alike and all(x.stride(2) == 1 for x in (k_ctx, k, v))
+
+
+def _observe(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    lv: torch.Tensor,
+    position: torch.Tensor | None,
+    start: torch.Tensor | None,
+    log_z: torch.Tensor,
+    output: torch.Tensor | None,
+) -> None:
+    heads, queries, dim = q.shape
+    block, block_d = _tile(k, dim)
+    dim_v = v.shape[2] if v is not None else dim
+    stride_v = (v.stride(1), v.stride(0)) if v is not None else (0, 0)
+    observe_kernel[(triton.cdiv(queries, block), heads)](
+        q, k, v, lv, position, start, log_z, output, queries, k.shape[0],
+        k.stride(1), k.stride(0), *stride_v, lv.stride(1), lv.stride(0),
+        DIM=dim, DIM_V=dim_v, BLOCK_Q=block, BLOCK_N=block, BLOCK_D=block_d,
+        BLOCK_V=max(16, triton.next_power_of_2(dim_v)), HAS_START=start is not None, HAS_OUTPUT=output is not None,
+        PRECISION=_precision(k), num_warps=8 if dim > 64 else 4, num_stages=1,
+    )  # fmt: skip
+
+
+def _sums(
     q: torch.Tensor,
     k: torch.Tensor,
     lv: torch.Tensor,
-    position: torch.Tensor | None = None,
-    start: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[H, Q] float32: log(exp(start) + sum_i p_i exp(q.k_i)) over the tokens i <= position[j] (all without position).
-
-    q [H, Q, D] scaled, window-major (row j * G + g); k [H, n, D] and lv [H, n], any strides but contiguous D;
-    position [w] integers, w divides Q; start [H, Q] float32, -inf for nothing. A query that sees nothing and has no
-    start gives -inf. n or Q may be 0. ValueError for other shapes and dtypes.
-    """
-    group = _check(q, k, lv, position)
+    position: torch.Tensor,
+    log_z: torch.Tensor,
+    weights: torch.Tensor,
+    received: torch.Tensor,
+    squares: torch.Tensor,
+) -> None:
     heads, queries, dim = q.shape
-    out = torch.empty(heads, queries, dtype=torch.float32, device=q.device)
-    if start is not None:
-        if start.shape != out.shape or start.dtype != torch.float32:
-            raise ValueError(f"start must be float32 {tuple(out.shape)}, got {start.dtype} {tuple(start.shape)}")
-        start = start.contiguous()
-    if queries == 0:
-        return out
-    block_q, block_n, block_d = _tiles(q, k)
-    log_z_kernel[(triton.cdiv(queries, block_q), heads)](
-        q, k, lv, position, start, out, queries, k.shape[1], *_strides(q, k, lv),
-        GROUP=group, DIM=dim, BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
-        HAS_POSITION=position is not None, HAS_START=start is not None, UPCAST=_upcast(q, k),
-        num_warps=4, num_stages=2,
+    block, block_d = _tile(k, dim)
+    sums_kernel[(triton.cdiv(k.shape[0], block), heads)](
+        q, k, lv, position, log_z, weights, received, squares, queries, k.shape[0], heads,
+        k.stride(1), k.stride(0), lv.stride(1), lv.stride(0),
+        ROWS=len(weights), DIM=dim, BLOCK_Q=block, BLOCK_N=block, BLOCK_D=block_d,
+        PRECISION=_precision(k), num_warps=8 if dim > 64 else 4, num_stages=1,
     )  # fmt: skip
-    return out
-
-
-def window_score(
-    q: torch.Tensor, k: torch.Tensor, lv: torch.Tensor, position: torch.Tensor, log_z: torch.Tensor, power: int = 1
-) -> torch.Tensor:
-    """[H, n] float32: (mean over the queries that see token i of (p_i exp(q.k_i) / Z_q)^power)^(1 / power).
-
-    power 1: SnapKV before pooling (arXiv 2404.14469); 2: scorer `rms` (arXiv 2602.16284). 0 for a token that no query
-    sees. Shapes as in `log_z`, whose result (causal, with the context in `start`) is log_z [H, Q]. ValueError for other
-    shapes, dtypes and powers.
-    """
-    group = _check(q, k, lv, position)
-    heads, queries, dim = q.shape
-    if power not in (1, 2):
-        raise ValueError(f"power {power}: 1 (mean) or 2 (root mean square)")
-    if log_z.shape != q.shape[:2] or log_z.dtype != torch.float32:
-        raise ValueError(f"log_z must be float32 {tuple(q.shape[:2])}, got {log_z.dtype} {tuple(log_z.shape)}")
-    n = k.shape[1]
-    out = torch.empty(heads, n, dtype=torch.float32, device=q.device)
-    if n == 0:
-        return out
-    block_q, block_n, block_d = _tiles(q, k)
-    window_score_kernel[(triton.cdiv(n, block_n), heads)](
-        q, k, lv, position, log_z.contiguous(), out, queries, n, *_strides(q, k, lv),
-        GROUP=group, DIM=dim, BLOCK_Q=block_q, BLOCK_N=block_n, BLOCK_D=block_d,
-        SQUARE=power == 2, UPCAST=_upcast(q, k), num_warps=4, num_stages=2,
-    )  # fmt: skip
-    return out
-
-
-def _check(q: torch.Tensor, k: torch.Tensor, lv: torch.Tensor, position: torch.Tensor | None) -> int:
-    """q heads per kv head."""
-    if q.dim() != 3 or k.dim() != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]) or lv.shape != k.shape[:2]:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, lv {tuple(lv.shape)}"
-        raise ValueError(f"{shapes}: need [H, Q, D], [H, n, D] and [H, n]")
-    if q.dtype not in _DTYPES or k.dtype not in _DTYPES or lv.dtype not in _DTYPES:
-        raise ValueError(f"q {q.dtype}, k {k.dtype}, lv {lv.dtype}: use float32, bfloat16 or float16")
-    if q.stride(2) != 1 or k.stride(2) != 1:
-        raise ValueError("q and k need contiguous head_dim: call .contiguous()")
-    if position is None or q.shape[1] == 0:
-        return 1
-    if position.is_floating_point() or position.dim() != 1 or len(position) == 0 or q.shape[1] % len(position):
-        raise ValueError(f"position must be integers [w] with w dividing the {q.shape[1]} queries")
-    return q.shape[1] // len(position)
 
 
 def _interpreted() -> bool:
-    return not isinstance(log_z_kernel, triton.runtime.JITFunction)
+    return not isinstance(sums_kernel, triton.runtime.JITFunction)
 
 
-def _upcast(q: torch.Tensor, k: torch.Tensor) -> bool:
-    return _interpreted() or q.dtype != k.dtype or q.dtype == torch.float32
+def _precision(k: torch.Tensor) -> str:
+    return "ieee" if k.dtype == torch.float32 or _interpreted() else "tf32"
 
 
-def _tiles(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int]:
-    """(queries, tokens, head_dim) of a tile. float32 dots keep both operands in registers: small tiles do not spill."""
-    block_d = max(16, triton.next_power_of_2(q.shape[2]))
-    small = _upcast(q, k) and not _interpreted()
-    return (32, 32, block_d) if small else (64, 64, block_d)
-
-
-def _strides(q: torch.Tensor, k: torch.Tensor, lv: torch.Tensor) -> tuple[int, ...]:
-    return q.stride(0), q.stride(1), k.stride(0), k.stride(1), lv.stride(0), lv.stride(1)
+def _tile(k: torch.Tensor, dim: int) -> tuple[int, int]:
+    """(queries or tokens, head_dim) of a tile. "ieee" dots hold operands in registers: small tiles do not spill."""
+    return 32 if _precision(k) == "ieee" and not _interpreted() else 64, max(16, triton.next_power_of_2(dim))

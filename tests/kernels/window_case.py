@@ -1,0 +1,60 @@
+"""What a window sees of a span, window_sums of kernels/score, for the tests of C++ and of Triton."""
+
+from __future__ import annotations
+
+import torch
+
+# Logits of size 10 in float32 carry rounding of 1e-6, which exp passes on relative to attention, at most 1; sums of
+# 2,000 of them carry some more. A wrong mask, weight or head is off by more than 1e-2.
+TOLERANCE = 2e-5
+NAMES = ("log_z", "log_z_ctx", "received", "squares", "output")
+
+
+class Case:
+    """H kv heads, Q rows of which the first `references` see everything, n tokens behind c others."""
+
+    def __init__(
+        self, n, rows, context=0, heads=2, dim=64, dim_v=None, references=0, dtype=torch.float32, votes=1.0,
+        device="cpu",
+    ):  # fmt: skip
+        gen = torch.Generator().manual_seed(n + rows + context + dim)
+        dim_v = dim_v or dim
+        self.q = torch.randn(heads, rows, dim, generator=gen) * 2 * dim**-0.5
+        behind = torch.full((references,), n + 3)
+        self.position = torch.cat([behind, (torch.arange(rows - references) + n - rows + references).clamp(min=0)])
+        self.k_ctx = torch.randn(context, heads, dim, generator=gen).to(dtype)
+        # Not contiguous, as a slice of several layers' heads is.
+        self.k = torch.randn(n, heads + 1, dim, generator=gen).to(dtype)[:, :heads]
+        self.v = torch.randn(heads, n, dim_v, generator=gen).to(dtype).transpose(0, 1)
+        self.lv_ctx = torch.rand(context, heads, generator=gen) * votes
+        self.lv = torch.rand(n, heads, generator=gen) * votes
+        self.weights = torch.rand(2, rows, generator=gen)
+        for name, x in list(vars(self).items()):
+            setattr(self, name, x.to(device))
+
+    def run(self, impl, outputs=True):
+        return impl.window_sums(
+            self.q, self.position, self.k_ctx, self.lv_ctx, self.k, self.v, self.lv, self.weights, outputs
+        )
+
+    def exact(self):
+        q, k_ctx, lv_ctx, k, v, lv, weights = (
+            x.double().cpu() for x in (self.q, self.k_ctx, self.lv_ctx, self.k, self.v, self.lv, self.weights)
+        )
+        seen = torch.arange(k.shape[0])[:, None] <= self.position.cpu()
+        logits = torch.einsum("hqd,nhd->hnq", q, k) + lv.T[..., None]
+        before = torch.logsumexp(torch.einsum("hqd,chd->hcq", q, k_ctx) + lv_ctx.T[..., None], dim=1)
+        log_z = torch.logaddexp(before, torch.logsumexp(logits.masked_fill(~seen, -torch.inf), dim=1))
+        a = (logits - log_z[:, None]).exp()
+        visible = a * seen
+        squares = torch.einsum("hnq,rq->rhn", visible.square(), weights)
+        return log_z, before, a.sum(2), squares, torch.einsum("hnq,nhd->hqd", visible, v)
+
+
+def check(case, impl, tolerance=TOLERANCE):
+    for name, got, wanted in zip(NAMES, case.run(impl), case.exact(), strict=True):
+        got = got.cpu()
+        assert got.shape == wanted.shape and got.dtype == torch.float32, name
+        same = got.double() == wanted  # -inf without a context
+        wrong = torch.where(same, 0.0, (got - wanted).abs() / (1 + wanted.abs()))
+        assert wrong.max() < tolerance, (name, float(wrong.max()))
