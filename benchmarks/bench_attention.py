@@ -2,11 +2,11 @@
 
     python benchmarks/bench_attention.py [--threads 1] [--dtype float32] [--quick] [--kernels cpp numba torch]
 
-Each case is timed in interleaved rounds (one call of each contender per round, so that a noisy neighbour hits
-all of them) and the median round is printed: microseconds per layer call and, in brackets, torch_native's
-time over ours. The contenders of ours compute votes; torch_native has none, which only favours it. Slots are
-scattered. Then what cpp pays for votes (interleaved with itself without them), and its share of what reading
-the same rows and nothing else takes (read_rows.cpp).
+Each case is timed in interleaved rounds of torch_native and one contender (so that a noisy neighbour hits both) and
+the median round is printed: microseconds per layer call and, in brackets, torch_native's time over ours. The contenders of ours compute votes; torch_native has none, which only favours it. Slots are
+scattered. Then what cpp pays for votes (interleaved with itself without them), its share of what reading the same rows
+and nothing else takes (read_rows.cpp), and what votes cost where slots follow each other, as an allocator hands them
+out.
 """
 
 from __future__ import annotations
@@ -93,10 +93,15 @@ def medians(contenders: dict[str, Callable[[], None]], seconds: float) -> dict[s
 
 
 def row(label: str, contenders: dict[str, Callable[[], None]], seconds: float) -> None:
-    found = medians(contenders, seconds)
-    base = found["torch_native"]
-    cells = [f"{found.get(n, float('nan')):11.0f} ({base / found.get(n, float('nan')):5.1f}x)" for n in found]
-    print(f"{label:22}" + "".join(cells), flush=True)
+    """Each contender in rounds with torch_native (the first): the threads of one that is not there cannot spin."""
+    base, native = next(iter(contenders.items()))
+    cells = []
+    for name, call in contenders.items():
+        if name != base:
+            found = medians({base: native, name: call}, seconds)
+            cells.append((found[name], found[base]))
+    texts = [f"{cells[0][1]:11.0f} (  1.0x)", *(f"{ours:11.0f} ({slow / ours:5.1f}x)" for ours, slow in cells)]
+    print(f"{label:22}" + "".join(texts), flush=True)
 
 
 def reader(folder: str) -> Callable[..., None]:
@@ -119,23 +124,26 @@ def reader(folder: str) -> Callable[..., None]:
 def votes_and_bandwidth(seconds: float) -> None:
     """cpp alone, float32: with votes over without, and bytes of K and V per second over the reader's."""
     cpp = attention.load("cpp")
-    print(f"{'cpp decode':22}{'us':>12}{'votes cost':>14}{'GB/s':>10}{'reading alone':>16}{'share':>10}")
+    print(
+        f"{'cpp decode':22}{'us':>12}{'votes cost':>14}{'GB/s':>10}{'reading alone':>16}{'share':>10}{'in a row':>14}"
+    )
     with tempfile.TemporaryDirectory() as folder:
         read = reader(folder)
         for batch, length in DECODE:
             q, k, v, votes, table, rows, lens, _, scale, out = make(batch, length, 1, torch.float32)
             flat = table.flatten().contiguous()
-            found = medians(
-                {
-                    "votes": lambda: cpp.decode(q, k, v, votes, table, rows, lens, scale, out),  # noqa: B023
-                    "none": lambda: cpp.decode(q, k, v, None, table, rows, lens, scale, out),  # noqa: B023
-                    "read": lambda: read(k, v, flat),  # noqa: B023
-                },
-                seconds,
-            )
+            calls: dict[str, Callable[[], None]] = {
+                "votes": lambda: cpp.decode(q, k, v, votes, table, rows, lens, scale, out),  # noqa: B023
+                "none": lambda: cpp.decode(q, k, v, None, table, rows, lens, scale, out),  # noqa: B023
+                "read": lambda: read(k, v, flat),  # noqa: B023
+            }
+            found = medians(calls, seconds)
             size = 2 * batch * length * HEADS_KV * DIM * 4 / 1e3
             cells = f"{found['votes']:12.0f}{found['votes'] / found['none'] - 1:14.1%}{size / found['votes']:10.1f}"
             cells += f"{size / found['read']:16.1f}{found['read'] / found['votes']:10.0%}"
+            table.copy_(torch.arange(table.numel()).view(table.shape))
+            found = medians({"votes": calls["votes"], "none": calls["none"]}, seconds)
+            cells += f"{found['votes'] / found['none'] - 1:14.1%}"
             print(f"{f'{batch} x {length}':22}{cells}", flush=True)
 
 

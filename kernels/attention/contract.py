@@ -25,7 +25,8 @@ def as_int64(values: Lengths, name: str, size: int) -> torch.Tensor:
 
 def packed_rows(x: torch.Tensor) -> bool:
     """True when everything but dim 0 is contiguous."""
-    return x.stride(-1) == 1 and (x.dim() < 3 or x.stride(1) == x.shape[2])
+    stride = x.stride()
+    return stride[-1] == 1 and (len(stride) < 3 or stride[1] == x.shape[2])
 
 
 def check(
@@ -54,26 +55,27 @@ def check_layout(
 ) -> None:
     """ValueError, with what to do next, for shapes, strides and dtypes outside the contract. Reads no data, so that
     it costs a GPU no synchronisation."""
-    heads_q, dim = q.shape[1], q.shape[2]
-    heads_kv = k_pool.shape[1]
-    if k_pool.shape != v_pool.shape or k_pool.shape[2] != dim or heads_q % heads_kv:
+    pool, dtype, kv_dtype = k_pool.shape, q.dtype, k_pool.dtype  # each asked of torch once: this runs in every layer
+    shape = q.shape
+    dim = shape[2]
+    if pool != v_pool.shape or pool[2] != dim or shape[1] % pool[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k_pool {tuple(k_pool.shape)}, v_pool {tuple(v_pool.shape)} do not fit: "
             "K and V need one shape, q's head_dim, and q heads must be a multiple of kv heads"
         )
-    if q.dtype not in dtypes or k_pool.dtype not in dtypes or v_pool.dtype != k_pool.dtype:
+    if dtype not in dtypes or kv_dtype not in dtypes or v_pool.dtype != kv_dtype:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use {names}")
     if dim % 8 or dim > 256:
         raise ValueError(f"head_dim {dim} is not a multiple of 8 up to 256")
     if not (packed_rows(k_pool) and packed_rows(v_pool) and packed_rows(out)):
         raise ValueError("k_pool, v_pool and out need contiguous [head, dim] rows: copying a pool is too expensive")
-    if out.shape != q.shape or out.dtype != q.dtype:
+    if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} must match q {tuple(q.shape)} {q.dtype}")
     if req_to_token.dtype != torch.int32 or req_to_token.stride(1) != 1:
         raise ValueError(f"req_to_token must be int32 with contiguous rows, got {req_to_token.dtype}")
     if log_votes is not None and (
-        log_votes.dtype != torch.float32 or log_votes.shape != k_pool.shape[:2] or log_votes.stride(1) != 1
+        log_votes.dtype != torch.float32 or log_votes.shape != pool[:2] or log_votes.stride(1) != 1
     ):
         raise ValueError(
             f"log_votes must be float32 {tuple(k_pool.shape[:2])} with contiguous rows, "

@@ -92,6 +92,8 @@ void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n,
       int i = i0 + j + KT;
       if (i < n) prefetch_row(p.k + slots[i] * p.k_stride + h0 * dim, row_bytes);
     }
+    if (p.votes)  // scattered like the keys, read behind the products
+      for (int j = 0; j < KT && i0 + j < n; ++j) __builtin_prefetch(p.votes + slots[i0 + j] * p.votes_stride + h0, 0, 2);
     for (int h = h0; h < h1; ++h)
       for (int g = 0; g < G;) {
         const float* qg = q + (h * G + g) * dim;
