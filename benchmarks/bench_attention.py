@@ -1,12 +1,14 @@
 """Times the CPU attention kernels against what SGLang's torch_native backend does, in one run.
 
-    python benchmarks/bench_attention.py [--threads 1] [--dtype float32] [--quick] [--kernels cpp numba torch]
+    python benchmarks/bench_attention.py [--threads 1] [--dtype float32] [--quick] [--kernel cpp]
 
-Each case is timed in interleaved rounds of torch_native and one contender (so that a noisy neighbour hits both) and
-the median round is printed: microseconds per layer call and, in brackets, torch_native's time over ours. The contenders of ours compute votes; torch_native has none, which only favours it. Slots are
-scattered. Then what cpp pays for votes (interleaved with itself without them), its share of what reading the same rows
-and nothing else takes (read_rows.cpp), and what votes cost where slots follow each other, as an allocator hands them
-out.
+Each case is timed in interleaved rounds (one call of each contender per round, so that a noisy neighbour hits all of
+them) and the median round is printed: microseconds per layer call and, in brackets, torch_native's time over ours.
+Ours computes votes; torch_native has none, which only favours it. Slots are scattered. One kernel of ours per process:
+the OpenMP runtime that numba brings makes torch's own threads several times slower.
+
+With cpp also what votes cost (interleaved with itself without them), its share of what reading the same rows and
+nothing else takes (read_rows.cpp), and what votes cost where slots follow each other, as an allocator hands them out.
 """
 
 from __future__ import annotations
@@ -93,15 +95,9 @@ def medians(contenders: dict[str, Callable[[], None]], seconds: float) -> dict[s
 
 
 def row(label: str, contenders: dict[str, Callable[[], None]], seconds: float) -> None:
-    """Each contender in rounds with torch_native (the first): the threads of one that is not there cannot spin."""
-    base, native = next(iter(contenders.items()))
-    cells = []
-    for name, call in contenders.items():
-        if name != base:
-            found = medians({base: native, name: call}, seconds)
-            cells.append((found[name], found[base]))
-    texts = [f"{cells[0][1]:11.0f} (  1.0x)", *(f"{ours:11.0f} ({slow / ours:5.1f}x)" for ours, slow in cells)]
-    print(f"{label:22}" + "".join(texts), flush=True)
+    found = medians(contenders, seconds)
+    base = found["torch_native"]
+    print(f"{label:22}" + "".join(f"{us:11.0f} ({base / us:5.1f}x)" for us in found.values()), flush=True)
 
 
 def reader(folder: str) -> Callable[..., None]:
@@ -124,9 +120,8 @@ def reader(folder: str) -> Callable[..., None]:
 def votes_and_bandwidth(seconds: float) -> None:
     """cpp alone, float32: with votes over without, and bytes of K and V per second over the reader's."""
     cpp = attention.load("cpp")
-    print(
-        f"{'cpp decode':22}{'us':>12}{'votes cost':>14}{'GB/s':>10}{'reading alone':>16}{'share':>10}{'in a row':>14}"
-    )
+    columns = {"us": 12, "votes cost": 14, "GB/s": 10, "reading alone": 16, "share": 10, "votes, in a row": 18}
+    print(f"{'cpp decode':22}" + "".join(f"{name:>{width}}" for name, width in columns.items()))
     with tempfile.TemporaryDirectory() as folder:
         read = reader(folder)
         for batch, length in DECODE:
@@ -143,7 +138,7 @@ def votes_and_bandwidth(seconds: float) -> None:
             cells += f"{size / found['read']:16.1f}{found['read'] / found['votes']:10.0%}"
             table.copy_(torch.arange(table.numel()).view(table.shape))
             found = medians({"votes": calls["votes"], "none": calls["none"]}, seconds)
-            cells += f"{found['votes'] / found['none'] - 1:14.1%}"
+            cells += f"{found['votes'] / found['none'] - 1:18.1%}"
             print(f"{f'{batch} x {length}':22}{cells}", flush=True)
 
 
@@ -152,27 +147,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--kernels", nargs="+", default=["cpp", "numba", "torch"])
+    parser.add_argument("--kernel", choices=attention.ORDER, default="cpp")
     parser.add_argument("--quick", action="store_true", help="0.3 s per case instead of 2 s")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     dtype, seconds = getattr(torch, args.dtype), 0.3 if args.quick else 2.0
-    kernels = {name: attention.load(name) for name in args.kernels}
+    kernel = attention.load(args.kernel)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     print(f"{platform.machine()}, torch {torch.__version__}, commit {git.stdout.strip() or '-'}")
     shape = f"{HEADS_Q} q / {HEADS_KV} kv heads, head_dim {DIM}"
     print(f"{args.threads} thread(s), {args.dtype}, {shape}; us per call (times faster than torch_native)")
-    print(f"{'decode batch x KV':22}" + "".join(f"{n:>20}" for n in ("torch_native", *kernels)))
+    print(f"{'decode batch x KV':22}" + "".join(f"{n:>20}" for n in ("torch_native", args.kernel)))
     for batch, length in DECODE:
         q, k, v, votes, table, rows, lens, news, scale, out = make(batch, length, 1, dtype)
         calls: dict[str, Callable[[], None]] = {
             "torch_native": lambda: torch_native(q, k, v, table, rows, lens, news, scale, out)  # noqa: B023
         }
-        for name, kernel in kernels.items():
-            calls[name] = lambda f=kernel.decode: f(q, k, v, votes, table, rows, lens, scale, out)  # noqa: B023
+        calls[args.kernel] = lambda: kernel.decode(q, k, v, votes, table, rows, lens, scale, out)  # noqa: B023
         row(f"{batch} x {length}", calls, seconds)
-    columns = ("torch_native", "SDPA new only", *kernels)
+    columns = ("torch_native", "SDPA new only", args.kernel)
     print(f"{'extend cached + new':22}" + "".join(f"{n:>20}" for n in columns))
     for cached, new in EXTEND:
         q, k, v, votes, table, rows, lens, news, scale, out = make(1, cached + new, new, dtype)
@@ -180,10 +174,10 @@ def main() -> None:
             "torch_native": lambda: torch_native(q, k, v, table, rows, lens, news, scale, out),  # noqa: B023
             "SDPA new only": lambda: sdpa_new_queries(q, k, v, table, rows, lens, news, scale, out),  # noqa: B023
         }
-        for name, kernel in kernels.items():
-            calls[name] = lambda f=kernel.extend: f(q, k, v, votes, table, rows, lens, news, scale, out)  # noqa: B023
+        calls[args.kernel] = lambda: kernel.extend(q, k, v, votes, table, rows, lens, news, scale, out)  # noqa: B023
         row(f"{cached} + {new}", calls, seconds)
-    votes_and_bandwidth(seconds)
+    if args.kernel == "cpp":
+        votes_and_bandwidth(seconds)
 
 
 if __name__ == "__main__":
