@@ -52,15 +52,15 @@ def attention_matching(c: Clusters) -> Merged:
     summed votes, where it solves a nonnegative least squares problem; values by a ridge that pulls to the
     merged values, where it pulls to zero or nowhere; reference queries are those of the prompt, moved.
     """
-    k, v = c.weighted_means(c.members(c.window.log_weight()))
+    k, v, start = c.means(c.members(c.window.log_weight()))
     first = c.seg.rows[c.seg.offsets].view(c.assign.shape[0], -1) % c.assign.shape[1]
     usable = k.isfinite().all(dim=2) & v.isfinite().all(dim=2)
     k, v = (x.masked_fill(~usable[..., None], 0.0) for x in (k, v))
     kernel = choose.implementation("merge", k) if c.window.sums is not None else None
     if kernel is not None and hasattr(kernel, "fit") and k.shape[1] <= c.window.q.shape[1]:
-        votes, delta, solved = _fit_in_one_pass(kernel, c, k, v, first, usable)
+        votes, delta, solved = _fit_in_one_pass(kernel, c, k, v, start, first, usable)
     else:
-        votes, delta, solved = _fit(c, k, v, first, usable)
+        votes, delta, solved = _fit(c, k, v, start, first, usable)
     v = v + torch.where(solved[:, None, None], delta, 0.0)
     return Merged(k, v, votes.masked_fill(~usable, torch.nan), rewrites_all=True)
 
@@ -72,15 +72,18 @@ Fitted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """log votes [H, m], delta [H, m, D] to add to the values, solved [H] bool."""
 
 
-def _fit(c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usable: torch.Tensor) -> Fitted:
-    """k, v [H, m, D]: means of the clusters; first [H, m]: their first tokens; usable [H, m]: both are finite."""
+def _fit(
+    c: Clusters, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor, first: torch.Tensor, usable: torch.Tensor
+) -> Fitted:
+    """k, v [H, m, D]: means of the clusters; start [H, m]: log of their summed votes; first [H, m]: their first tokens;
+    usable [H, m]: the means are finite."""
     window = c.window
     hidden = first[..., None] > window.position.repeat_interleave(window.group)
     e = torch.bmm(k, window.q.transpose(1, 2)).sub_(window.log_z[:, None, :]).clamp_(max=MAX_LOG_MASS).exp_()
     e.masked_fill_(hidden | ~usable[..., None], 0.0)
     outside = (window.log_z_ctx - window.log_z).exp_()
     weight = _weight(window)
-    votes, mass = _votes(e, (1 - outside).clamp_(min=0.0), weight, c.log_votes, c.fixed)
+    votes, mass = _votes(e, (1 - outside).clamp_(min=0.0), weight, start, c.fixed)
     attention = e.mul_(votes.exp()[..., None]).div_((outside + mass).clamp(min=1e-30)[:, None])
     residual = _output(c) - attention.transpose(1, 2) @ v
     root = weight.sqrt()
@@ -90,14 +93,20 @@ def _fit(c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usa
 
 
 def _fit_in_one_pass(
-    kernel: ModuleType, c: Clusters, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, usable: torch.Tensor
+    kernel: ModuleType,
+    c: Clusters,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor,
+    first: torch.Tensor,
+    usable: torch.Tensor,
 ) -> Fitted:
     """The same on a CPU, where kernels/score and kernels/merge have their C++, for no more slots than queries."""
     window = c.window
     found = kernel.fit(
         k,
         v,
-        c.log_votes,
+        start,
         first.masked_fill(~usable, -1),
         window.q,
         window.position.repeat_interleave(window.group),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
 
-from keepkv_sglang.kernels.merge import weighted_means
+from keepkv_sglang.kernels.merge import merge_segments
 from keepkv_sglang.kernels.merge.torch_impl import (
     Segments,
-    segment_logsumexp,
     segment_max,
     segment_sum,
 )
@@ -43,14 +41,10 @@ class Clusters:
         """[H, n] -> [T], one entry per member."""
         return per_token.flatten()[self.seg.rows]
 
-    @cached_property
-    def log_votes(self) -> torch.Tensor:
-        """[H, m]: log sum_{i in C} p_i."""
-        return self.per_cluster(segment_logsumexp(self.members(self.lv)[:, None], self.seg)).squeeze(2)
-
-    def weighted_means(self, log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of keys and of values, sum_i w_i x_i / sum_i w_i, each [H, m, D]; log_w [T] per member."""
-        return weighted_means(self.k, self.v, log_w, self.seg)
+    def means(self, log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Means of keys and of values, sum_i w_i x_i / sum_i w_i, each [H, m, D], and [H, m] log sum_i p_i; log_w [T]
+        per member."""
+        return merge_segments(self.k, self.v, self.lv, log_w, self.seg)
 
     def log_share(self) -> torch.Tensor:
         """[H, m, Q]: log of sum_{i in C} p_i exp(l_qi) / Z_q, the share of each query's attention that the

@@ -23,14 +23,14 @@ def least_squares(c: Clusters) -> Merged:
     Q^T (Q Q^T + lambda I)^-1 = (Q^T Q + lambda I)^-1 Q^T. A head whose factorisation fails or gives
     non-finite keys falls back to `tangent`. Not in the KeepKV paper.
     """
-    k_bar, v = c.weighted_means(c.members(c.window.log_weight()))
+    k_bar, v, log_votes = c.means(c.members(c.window.log_weight()))
     log_share, q = c.log_share(), c.window.q
-    r = log_share + c.window.log_z[:, None, :] - c.log_votes[:, :, None] - k_bar @ q.transpose(1, 2)
+    r = log_share + c.window.log_z[:, None, :] - log_votes[:, :, None] - k_bar @ q.transpose(1, 2)
     delta, solved = _ridge(q, r)
     delta = torch.where(solved[:, None, None], delta, 0.0)
     left = c.mean_over_queries(log_share, r - delta @ q.transpose(1, 2))
     clamped = left.clamp(-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION)
-    return Merged(k_bar + delta, v, c.log_votes + torch.where(solved[:, None], clamped, left))
+    return Merged(k_bar + delta, v, log_votes + torch.where(solved[:, None], clamped, left))
 
 
 def _ridge(q: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,5 +12,5 @@ def mean(c: Clusters) -> Merged:
     released script. Differs from that script: s_hat from softmax-normalised attention, whose exp cannot
     overflow.
     """
-    k, v = c.weighted_means(c.members(c.window.log_weight()))
-    return Merged(k, v, c.log_votes)
+    k, v, log_votes = c.means(c.members(c.window.log_weight()))
+    return Merged(k, v, log_votes)

@@ -15,7 +15,7 @@ def tangent(c: Clusters) -> Merged:
     q-variance of the keys. With several queries it is a compromise. Not in the KeepKV paper; log domain
     throughout.
     """
-    k, v = c.weighted_means(c.members(c.window.log_weight()))
+    k, v, _ = c.means(c.members(c.window.log_weight()))
     log_share = c.log_share()
     target = log_share + c.window.log_z[:, None, :] - k @ c.window.q.transpose(1, 2)
     return Merged(k, v, c.mean_over_queries(log_share, target))

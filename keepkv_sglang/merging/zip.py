@@ -34,10 +34,10 @@ def zip(c: Clusters) -> Merged:
     ema = c.window.log_ema(EMA_DECAY)
     log_s = c.members(c.window.per_token(lambda block: torch.logsumexp(c.window.logits(block).add_(ema), dim=2)))
     log_w = c.members(c.lv) + log_s
-    k, v = c.weighted_means(log_w)
+    k, v, log_votes = c.means(log_w)
     share = segment_softmax(log_w, c.seg)
     denominator = c.per_cluster(segment_sum((share * log_s)[:, None], c.seg)).squeeze(2)
     log_total = c.per_cluster(segment_logsumexp(log_w[:, None], c.seg)).squeeze(2)
-    scale = (log_total - c.log_votes) / denominator
+    scale = (log_total - log_votes) / denominator
     accepted = (denominator.abs() >= MIN_DENOMINATOR) & (scale >= KEY_SCALE[0]) & (scale <= KEY_SCALE[1])
-    return Merged(k * scale[..., None], v, c.log_votes, accepted)
+    return Merged(k * scale[..., None], v, log_votes, accepted)

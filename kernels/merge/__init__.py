@@ -1,6 +1,7 @@
 """Compression of one layer: `reference` (the equations), `torch_impl` (batched segment operations).
 
-`cpp_impl`: matching and the fit of attention_matching on a CPU. `triton_impl`: matching, merging, gather on a GPU.
+`cpp_impl`: matching, merging and the fit of attention_matching on a CPU. `triton_impl`: matching, merging and gather
+on a GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ def nearest_kept(
     return torch_impl.nearest_kept(k, dropped, kept, allowed, scratch_bytes)
 
 
-def weighted_means(
-    k: torch.Tensor, v: torch.Tensor, log_w: torch.Tensor, seg: Segments
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch_impl.weighted_means, with Triton in one launch where that is chosen."""
+def merge_segments(
+    k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, log_w: torch.Tensor, seg: Segments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """torch_impl.merge_segments by the fastest implementation that runs here."""
     kernel = choose.implementation("merge", k)
-    if kernel is not None and hasattr(kernel, "weighted_means") and kernel.supports(k) and kernel.supports(v):
-        return kernel.weighted_means(k, v, log_w, seg)  # type: ignore[no-any-return]
-    return torch_impl.weighted_means(k, v, log_w, seg)
+    if kernel is not None and kernel.supports(k) and kernel.supports(v):
+        return kernel.merge_segments(k, v, lv, log_w, seg)  # type: ignore[no-any-return]
+    return torch_impl.merge_segments(k, v, lv, log_w, seg)

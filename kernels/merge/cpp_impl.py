@@ -1,4 +1,4 @@
-"""Matching and the fit of `attention_matching` in C++ (cpu_merge.cpp).
+"""Matching, means over clusters and the fit of `attention_matching` in C++ (cpu_merge.cpp).
 
 Deterministic: a head's bits do not depend on the other heads or on the number of threads (torch.get_num_threads()).
 """
@@ -12,8 +12,12 @@ import torch
 
 from keepkv_sglang.kernels import cpu_build
 
+from .torch_impl import Segments
+
 _NEAREST = ("k", "dropped", "kept", "allowed", "similarity", "column")
 _NEAREST_SIZES = ("k_token", "k_head", "heads", "dim", "dropped_count", "kept_count", "threads")
+_SEGMENTS = ("k", "v", "lv", "log_w", "rows", "offsets", "counts", "out_k", "out_v", "out_lv")
+_SEGMENTS_SIZES = ("clusters", "dim", "dim_v", "threads")
 _FIT = (
     *("k", "v", "start", "q", "log_z", "log_z_ctx", "output", "weight", "first", "position"),
     *("votes", "gram", "rhs"),
@@ -26,6 +30,10 @@ class _Nearest(ctypes.Structure):
     _fields_ = [(x, ctypes.c_void_p) for x in _NEAREST] + [(x, ctypes.c_int64) for x in _NEAREST_SIZES]
 
 
+class _Segments(ctypes.Structure):
+    _fields_ = [(x, ctypes.c_void_p) for x in _SEGMENTS] + [(x, ctypes.c_int64) for x in _SEGMENTS_SIZES]
+
+
 class _Fit(ctypes.Structure):
     _fields_ = (
         [(x, ctypes.c_void_p) for x in _FIT]
@@ -36,8 +44,9 @@ class _Fit(ctypes.Structure):
 
 _library = cpu_build.build("merge")  # at import: the caller falls back to torch
 _nearest = cpu_build.load(_library, "keepkv_nearest")
+_segments = cpu_build.load(_library, "keepkv_segments")
 _fit = cpu_build.load(_library, "keepkv_fit")
-for _function in (_nearest, _fit):
+for _function in (_nearest, _segments, _fit):
     _function.argtypes = [ctypes.c_void_p]  # type: ignore[attr-defined]
 
 
@@ -57,6 +66,25 @@ def nearest_kept(
         args = _Nearest(*(x.data_ptr() for x in pointers), *sizes)
         _nearest(ctypes.addressof(args))
     return best, column
+
+
+def merge_segments(
+    k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, log_w: torch.Tensor, seg: Segments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As torch_impl.merge_segments; float32, D and Dv multiples of 8 (else ValueError)."""
+    given = [x.contiguous() for x in (k, v, lv, log_w)]
+    heads, n, dim = k.shape
+    shapes = [tuple(x.shape) for x in given]
+    if shapes != [(seg.heads, n, dim), (seg.heads, n, v.shape[2]), (heads, n), tuple(seg.rows.shape)]:
+        raise ValueError(f"k, v, lv, log_w {shapes} do not belong to {seg.heads} heads, {len(seg.rows)} members")
+    if any(x.dtype != torch.float32 or not x.is_cpu for x in given) or dim % 8 or v.shape[2] % 8:
+        raise ValueError("merge_segments takes float32 tensors on a CPU, D and Dv multiples of 8")
+    out = k.new_empty(heads, seg.m, dim), v.new_empty(heads, seg.m, v.shape[2]), lv.new_empty(heads, seg.m)
+    pointers = (*given, seg.rows, seg.offsets, seg.counts, *out)
+    sizes = (heads * seg.m, dim, v.shape[2], torch.get_num_threads())
+    args = _Segments(*(x.data_ptr() for x in pointers), *sizes)
+    _segments(ctypes.addressof(args))
+    return out
 
 
 class Fit(NamedTuple):
@@ -111,5 +139,5 @@ def fit(
 
 
 def supports(k: torch.Tensor) -> bool:
-    """Keys that nearest_kept reads."""
+    """Keys (or values) that nearest_kept and merge_segments read."""
     return k.is_cpu and k.dtype == torch.float32 and k.stride(2) == 1 and k.shape[2] % 8 == 0

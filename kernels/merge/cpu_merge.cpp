@@ -1,5 +1,6 @@
-// Merging on a CPU: the nearest kept key, and the normal equations of `attention_matching`. One kv head is one work
-// unit: its bits do not depend on the other heads or on the number of threads. Contracts: cpp_impl.py.
+// Merging on a CPU: the nearest kept key, means over clusters, and the normal equations of `attention_matching`. One kv
+// head (or cluster) is one work unit: its bits do not depend on the others or on the number of threads. Contracts:
+// cpp_impl.py.
 #include <algorithm>
 #include <omp.h>
 #include "../cpu_tile.h"
@@ -18,6 +19,13 @@ struct NearestArgs {  // mirrored field by field by cpp_impl._Nearest
   float* similarity;
   int64_t* column;
   int64_t k_token, k_head, heads, dim, dropped_count, kept_count, threads;
+};
+
+struct SegmentsArgs {  // mirrored field by field by cpp_impl._Segments
+  const float *k, *v, *lv, *log_w;
+  const int64_t *rows, *offsets, *counts;
+  float *out_k, *out_v, *out_lv;
+  int64_t clusters, dim, dim_v, threads;
 };
 
 struct FitArgs {  // mirrored field by field by cpp_impl._Fit
@@ -82,6 +90,35 @@ void nearest(const NearestArgs& a, int64_t h, Scratch& w) {
       a.column[h * r + t0 + t] = where[t];
     }
   }
+}
+
+// out = sum over the members of w x / total, in their order; x: rows of `dim` numbers.
+INL void weigh(const float* x, const int64_t* rows, const float* w, int64_t count, float total, int64_t dim, float* out) {
+  for (int64_t d = 0; d < dim; d += 8) {
+    vf<8> sum{};
+    for (int64_t t = 0; t < count; ++t) sum += w[t] * load<8>(x + rows[t] * dim + d);
+    store<8>(out + d, sum / total);
+  }
+}
+
+// Members that all weigh nothing: 0 / 0 is NaN, as in torch; no members: 0, and -inf for the votes.
+void merge_cluster(const SegmentsArgs& a, int64_t c, Scratch& s) {
+  const int64_t first = a.offsets[c], count = a.counts[c], *rows = a.rows + first;
+  const float* log_w = a.log_w + first;
+  float top_w = kNegInf, top_lv = kNegInf, total_w = count ? 0.0f : 1.0f, total_lv = 0.0f;
+  for (int64_t t = 0; t < count; ++t) {
+    top_w = log_w[t] > top_w ? log_w[t] : top_w;
+    top_lv = a.lv[rows[t]] > top_lv ? a.lv[rows[t]] : top_lv;
+  }
+  const float shift_w = top_w == kNegInf ? 0.0f : top_w, shift_lv = top_lv == kNegInf ? 0.0f : top_lv;
+  s.row.resize(count);
+  for (int64_t t = 0; t < count; ++t) {
+    total_w += s.row[t] = std::exp(log_w[t] - shift_w);
+    total_lv += std::exp(a.lv[rows[t]] - shift_lv);
+  }
+  weigh(a.k, rows, s.row.data(), count, total_w, a.dim, a.out_k + c * a.dim);
+  weigh(a.v, rows, s.row.data(), count, total_w, a.dim_v, a.out_v + c * a.dim_v);
+  a.out_lv[c] = std::log(total_lv) + top_lv;
 }
 
 // One panel of queries, its lanes padded with queries of weight 0.
@@ -228,12 +265,12 @@ void fit(const FitArgs& a, int64_t h, Scratch& w) {
   }
 }
 
-template <class F> void for_heads(int64_t heads, int64_t threads, F one) {
-#pragma omp parallel num_threads(threads) if (threads > 1 && heads > 1)
+template <class F> void for_units(int64_t units, int64_t at_once, int64_t threads, F one) {
+#pragma omp parallel num_threads(threads) if (threads > 1 && units > at_once)
   {
     static thread_local Scratch scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t h = 0; h < heads; ++h) one(h, scratch);
+#pragma omp for schedule(dynamic, at_once)
+    for (int64_t i = 0; i < units; ++i) one(i, scratch);
     if (scratch.floats() > kKeepFloats) scratch = Scratch();
   }
 }
@@ -242,12 +279,18 @@ template <class F> void for_heads(int64_t heads, int64_t threads, F one) {
 
 extern "C" int keepkv_nearest(const void* args) {
   const NearestArgs& a = *static_cast<const NearestArgs*>(args);
-  for_heads(a.heads, a.threads, [&](int64_t h, Scratch& w) { nearest(a, h, w); });
+  for_units(a.heads, 1, a.threads, [&](int64_t h, Scratch& w) { nearest(a, h, w); });
+  return 0;
+}
+
+extern "C" int keepkv_segments(const void* args) {
+  const SegmentsArgs& a = *static_cast<const SegmentsArgs*>(args);
+  for_units(a.clusters, 64, a.threads, [&](int64_t c, Scratch& s) { merge_cluster(a, c, s); });
   return 0;
 }
 
 extern "C" int keepkv_fit(const void* args) {
   const FitArgs& a = *static_cast<const FitArgs*>(args);
-  for_heads(a.heads, a.threads, [&](int64_t h, Scratch& w) { fit(a, h, w); });
+  for_units(a.heads, 1, a.threads, [&](int64_t h, Scratch& w) { fit(a, h, w); });
   return 0;
 }

@@ -81,17 +81,19 @@ def segment_softmax(x: torch.Tensor, seg: Segments) -> torch.Tensor:
     return (x - segment_logsumexp(x[:, None], seg)[seg.cluster, 0]).exp_()
 
 
-def weighted_means(
-    k: torch.Tensor, v: torch.Tensor, log_w: torch.Tensor, seg: Segments
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum w k / sum w and sum w v / sum w per cluster, w = exp(log_w): [H, m, D], [H, m, Dv].
+def merge_segments(
+    k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, log_w: torch.Tensor, seg: Segments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted means and summed votes of all clusters: k [H, m, D], v [H, m, Dv], lv [H, m].
 
-    k [H, n, D], v [H, n, Dv] of one float dtype, log_w [T] of it, one per member. An empty cluster gives 0, one whose
-    weights are all 0 NaN.
+    k [H, n, D], v [H, n, Dv], lv [H, n] log votes of one float dtype; log_w [T] of it, one per member. With w =
+    exp(log_w): sum w k / sum w, sum w v / sum w, log sum p. An empty cluster gives 0, 0, -inf; one whose weights are
+    all 0 NaN, NaN.
     """
     weights = segment_softmax(log_w, seg)
-    means = (segment_sum(x.flatten(0, 1), seg, weights, seg.rows).view(seg.heads, seg.m, -1) for x in (k, v))
-    return next(means), next(means)
+    means = [segment_sum(x.flatten(0, 1), seg, weights, seg.rows).view(seg.heads, seg.m, -1) for x in (k, v)]
+    votes = segment_logsumexp(lv.flatten()[seg.rows][:, None], seg).view(seg.heads, seg.m)
+    return means[0], means[1], votes
 
 
 def nearest_kept(

@@ -1,8 +1,8 @@
 """Matching, merging and gathering of KV slots in Triton: drop-ins for what torch_impl and merging/base do on a GPU.
 
-`nearest_kept` has the signature and meaning of torch_impl.nearest_kept; `merge_segments` is Clusters.weighted_means and
-Clusters.log_votes in one pass; `gather_slots` reads a span of a paged pool. Equal to those up to the order of float32
-sums (gather_slots: bit for bit). Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
+`nearest_kept` and `merge_segments` have the signature and meaning of those in torch_impl; `gather_slots` reads a span
+of a paged pool. Equal to those up to the order of float32 sums (gather_slots: bit for bit). Never run on a GPU;
+compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .torch_impl import Segments
 EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize, and of torch_impl.nearest_kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r", "u"])
 def nearest_kernel(
     k_ptr, dropped_ptr, kept_ptr, allowed_ptr, best_ptr, column_ptr, r, u, stride_kh, stride_kn,
     DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -42,7 +42,8 @@ def nearest_kernel(
         )  # fmt: skip
         keys = keys / tl.maximum(tl.sqrt(tl.sum(keys * keys, 0)), EPS)[None, :]
         similarity = tl.dot(rows, keys, input_precision="ieee")
-        similarity = tl.where(allowed[None, :], similarity, float("-inf"))
+        # A NaN is nobody's nearest; what tl.max makes of one, compiled and interpreted, differs.
+        similarity = tl.where(allowed[None, :] & (similarity == similarity), similarity, float("-inf"))
         top, at = tl.max(similarity, 1, return_indices=True, return_indices_tie_break_left=True)
         column = tl.where(top > best, start + at, column)
         best = tl.maximum(top, best)
@@ -141,26 +142,14 @@ def nearest_kept(
 
 
 def supports(k: torch.Tensor) -> bool:
-    """Keys (or values) that nearest_kept and weighted_means read."""
+    """Keys (or values) that nearest_kept and merge_segments read."""
     return k.dtype == torch.float32 and k.is_contiguous()
-
-
-def weighted_means(
-    k: torch.Tensor, v: torch.Tensor, log_w: torch.Tensor, seg: Segments
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch_impl.weighted_means, float32, contiguous."""
-    return merge_segments(k, v, k.new_zeros(k.shape[:2]), log_w, seg)[:2]
 
 
 def merge_segments(
     k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, log_w: torch.Tensor, seg: Segments
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted means and summed votes of all clusters: k [H, m, D], v [H, m, Dv], lv [H, m], float32.
-
-    k [H, n, D], v [H, n, Dv], lv [H, n] float32, contiguous; log_w [T] float32, one per member of seg. With w =
-    exp(log_w): sum w k / sum w, sum w v / sum w, log sum p (rule `mean`, and the first step of the others). An empty
-    cluster gives 0, 0, -inf; one whose weights are all 0 gives NaN. ValueError for another dtype or layout.
-    """
+    """As torch_impl.merge_segments; float32 and contiguous (else ValueError)."""
     for x in (k, v, lv, log_w):
         if x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"merge_segments needs contiguous float32 tensors, got {x.dtype} {tuple(x.shape)}")

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from nearest import check_nearest
+from segments import check_edges, check_segments, clusters
 
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.kernels import cpu_build
@@ -50,6 +51,30 @@ def test_nearest_kept_at_the_edges(gen):
         assert cpp_impl.nearest_kept(broken, dropped, kept, allowed)[1][0, 0] == 50
     with pytest.raises(ValueError, match="float32"):
         cpp_impl.nearest_kept(k.double(), dropped, kept, allowed)
+
+
+@pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 64), (63, 20, 80), (200, 30, 128), (70, 9, 256)])
+def test_merge_segments(gen, n, m, dim, poisoned):
+    check_segments(cpp_impl.merge_segments, gen, n, m, dim)
+
+
+def test_merge_segments_at_the_edges(gen):
+    check_edges(cpp_impl.merge_segments, gen)
+
+
+def test_means_are_the_same_on_any_number_of_threads(gen):
+    k, v, lv, assign = clusters(gen, 300, 90, 64, "cpu")
+    seg = torch_impl.Segments.from_assignment(assign, 90)
+    log_w, threads = torch.randn(len(seg.rows), generator=gen), torch.get_num_threads()
+    wanted = cpp_impl.merge_segments(k, v, lv, log_w, seg)
+    try:
+        torch.set_num_threads(1)
+        alone = cpp_impl.merge_segments(k, v, lv, log_w, seg)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, alone, strict=True))
+    with pytest.raises(ValueError, match="do not belong"):
+        cpp_impl.merge_segments(k, v, lv, log_w[:-1], seg)
 
 
 def layer(n, w, references, context=0, group=3, heads=2, dim=64, dtype=torch.float32):
@@ -189,7 +214,7 @@ def test_normal_equations_in_float64(poisoned):
 def test_other_instruction_sets(march, tmp_path, monkeypatch, gen):
     monkeypatch.setenv("KEEPKV_CACHE", str(tmp_path))
     library = cpu_build.build("merge", march)
-    for name in ("_nearest", "_fit"):
+    for name in ("_nearest", "_segments", "_fit"):
         function = cpu_build.load(library, f"keepkv{name}")
         function.argtypes = getattr(cpp_impl, name).argtypes
         monkeypatch.setattr(cpp_impl, name, function)
@@ -198,6 +223,7 @@ def test_other_instruction_sets(march, tmp_path, monkeypatch, gen):
     k = torch.randn(1, 40, 72, generator=gen)
     arguments = k, torch.arange(20, 40)[None], torch.arange(20)[None], torch.ones(1, 20, dtype=torch.bool)
     assert torch.equal(cpp_impl.nearest_kept(*arguments)[1], torch_impl.nearest_kept(*arguments)[1])
+    check_segments(cpp_impl.merge_segments, gen, 63, 20, 72)
 
 
 def test_fit_refuses_what_it_cannot_read():
