@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-tree bench-span-quality bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-tree bench-span-quality bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -70,6 +70,9 @@ bench-budget1: env model ## stock SGLang against KeepKV at budget 1, side by sid
 
 bench-agents: env model ## six agents, a tight and an ample pool: stock SGLang, KeepKV, KeepKV at budget 1
 	$(BIN)/keepkv bench agents --budget1 --repeat 3 --pool 3000 --pool 40000
+
+bench-short: env model ## what KeepKV costs requests that it never compresses: two servers that take turns
+	$(BIN)/python benchmarks/bench_short.py $(ARGS)
 
 bench-tree: env ## a million cached tokens: our tree against SGLang's RadixCache
 	$(BIN)/python benchmarks/bench_tree.py
