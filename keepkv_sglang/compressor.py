@@ -17,15 +17,13 @@ import torch
 
 from keepkv_sglang import record
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_batch import Rows, Storage, compress_rows
+from keepkv_sglang.layer_batch import SCRATCH_BYTES, Rows, Storage, compress_rows
 from keepkv_sglang.policies import SCORERS
 from keepkv_sglang.request import RequestState, Window
 from keepkv_sglang.runtime import Runtime
 from keepkv_sglang.scoring.references import QuerySample
 from keepkv_sglang.selection import SpanPolicy
 from keepkv_sglang.span_policy import span_policy
-
-SCRATCH_BYTES = 128 << 20  # working memory of the layers that are merged at once
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer
+from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer, gpu_kernel_scores, heads_at_once
 from keepkv_sglang.selection import SpanPolicy
+
+SCRATCH_BYTES = 128 << 20  # working memory of the layers that are merged at once
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scrat
     groups: list[list[int]] = []
     for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
         numbers = (len(rows.context) + len(rows.source)) * (keys.shape[1:].numel() + values.shape[1:].numel())
-        logits = 2 * len(rows.source) * queries * q_heads  # as layer_compress._head_groups counts them
-        # The CPU kernels work on one head per thread and never hold these logits.
-        least = -(-torch.get_num_threads() // keys.shape[1]) if keys.is_cpu else 1
+        # As layer_compress._head_groups counts them.
+        logits = 0 if gpu_kernel_scores(keys) else 2 * len(rows.source) * queries * q_heads
+        least = -(-heads_at_once(keys) // keys.shape[1])
         most = max(least, scratch_bytes // (max(numbers, logits, 1) * max(4, keys.element_size())))
         first = groups[-1][0] if groups else layer
         alike = storage.scales[first] == scale and _shape(storage, first) == _shape(storage, layer)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge.torch_impl import Segments
 from keepkv_sglang.merging import get_rule
 from keepkv_sglang.merging.base import Clusters
@@ -62,10 +63,9 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     """Compresses one layer's span to p.m slots. Mutates nothing; ValueError for an impossible policy.
 
     `scratch_bytes` bounds what holds window logits [heads, Q, tokens], Q = w * Hq / Hkv: kv heads are
-    processed in groups, and a context, or a span too long for one head at a time, in blocks of tokens. On
-    top come float copies of the group's keys and values and a few [heads, m, Q] tensors. Grouping changes
-    results by rounding only. The CPU kernels never hold these logits, but work on one head per thread: there a group
-    has at least as many heads as there are threads.
+    processed in groups (at least heads_at_once), and a context, or a span too long for one head at a time, in blocks of
+    tokens. On top come float copies of the group's keys and values and a few [heads, m, Q] tensors. Grouping changes
+    results by rounding only.
     """
     _check(x, p)
     scorer, matching = get_scorer(p.scorer), p.merge != "evict"
@@ -162,9 +162,21 @@ def observed(
 ) -> Iterator[tuple[slice, _HeadView, Window]]:
     """kv heads in groups that fit the scratch memory, and what the window's queries see of the span. outputs: their
     attention outputs are wanted as well (MergeRule.reads_outputs)."""
-    for heads in _head_groups(x, scratch_bytes, torch.get_num_threads() if x.k.is_cpu else 1):
+    for heads in _head_groups(x, scratch_bytes, heads_at_once(x.k)):
         view = _HeadView.of(x, heads)
         yield heads, view, view.observe(x, heads, scratch_bytes, outputs)
+
+
+def gpu_kernel_scores(k: torch.Tensor) -> bool:
+    """Then nothing holds window logits, and all heads go together."""
+    return not k.is_cpu and choose.implementation("score", k) is not None
+
+
+def heads_at_once(k: torch.Tensor) -> int:
+    """The least number of kv heads of k [n, Hkv, D] to take together, whatever their logits would need."""
+    if k.is_cpu:
+        return torch.get_num_threads()  # the CPU kernels never hold them, and work on one head per thread
+    return k.shape[1] if gpu_kernel_scores(k) else 1
 
 
 def _reads_outputs(rule: str) -> bool:

@@ -25,6 +25,14 @@ def gpu_kernel() -> str:
     return name
 
 
+def prepare(device: torch.device) -> None:
+    """At start: a wrong name or a missing Triton is found now rather than while a request is compressed. ValueError,
+    ImportError."""
+    if gpu_kernel() == "triton" and device.type == "cuda":
+        for op in ("score", "merge"):
+            importlib.import_module(f"keepkv_sglang.kernels.{op}.triton_impl")
+
+
 def implementation(op: str, x: torch.Tensor) -> ModuleType | None:
     """The op's cpp_impl or triton_impl for tensors where x is, or None: torch computes it. A module need not have all
     functions of its op, and says in supports() which storage it reads."""

@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -99,7 +100,8 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         kind = "constexpr"
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not plain):
             constexprs[(i,)] = value
         elif isinstance(value, torch.Tensor):
             kind = "*" + _TYPES[value.dtype]
@@ -107,7 +109,7 @@ def _specialise(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
                 attrs[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             kind = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not plain:
                 attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             kind = "fp32"
@@ -167,8 +169,8 @@ def own_cases(arch: int) -> Cases:
         else:
             attention.extend(q, k, v, votes, table, rows, lens, torch.full((16,), new), 0.1, torch.empty_like(q))
 
-    def scores(dim: int) -> None:
-        q, k = torch.zeros(2, 64, dim), torch.zeros(64, 2, dim, dtype=torch.bfloat16)
+    def scores(dim: int, dtype: torch.dtype) -> None:
+        q, k = torch.zeros(2, 64, dim), torch.zeros(64, 2, dim, dtype=dtype)
         votes, position = torch.zeros(64, 2), torch.arange(64)
         score.window_sums(q, position, k, votes, k, k, votes, torch.zeros(2, 64), True)
 
@@ -184,8 +186,10 @@ def own_cases(arch: int) -> Cases:
     for dim in (64, 128):
         cases[f"decode D{dim}"] = partial(attend, dim, None)
         cases[f"extend D{dim}"] = partial(attend, dim, 16)
-        cases[f"score D{dim}"] = partial(scores, dim)
+        cases[f"score D{dim}"] = partial(scores, dim, torch.bfloat16)
+        cases[f"score D{dim} float32"] = partial(scores, dim, torch.float32)
         cases[f"merge D{dim}"] = partial(merging, dim)
+    cases["score D256"] = partial(scores, 256, torch.bfloat16)
     return cases
 
 
@@ -199,8 +203,12 @@ def measure(modules: list[str], archs: tuple[int, ...], only: str = "") -> dict[
                 continue
             with recorded() as launches:
                 call()
+            seen: Counter[str] = Counter()
             for launch in launches:
-                rows[f"{name}: {launch.kernel.__name__}, sm_{arch}"] = compile_launch(launch, arch)
+                kernel = launch.kernel.__name__
+                seen[kernel] += 1
+                number = f" ({seen[kernel]})" if seen[kernel] > 1 else ""
+                rows[f"{name}: {kernel}{number}, sm_{arch}"] = compile_launch(launch, arch)
     return rows
 
 

@@ -22,7 +22,7 @@ if ! "$python" -c 'import pytest, torch, triton, sys; sys.exit(not torch.cuda.is
 fi
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 export KEEPKV_CACHE=${KEEPKV_CACHE:-$PWD/.cache} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$out/triton_cache}
-unset TRITON_INTERPRET
+unset TRITON_INTERPRET KEEPKV_GPU_KERNEL
 status=0
 
 step() { # NAME SECONDS COMMAND...

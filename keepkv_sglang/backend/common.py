@@ -16,8 +16,7 @@ class VoteLayers:
     def __init__(self, runner: Any) -> None:
         """Hands SGLang's model runner to the process's Runtime, which allocates votes and the query arena.
 
-        RuntimeError when KeepKV is on and its hook did not run in this process, ValueError for an unknown
-        KEEPKV_GPU_KERNEL.
+        RuntimeError when KeepKV is on and its hook did not run in this process; what choose.prepare raises.
         """
         self.runtime: runtime.Runtime | None = None
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -29,7 +28,7 @@ class VoteLayers:
         if config is None and flags.config_of(runner.server_args).enabled:
             raise RuntimeError("KeepKV's hook on Scheduler.__init__ did not run in this process; see `keepkv check`")
         if config is not None and config.enabled:
-            choose.gpu_kernel()  # a wrong name is found now rather than while a request is compressed
+            choose.prepare(torch.device(runner.device))
             self.runtime = runtime.current()
             self.runtime.attach_model_runner(runner)
 

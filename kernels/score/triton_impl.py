@@ -4,9 +4,10 @@
 queries the denominators (and outputs, as flash attention does), then per tile of tokens the sums over the queries,
 which forms the logits once more. Keys and values are read where they lie, 16 bit or float32.
 
-Products are float32 ("ieee") where keys are; against 16-bit keys the float32 queries are rounded to TF32 (10 bits),
-which holds such keys exactly. A query that sees nothing gives nothing. Never run on a GPU; compiled for sm_80, sm_90
-and sm_100 (kernels/README.md).
+Products are float32 ("ieee") where keys are. 16-bit keys and values are exact in TF32, which tensor cores multiply;
+what meets them is cut into two halves of TF32, so that 21 bits of it count: log Z must agree with logits that torch
+computes. A query that sees nothing gives nothing. Never run on a GPU; compiled for sm_80, sm_90 and sm_100
+(kernels/README.md).
 """
 
 from __future__ import annotations
@@ -18,6 +19,16 @@ import triton.language as tl
 from . import Sums, check_window
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a b, float32; with "tf32" b must be exact in TF32. Tensor cores cut operands off after 10 bits, so a is split."""
+    if PRECISION == "tf32":
+        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        return tl.dot(high, b, input_precision="tf32") + tl.dot(a - high, b, input_precision="tf32")
+    else:
+        return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -35,12 +46,12 @@ def _logits(
         k_ptr + head * stride_kh + token[None, :] * stride_kn + d[:, None],
         mask=mask_n[None, :] & mask_d[:, None], other=0.0,
     )  # fmt: skip
-    logits = tl.dot(q, k.to(tl.float32), input_precision=PRECISION)
+    logits = _dot(q, k.to(tl.float32), PRECISION)
     lv = tl.load(lv_ptr + head * stride_lh + token * stride_ln, mask=mask_n, other=0.0)
     return tl.where(mask_n[None, :], logits + lv[None, :], float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "n", "stride_lh", "stride_ln"])
 def observe_kernel(
     q_ptr, k_ptr, v_ptr, lv_ptr, position_ptr, start_ptr, log_z_ptr, out_ptr, queries, n,
     stride_kh, stride_kn, stride_vh, stride_vn, stride_lh, stride_ln,
@@ -76,16 +87,17 @@ def observe_kernel(
                 v_ptr + head * stride_vh + token[:, None] * stride_vn + dv[None, :],
                 mask=(token < n)[:, None] & (dv < DIM_V)[None, :], other=0.0,
             )  # fmt: skip
-            out = out * decay[:, None] + tl.dot(weights, values.to(tl.float32), input_precision=PRECISION)
+            out = out * decay[:, None] + _dot(weights, values.to(tl.float32), PRECISION)
         top = new_top
-    tl.store(log_z_ptr + head * queries + query, top + tl.log(tl.where(total > 0, total, 1.0)), mask=mask_q)
+    total = tl.where(total == 0, 1.0, total)  # nothing seen: log Z is top, -inf. A NaN stays one
+    tl.store(log_z_ptr + head * queries + query, top + tl.log(total), mask=mask_q)
     if HAS_OUTPUT:
-        out = out / tl.where(total > 0, total, 1.0)[:, None]
+        out = out / total[:, None]
         mask = mask_q[:, None] & (dv < DIM_V)[None, :]
         tl.store(out_ptr + (head * queries + query[:, None]) * DIM_V + dv[None, :], out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["queries", "n", "heads", "stride_lh", "stride_ln"])
 def sums_kernel(
     q_ptr, k_ptr, lv_ptr, position_ptr, log_z_ptr, weights_ptr, received_ptr, squares_ptr, queries, n, heads,
     stride_kh, stride_kn, stride_lh, stride_ln,
@@ -176,7 +188,7 @@ def _observe(
     output: torch.Tensor | None,
 ) -> None:
     heads, queries, dim = q.shape
-    block, block_d = _tile(k, dim)
+    block, block_d, warps = _tile(k, dim)
     dim_v = v.shape[2] if v is not None else dim
     stride_v = (v.stride(1), v.stride(0)) if v is not None else (0, 0)
     observe_kernel[(triton.cdiv(queries, block), heads)](
@@ -184,7 +196,7 @@ def _observe(
         k.stride(1), k.stride(0), *stride_v, lv.stride(1), lv.stride(0),
         DIM=dim, DIM_V=dim_v, BLOCK_Q=block, BLOCK_N=block, BLOCK_D=block_d,
         BLOCK_V=max(16, triton.next_power_of_2(dim_v)), HAS_START=start is not None, HAS_OUTPUT=output is not None,
-        PRECISION=_precision(k), num_warps=8 if dim > 64 else 4, num_stages=1,
+        PRECISION=_precision(k), num_warps=warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -199,12 +211,12 @@ def _sums(
     squares: torch.Tensor,
 ) -> None:
     heads, queries, dim = q.shape
-    block, block_d = _tile(k, dim)
+    block, block_d, warps = _tile(k, dim)
     sums_kernel[(triton.cdiv(k.shape[0], block), heads)](
         q, k, lv, position, log_z, weights, received, squares, queries, k.shape[0], heads,
         k.stride(1), k.stride(0), lv.stride(1), lv.stride(0),
         ROWS=len(weights), DIM=dim, BLOCK_Q=block, BLOCK_N=block, BLOCK_D=block_d,
-        PRECISION=_precision(k), num_warps=8 if dim > 64 else 4, num_stages=1,
+        PRECISION=_precision(k), num_warps=warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -213,9 +225,12 @@ def _interpreted() -> bool:
 
 
 def _precision(k: torch.Tensor) -> str:
-    return "ieee" if k.dtype == torch.float32 or _interpreted() else "tf32"
+    return "ieee" if k.dtype == torch.float32 else "tf32"
 
 
-def _tile(k: torch.Tensor, dim: int) -> tuple[int, int]:
-    """(queries or tokens, head_dim) of a tile. "ieee" dots hold operands in registers: small tiles do not spill."""
-    return 32 if _precision(k) == "ieee" and not _interpreted() else 64, max(16, triton.next_power_of_2(dim))
+def _tile(k: torch.Tensor, dim: int) -> tuple[int, int, int]:
+    """(queries or tokens, head_dim, warps) of a tile: such that hardly anything spills (compile_gate.py)."""
+    block_d = max(16, triton.next_power_of_2(dim))
+    exact = _precision(k) == "ieee" and not _interpreted()
+    block = 16 if block_d > 128 else 32 if exact or block_d > 64 else 64
+    return block, block_d, 8 if block == 64 or (exact and block_d == 128) else 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from paged import DEVICE, INTERPRETED
@@ -9,11 +11,11 @@ from window_case import TOLERANCE, Case, check
 
 from keepkv_sglang.kernels.score import triton_impl
 from keepkv_sglang.scoring import get_scorer
-from keepkv_sglang.scoring.base import Window
+from keepkv_sglang.scoring.base import context_log_z, observe
 from keepkv_sglang.scoring.sums import query_sums
 
-# Compiled, float32 queries meet 16-bit keys in TF32: 2^-11 of logits of size 10, which exp passes on.
-TF32 = TOLERANCE if INTERPRETED else 2e-2
+# With 16-bit keys products are of TF32, queries and weights in two halves: 2^-21 of logits of size 10.
+SPLIT = TOLERANCE if INTERPRETED else 5 * TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,7 @@ TF32 = TOLERANCE if INTERPRETED else 2e-2
         dict(n=65, rows=70, context=129, dim=80, references=65),
         dict(n=120, rows=64, dim=128, dim_v=64),
         dict(n=61, rows=3, context=119, dim=256, heads=3),
+        dict(n=70, rows=40, context=9, dim=256, references=30, dtype=torch.bfloat16),
         dict(n=130, rows=80, context=77, references=50, dtype=torch.bfloat16),
         dict(n=130, rows=80, context=77, references=50, dtype=torch.float16),
         dict(n=90, rows=24, votes=30.0),
@@ -34,9 +37,10 @@ TF32 = TOLERANCE if INTERPRETED else 2e-2
 )
 def test_against_float64(case, poisoned):
     x = Case(**case, device=DEVICE)
-    check(x, triton_impl, TOLERANCE if x.k.dtype == torch.float32 else TF32)
+    check(x, triton_impl, TOLERANCE if x.k.dtype == torch.float32 else SPLIT)
     without = x.run(triton_impl, outputs=False)
-    assert without.output is None and torch.equal(without.squares, x.run(triton_impl).squares)
+    assert without.output is None
+    torch.testing.assert_close(without.squares, x.run(triton_impl).squares, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("masked", [-torch.inf, -1e30])
@@ -72,7 +76,7 @@ def test_fewer_weights(rows, poisoned):
     x = Case(70, 9, device=DEVICE)
     wanted = x.run(triton_impl).squares[:rows]
     x.weights = x.weights[:rows]
-    assert torch.equal(x.run(triton_impl).squares, wanted)
+    torch.testing.assert_close(x.run(triton_impl).squares, wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_wrong_arguments():
@@ -88,25 +92,28 @@ def test_wrong_arguments():
             wrong.run(triton_impl)
 
 
+def test_a_key_that_is_not_a_number_is_passed_on(poisoned):
+    """The queries that see it have no log Z; torch's guards then refuse what is merged with it."""
+    x = Case(70, 4, device=DEVICE)
+    x.position = torch.tensor([10, 20, 60, 69], device=DEVICE)
+    x.k[50, 0, 3] = torch.nan
+    log_z = x.run(triton_impl).log_z
+    assert log_z[0].isnan().tolist() == [False, False, True, True] and log_z[1].isfinite().all()
+
+
 @pytest.mark.parametrize("scorer", ["rms", "window_references", "snapkv"])
 def test_scorers_get_the_same_from_it_as_from_torch(scorer, monkeypatch):
     group, w, n = 3, 12, 90
     x = Case(n, w * group, context=17, device=DEVICE)
     position = torch.cat([torch.arange(n, n + 9), torch.arange(n - 3, n)]).to(DEVICE)
     k, v, lv = x.k.transpose(0, 1).contiguous(), x.v.transpose(0, 1).contiguous(), x.lv.T.contiguous()
-
-    def scores():
-        sums = query_sums(x.q, position, x.k_ctx, x.lv_ctx, x.k, x.v, x.lv, True)
-        assert sums is not None
-        return get_scorer(scorer)(Window(x.q, k, v, lv, position, sums.log_z, sums.log_z_ctx, n, None, sums), 7)
-
+    slow = observe(x.q, position, k, v, lv, context_log_z(x.q, x.k_ctx, x.lv_ctx, 64), 64)
     monkeypatch.setenv("KEEPKV_GPU_KERNEL", "triton")
     called = []
     window_sums = triton_impl.window_sums
     monkeypatch.setattr(triton_impl, "window_sums", lambda *a: called.append(1) or window_sums(*a))
-    got = scores()
-    assert len(called) == 2  # references, window
-    if INTERPRETED:  # C++ computes the other
-        monkeypatch.delenv("KEEPKV_GPU_KERNEL")
-        torch.testing.assert_close(got, scores(), rtol=1e-4, atol=1e-7)
-        assert len(called) == 2
+    sums = query_sums(x.q, position, x.k_ctx, x.lv_ctx, x.k, x.v, x.lv, True)
+    assert sums is not None and len(called) == 2  # references, window
+    fast = replace(slow, log_z=sums.log_z, log_z_ctx=sums.log_z_ctx, whole=None, sums=sums)
+    torch.testing.assert_close(fast.log_weight(), slow.log_weight(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(get_scorer(scorer)(fast, 7), get_scorer(scorer)(slow, 7), rtol=1e-4, atol=1e-7)
