@@ -9,6 +9,8 @@ processes load numba's cache.
 
 from __future__ import annotations
 
+import os
+
 import numba
 import numpy as np
 import torch
@@ -16,6 +18,12 @@ import torch
 from .contract import MASKED, as_int64, check
 
 name = "numba"
+
+# numba's own OpenMP runtime would spin against torch's: on two cores the model's matrix products take several times as
+# long (docs/log.md). This layer has threads that sleep. It stops the process when two threads compute at once; a
+# scheduler has one.
+if not os.environ.get("NUMBA_THREADING_LAYER"):
+    numba.config.THREADING_LAYER = "workqueue"
 
 _KEYS = 64
 _ROWS = 48  # queries x group of one work unit: their state stays in L1/L2
