@@ -1,12 +1,13 @@
 """What KeepKV costs requests that it never compresses: prompts below --keepkv-min-tokens, an ample pool.
 
-    python benchmarks/bench_short.py [--pairs 40] [--requests 32] [--json FILE]        (make bench-short)
+    python benchmarks/bench_short.py [--starts 4] [--pairs 10] [--requests 32] [--json FILE]        (make bench-short)
 
 Two servers run at the same time, our attention backend with and without --enable-keepkv, and take turns: the same batch
 of requests to one, then to the other, the order changing with every pair. An idle server sleeps. So what the machine
 does meanwhile hits both, and batches of a few seconds can be compared to a per cent, which runs minutes apart
-(`keepkv bench agents --workload short`) cannot. Printed: the median of the paired ratios of wall clock, its 90 %
-interval (bootstrap), and whether all outputs were the same.
+(`keepkv bench agents --workload short`) cannot. Two processes of the same program differ by some per cent from the
+start, so the servers are started --starts times. Printed: each start's median of the paired ratios of wall clock, the
+median of all with a 90 % interval (bootstrap over starts, then pairs), and whether all outputs were the same.
 """
 
 from __future__ import annotations
@@ -29,46 +30,65 @@ from keepkv_sglang.bench.workloads import AllAtOnce
 POOL = 40_000
 
 
-def interval(ratios: list[float], share: float = 0.9) -> tuple[float, float]:
-    """Bootstrap interval of the median."""
+def interval(starts: list[list[float]], share: float = 0.9) -> tuple[float, float]:
+    """Bootstrap interval of the median: starts are drawn again, then the pairs of each."""
     rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
+
+    def once() -> float:
+        drawn = rng.choices(starts, k=len(starts))
+        return statistics.median(x for ratios in drawn for x in rng.choices(ratios, k=len(ratios)))
+
+    medians = sorted(once() for _ in range(2000))
     cut = round(len(medians) * (1 - share) / 2)
     return medians[cut], medians[-cut - 1]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    setup = Setup(str(model.prepare()), "0.1")
-    load = AllAtOnce(options.requests, prompt=40, new_tokens=20)
+def one_start(setup: Setup, load: AllAtOnce, pairs: int, seed: int) -> tuple[list[float], bool]:
+    """Paired ratios of wall clock, keepkv over disabled, and whether the outputs were the same."""
     ratios, same = [], True
     with ExitStack() as running:
         servers = {name: running.enter_context(setup.start(name, POOL)) for name in ("disabled", "keepkv")}
         for server in servers.values():
             warm_up(server)
-        for pair in range(options.pairs):
+        for pair in range(pairs):
             seconds, outputs = {}, {}
             for name in sorted(servers, reverse=pair % 2 == 1):
                 flush(servers[name])
                 began = time.perf_counter()
-                calls = replace(load, seed=pair).run(servers[name].port, lambda: None)
+                calls = replace(load, seed=seed + pair).run(servers[name].port, lambda: None)
                 seconds[name] = time.perf_counter() - began
                 assert all(call.ok for call in calls), [call.error for call in calls]
                 outputs[name] = [call.output for call in calls]
             ratios.append(seconds["keepkv"] / seconds["disabled"])
             same &= outputs["keepkv"] == outputs["disabled"]
-            print(f"pair {pair + 1}: disabled {seconds['disabled']:.2f} s, keepkv {ratios[-1]:.3f}x", flush=True)
-    low, high = interval(ratios)
+            print(f"  disabled {seconds['disabled']:.2f} s, keepkv {ratios[-1]:.3f} of it", flush=True)
+    return ratios, same
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    setup = Setup(str(model.prepare()), "0.1")
+    load = AllAtOnce(options.requests, prompt=40, new_tokens=20)
+    starts, same = [], True
+    for start in range(options.starts):
+        ratios, equal = one_start(setup, load, options.pairs, start * options.pairs)
+        starts.append(ratios)
+        same &= equal
+        print(f"start {start + 1}: median {statistics.median(ratios):.3f}", flush=True)
+    every = [ratio for ratios in starts for ratio in ratios]
+    low, high = interval(starts)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    print(f"commit {git.stdout.strip() or '-'}, {options.pairs} pairs of {options.requests} requests, 40 + 20 tokens")
-    print(f"keepkv takes {statistics.median(ratios):.3f} of disabled's time, 90 % interval {low:.3f} to {high:.3f}")
+    sizes = f"{options.starts} x {options.pairs} pairs of {options.requests} requests, 40 + 20 tokens"
+    print(f"commit {git.stdout.strip() or '-'}, {sizes}")
+    print(f"keepkv takes {statistics.median(every):.3f} of disabled's time, 90 % interval {low:.3f} to {high:.3f}")
     print(f"outputs: {'all the same' if same else 'NOT the same'}")
     if options.json:
-        options.json.write_text(json.dumps({"ratios": ratios, "median": statistics.median(ratios), "same": same}))
+        options.json.write_text(json.dumps({"starts": starts, "median": statistics.median(every), "same": same}))
     return 0
 
 
