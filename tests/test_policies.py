@@ -40,8 +40,7 @@ def not_a_number(window, pool_kernel):
 
 
 def first_only(c: Clusters) -> Merged:
-    k, v = c.weighted_means(c.members(c.lv))
-    return Merged(k, v, c.log_votes)
+    return Merged(*c.means(c.members(c.lv)))
 
 
 def not_merged(c):
