@@ -27,6 +27,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from keepkv_sglang.kernels import attention, cpu_build
+from keepkv_sglang.origin import commit
 
 HEADS_Q, HEADS_KV, DIM = 9, 3, 64
 DECODE = [(1, 256), (1, 2048), (8, 256), (8, 2048), (32, 256), (32, 2048)]
@@ -154,8 +155,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     dtype, seconds = getattr(torch, args.dtype), 0.3 if args.quick else 2.0
     kernel = attention.load(args.kernel)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    print(f"{platform.machine()}, torch {torch.__version__}, commit {git.stdout.strip() or '-'}")
+    print(f"{platform.machine()}, torch {torch.__version__}, commit {commit()}")
     shape = f"{HEADS_Q} q / {HEADS_KV} kv heads, head_dim {DIM}"
     print(f"{args.threads} thread(s), {args.dtype}, {shape}; us per call (times faster than torch_native)")
     print(f"{'decode batch x KV':22}" + "".join(f"{n:>20}" for n in ("torch_native", args.kernel)))

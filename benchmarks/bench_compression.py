@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 
@@ -25,6 +24,7 @@ from keepkv_sglang import model
 from keepkv_sglang.compressor import SCRATCH_BYTES
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.layer_batch import Rows, Storage, compress_rows
+from keepkv_sglang.origin import commit
 from keepkv_sglang.span_policy import span_policy
 
 REFERENCES = (256, 128, 64, 0)
@@ -91,10 +91,7 @@ def main() -> None:
             call()
             if repeat:  # the first round warms up
                 times[name].append(time.perf_counter() - begin)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    print(
-        f"torch {torch.__version__}, commit {git.stdout.strip() or '-'}, {args.threads} threads, {args.tokens} tokens"
-    )
+    print(f"torch {torch.__version__}, commit {commit()}, {args.threads} threads, {args.tokens} tokens")
     base = statistics.median(times["prefill"])
     print(f"{'prefill':28}{base * 1e3:9.0f} ms")
     for name, found in times.items():

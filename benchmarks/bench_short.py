@@ -16,7 +16,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from pathlib import Path
 from keepkv_sglang import model
 from keepkv_sglang.bench.servers import Setup, flush, warm_up
 from keepkv_sglang.bench.workloads import AllAtOnce
+from keepkv_sglang.origin import commit
 
 POOL = 40_000
 
@@ -82,9 +82,8 @@ def main() -> int:
         print(f"start {start + 1}: median {statistics.median(ratios):.3f}", flush=True)
     every = [ratio for ratios in starts for ratio in ratios]
     low, high = interval(starts)
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     sizes = f"{options.starts} x {options.pairs} pairs of {options.requests} requests, 40 + 20 tokens"
-    print(f"commit {git.stdout.strip() or '-'}, {sizes}")
+    print(f"commit {commit()}, {sizes}")
     print(f"keepkv takes {statistics.median(every):.3f} of disabled's time, 90 % interval {low:.3f} to {high:.3f}")
     print(f"outputs: {'all the same' if same else 'NOT the same'}")
     if options.json:
