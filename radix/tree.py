@@ -12,7 +12,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .order import EvictionHeap, Usage, order_of
-from .span import ChildIndex, KeyHash, Span, as_tokens, children_first
+from .search import longest
+from .span import ChildIndex, Span, as_tokens, children_first
 
 Anchor = Hashable
 
@@ -118,9 +119,9 @@ class SpanTree:
             if tops is not None:
                 assert self._anchor_lens[anchor] == anchor_len, f"anchor {anchor!r} changed its length"
                 starts.append((anchor_len, tops))
-        best = _longest(starts, tokens, end, trust=True)
+        best = longest(starts, tokens, end, trust=True)
         if best is not None and not best.follows(tokens):  # two of the chain's hashes collided
-            best = _longest(starts, tokens, end, trust=False)
+            best = longest(starts, tokens, end, trust=False)
         if best is not None and touch:
             self.touch(best, hit=True)
         return best
@@ -383,26 +384,3 @@ class SpanTree:
         for span in spans:
             self.remove(span)
         return spans
-
-
-def _longest(starts: list[tuple[int, ChildIndex]], tokens: array[int], end: int, trust: bool) -> Span | None:
-    """What match() returns; it may be wrong where hashes collide, unless trust is False."""
-    key = KeyHash(tokens)
-    stack = list(starts)
-    best: Span | None = None
-    while stack:
-        start, index = stack.pop()
-        for span in index.candidates(tokens, key, start, end):
-            stop = span.path_tokens
-            if not trust and span.seen != tokens[start : start + len(span.seen)]:
-                continue
-            if best is None or stop > best.path_tokens or (stop == best.path_tokens and _rank(span) > _rank(best)):
-                best = span
-            if span.children:
-                stack.append((stop, span.children))
-    return best
-
-
-def _rank(span: Span) -> tuple[int, int, int]:
-    """What match() prefers among equally long ones, most important first."""
-    return span.anchor_len, span.path_slots, -span.serial

@@ -4,16 +4,14 @@ Two things stand in for the server: the pool holds no layers, so merging a span'
 are driven by replay.py instead of SGLang's scheduler. Span borders, anchors, publishing, locks, eviction, query
 windows and slots are the server's own code on SGLang's own Req, allocator and radix cache.
 """
-# ruff: noqa: TID251  (this file is the simulator's only contact with SGLang)
+# ruff: noqa: TID251  (this file and sglang_parts.py are the simulator's only contact with SGLang)
 
 from __future__ import annotations
 
 import inspect
-import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,7 +24,6 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.runtime_context import get_context
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang import compressor, pressure, runtime, schedule
@@ -39,67 +36,14 @@ from keepkv_sglang.radix.cache import KeepKVRadixCache
 from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.votes import QueryArena, VoteStore
 
+from .scale import scaled
+from .sglang_parts import HugeAllocator, sglang_context
+from .stopwatch import Stopwatch
 from .traces import BORDER
 
 CHUNK_TOKENS = 8192  # SGLang's --chunked-prefill-size on most GPUs
-SCALED = ("window", "recent", "sinks", "interval", "min_tokens", "span_tokens", "pressure_tokens")
 MERGE_FLOPS, PREFILL_FLOPS = 2.0 * 32 * 8 * 128, 2.0 * 8e9  # pressure.worth_merging for an 8B Llama
 _CHECK_SPANS = 20_000  # above this the walk over every span's whole path takes minutes
-
-
-class HugeAllocator(TokenToKVPoolAllocator):
-    """For pools that never run out: SGLang's copies the whole free list with every free, this one when it is needed."""
-
-    free_pages: torch.Tensor
-
-    def clear(self) -> None:
-        super().clear()
-        self.pending: list[torch.Tensor] = []
-        self.pending_size = 0
-
-    def available_size(self) -> int:
-        return len(self.free_pages) + self.pending_size
-
-    def alloc(self, need_size: int) -> torch.Tensor | None:
-        if need_size > len(self.free_pages) and self.pending:
-            self.free_pages = torch.cat((self.free_pages, *self.pending))
-            self.pending, self.pending_size = [], 0
-        return super().alloc(need_size)
-
-    def free(self, free_index: torch.Tensor) -> None:
-        if free_index.numel():
-            self.pending.append(free_index.clone())
-            self.pending_size += len(free_index)
-
-
-class Stopwatch:
-    """Calls and seconds by operation. Only the outermost of nested calls of one operation counts."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
-        self._open: set[str] = set()
-
-    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        self.calls[name] = self.calls.get(name, 0)
-        self.seconds[name] = self.seconds.get(name, 0.0)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if name in self._open:
-                return function(*args, **kwargs)
-            self._open.add(name)
-            began = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] += time.perf_counter() - began
-                self.calls[name] += 1
-                self._open.discard(name)
-
-        return timed
-
-    def microseconds(self) -> dict[str, float]:
-        return {name: 1e6 * self.seconds[name] / self.calls[name] for name in self.calls if self.calls[name]}
 
 
 class World:
@@ -136,7 +80,7 @@ class World:
         )
         self.rt: runtime.Runtime | None = None
         self.tree: Any
-        with _sglang_context():
+        with sglang_context():
             self.tree = (KeepKVRadixCache if config is not None else UnifiedRadixCache)(params)
         self.stopwatch = Stopwatch()
         self.evicted = 0
@@ -169,7 +113,7 @@ class World:
         """SGLang's context and KeepKV's runtime are this world's; both as before afterwards."""
         before = runtime._runtime, compressor._merge_layers, allocation._prefix_kv_indices
         threads = torch.get_num_threads()
-        with _sglang_context():
+        with sglang_context():
             try:
                 torch.set_num_threads(1)  # slot lists are short: threads only wait for each other
                 runtime._runtime = None
@@ -435,36 +379,3 @@ class World:
         assert free is not None and len(torch.unique(free)) == self.slots, "slots were lost or freed twice"
         if self.rt is not None and self.rt.arena is not None:
             assert self.rt.arena.free_rows == self.rt.arena.rows, "query windows were lost"
-
-
-def scaled(config: KeepKVConfig, scale: int) -> KeepKVConfig:
-    """The configuration with every length divided by `scale`; ranges are those of real tokens, so not checked."""
-    names = [field.name for field in fields(config)]
-    values = {name: getattr(config, name) for name in names}
-    for name in SCALED:
-        if values.get(name):
-            values[name] = max(2 if name in ("interval", "min_tokens") else 1, round(values[name] / scale))
-    result = object.__new__(KeepKVConfig)
-    for name, value in values.items():
-        object.__setattr__(result, name, value)
-    return result
-
-
-_context_depth = 0
-
-
-@contextmanager
-def _sglang_context() -> Iterator[None]:
-    """SGLang's cache code reads its global configuration: publish a default one while it runs."""
-    global _context_depth
-    if _context_depth:
-        yield
-        return
-    _context_depth += 1
-    override = get_context().override_server_args(attention_backend="torch_native")
-    override.install()
-    try:
-        yield
-    finally:
-        override.restore()
-        _context_depth -= 1

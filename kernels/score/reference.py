@@ -1,5 +1,4 @@
-"""Selection scores in loops over tokens and queries, any float dtype. The oracle of keepkv_sglang/scoring and of
-triton_impl.py beside this file.
+"""Selection scores in loops over tokens and queries, any float dtype. The oracle of keepkv_sglang/scoring.
 
 Notation as in kernels/merge/reference.py, which has the pooled scores of SnapKV and KeepKV.
 """
@@ -14,39 +13,6 @@ import torch
 from keepkv_sglang.kernels.merge.reference import RECENCY_HALF_LIFE, Head, head_of
 
 GKV_DECAY = 0.8
-
-
-def log_z(
-    q: torch.Tensor, k: torch.Tensor, lv: torch.Tensor, position: torch.Tensor | None, start: torch.Tensor | None
-) -> torch.Tensor:
-    """[H, Q]: log(exp(start) + sum of p_i exp(q.k_i) over the tokens that query q sees); see triton_impl.log_z."""
-    heads, queries, n = q.shape[0], q.shape[1], k.shape[1]
-    out = torch.full((heads, queries), -math.inf, dtype=q.dtype)
-    for h in range(heads):
-        for i in range(queries):
-            last = n - 1 if position is None else int(position[i // (queries // len(position))])
-            terms = [] if start is None else [start[h, i].to(q.dtype)]
-            terms += [lv[h, t].to(q.dtype) + q[h, i] @ k[h, t].to(q.dtype) for t in range(min(n, last + 1))]
-            if terms:
-                out[h, i] = torch.logsumexp(torch.stack(terms), 0)
-    return out
-
-
-def window_score(
-    q: torch.Tensor, k: torch.Tensor, lv: torch.Tensor, position: torch.Tensor, log_z: torch.Tensor, power: int
-) -> torch.Tensor:
-    """[H, n]: (mean over the queries that see token t of (p_t exp(q.k_t) / Z_q)^power)^(1 / power), 0 when none does;
-    power 1 is SnapKV's before pooling (arXiv 2404.14469), 2 that of `rms` (arXiv 2602.16284)."""
-    group = q.shape[1] // len(position)
-    out = torch.zeros(k.shape[:2], dtype=q.dtype)
-    for h in range(k.shape[0]):
-        for t in range(k.shape[1]):
-            mine = [i for i in range(q.shape[1]) if int(position[i // group]) >= t]
-            if mine:
-                logits = lv[h, t].to(q.dtype) + q[h, mine] @ k[h, t].to(q.dtype)
-                weights = torch.exp(logits - log_z[h, mine].to(q.dtype))
-                out[h, t] = weights.pow(power).mean() ** (1 / power)
-    return out
 
 
 def _attention(a: Head) -> torch.Tensor:
