@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_layers import F64, layer, log_mass, one_cluster, policy, tiny
 
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.layer_compress import compress_layer, merge_from_assignment
 from keepkv_sglang.merging import RULES, get_rule
 from keepkv_sglang.merging.least_squares import _ridge
 from keepkv_sglang.selection import SpanPolicy
@@ -24,46 +25,6 @@ SINGLE = {
     "rtol": 2e-4,
     "atol": 2e-5,
 }  # float32 against float64: logs of sums, then a solve of condition < 1e3
-F64 = torch.float64
-
-
-def policy(m: int, merge: str, **changes) -> SpanPolicy:
-    return SpanPolicy(**{"m": m, "merge": merge, "recent": 4, "sinks": 2, "threshold": 0.6, **changes})
-
-
-def layer(n=60, heads=2, group=3, w=6, ctx=0, dim=8, dtype=F64, seed=0, behind=0, spread=1.0) -> LayerInput:
-    """Random layer whose keys share a direction, so that many cosines pass 0.6. `spread` scales logits."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=F64)
-
-    lv = [torch.rand(t, heads, generator=g, dtype=F64) * 2 for t in (ctx, n)]
-    q, k = normal(w, heads * group, dim) * spread, normal(n, heads, dim) * 0.7 + 1
-    k_ctx, v = normal(ctx, heads, dim), normal(n, heads, dim)
-    q_index = torch.arange(n - w - behind, n - behind)
-    q, k_ctx, lv_ctx, k, v, own = (t.to(dtype) for t in (q, k_ctx, lv[0], k, v, lv[1]))
-    return LayerInput(q, q_index, k_ctx, lv_ctx, k, v, own, dim**-0.5)
-
-
-def tiny(q: list, k: list, v: list, votes: list, scale=1.0) -> LayerInput:
-    """One kv head; q [w, G, D], k [n, D], v [n, D]. All queries see all tokens."""
-    q, k, v = (torch.tensor(t, dtype=F64) for t in (q, k, v))
-    k, v, lv = k[:, None], v[:, None], torch.tensor(votes, dtype=F64).log()[:, None]
-    seen = torch.full((len(q),), len(k) - 1)
-    return LayerInput(q, seen, k[:0], lv[:0], k, v, lv, scale)
-
-
-def one_cluster(x: LayerInput, rule: str):
-    """Token 0 kept, all others merged into it -> k [D], v [D], votes."""
-    zero = torch.zeros(1, x.k.shape[0], dtype=torch.int64)
-    k, v, lv = merge_from_assignment(x, zero[:, :1], zero, rule)
-    return k[0, 0], v[0, 0], float(lv[0, 0].exp())
-
-
-def log_mass(q, k, lv, scale=1.0):
-    """log sum_i p_i exp(scale q.k_i) for q [..., D], k [n, D], lv [n]."""
-    return torch.logsumexp(q @ k.T * scale + lv, -1)
 
 
 # Formulas by hand: keys 0 and 1 (D = 1), votes 2 and 1, one query q = ln 4, so s = 1, 4 and w = 2, 4

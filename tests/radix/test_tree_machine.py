@@ -1,5 +1,6 @@
 """Random operations on SpanTree against a dictionary that does everything by brute force.
 
+Over 400 lines, since a state machine of hypothesis is one class: its model and every rule that is checked against it.
 KEEPKV_SOAK=1 runs 2,000 longer examples of each machine instead of 100 (fewer for what is not plain lru).
 """
 
