@@ -245,7 +245,8 @@ def small() -> None:
     merge.nearest_kept(k, order[:, :100].contiguous(), order[:, 100:].contiguous(), order[:, 100:] % 2 == 0, 1 << 20)
     seg = Segments.from_assignment(torch.arange(130, device="cuda").expand(2, -1) % 20, 20)
     merge.merge_segments(k, k, lv.T.contiguous(), torch.zeros(260, device="cuda"), seg)
-    merge.gather_slots(batch.k, batch.v, batch.votes, order[0, :50])
+    for pool in (batch.k, batch.votes):
+        merge.gather_slots(pool, order[0, :50], pool.new_empty(pool.shape[1], 50, *pool.shape[2:]))
     torch.cuda.synchronize()
     print("small: every kernel ran")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from keepkv_sglang.kernels.merge import gather_slots
 from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer, gpu_kernel_scores, heads_at_once
 from keepkv_sglang.selection import SpanPolicy
 
@@ -122,7 +123,7 @@ def _gather(buffers: Sequence[torch.Tensor], layers: Sequence[int], slots: torch
     shape = buffers[layers[0]].shape[1:]
     out = buffers[layers[0]].new_empty(len(layers), shape[0], len(slots), *shape[1:])
     for at, layer in zip(out, layers, strict=True):
-        at.copy_(buffers[layer].index_select(0, slots).transpose(0, 1))
+        gather_slots(buffers[layer], slots, at)
     return out.flatten(0, 1).transpose(0, 1)
 
 

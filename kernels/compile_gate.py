@@ -179,8 +179,8 @@ def own_cases(arch: int) -> Cases:
         half = torch.arange(32).expand(2, -1)
         merge.nearest_kept(k, half, half, torch.ones(2, 32, dtype=torch.bool))
         merge.merge_segments(k, k, torch.zeros(2, 64), torch.zeros(128), Segments.from_assignment(assign, 32))
-        pool_k, pool_v, votes, _ = pools(dim)
-        merge.gather_slots(pool_k, pool_v, votes, torch.arange(32))
+        for pool in pools(dim)[1:3]:  # K and V; votes
+            merge.gather_slots(pool, torch.arange(32), pool.new_empty(2, 32, *pool.shape[2:]))
 
     cases: Cases = {}
     for dim in (64, 128):

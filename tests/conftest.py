@@ -12,6 +12,9 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 # The same git-ignored cache as the Makefile, so that pytest on its own converts nothing twice.
 os.environ.setdefault("KEEPKV_CACHE", str(REPO / ".cache"))
+# Also for the servers that tests start. `make test` runs two pytests on two cores: OpenMP threads that spin while they
+# wait for each other keep the other one from working. Read when torch is loaded, so it is set here.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")

@@ -31,3 +31,9 @@ def merge_segments(
     if kernel is not None and kernel.supports(k) and kernel.supports(v):
         return kernel.merge_segments(k, v, lv, log_w, seg)  # type: ignore[no-any-return]
     return torch_impl.merge_segments(k, v, lv, log_w, seg)
+
+
+def gather_slots(pool: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """torch_impl.gather_slots by the fastest implementation that runs here."""
+    kernel = choose.implementation("merge", pool)
+    getattr(kernel, "gather_slots", torch_impl.gather_slots)(pool, slots, out)

@@ -127,3 +127,11 @@ def nearest_kept(
         top, column[:, start : start + block] = sim.max(dim=2)
         best[:, start : start + block] = top / rows.norm(dim=2).clamp(min=1e-12)
     return best, column
+
+
+def gather_slots(pool: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """Copies slots of a paged pool head by head: out[h, i] = pool[slots[i], h], bit for bit.
+
+    pool [S, H, D], or [S, H]; slots [n] integers; out [H, n, D], or [H, n], of the pool's dtype.
+    """
+    out.copy_(pool.index_select(0, slots).transpose(0, 1))

@@ -1,11 +1,13 @@
 """Matching, merging and gathering of KV slots in Triton: drop-ins for what torch_impl and merging/base do on a GPU.
 
-`nearest_kept` and `merge_segments` have the signature and meaning of those in torch_impl; `gather_slots` reads a span
-of a paged pool. Equal to those up to the order of float32 sums (gather_slots: bit for bit). Never run on a GPU;
+`nearest_kept`, `merge_segments` and `gather_slots` have the signature and meaning of those in torch_impl, and are equal
+to them up to the order of float32 sums (gather_slots: bit for bit). Never run on a GPU;
 compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -93,25 +95,16 @@ def merge_kernel(
 
 @triton.jit
 def gather_kernel(
-    k_ptr, v_ptr, lv_ptr, slots_ptr, out_k_ptr, out_v_ptr, out_lv_ptr, n, stride_ks, stride_vs, stride_ls,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_H: tl.constexpr,
+    pool_ptr, slots_ptr, out_ptr, n, stride_slot, stride_head,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of slots, block of the row): copies elements [w, w + BLOCK_W) of each slot's K and V row."""
-    i, w = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    """Program (tile of slots, head): copies the head's numbers of each slot."""
+    i, w = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_W)
+    head = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots_ptr + i, mask=i < n, other=0).to(tl.int64)
-    out = i.to(tl.int64)
     mask = (i < n)[:, None] & (w < WIDTH)[None, :]
-    k = tl.load(k_ptr + slot[:, None] * stride_ks + w[None, :], mask=mask, other=0.0)
-    tl.store(out_k_ptr + out[:, None] * WIDTH + w[None, :], k, mask=mask)
-    mask = (i < n)[:, None] & (w < WIDTH_V)[None, :]
-    v = tl.load(v_ptr + slot[:, None] * stride_vs + w[None, :], mask=mask, other=0.0)
-    tl.store(out_v_ptr + out[:, None] * WIDTH_V + w[None, :], v, mask=mask)
-    if tl.program_id(1) == 0:
-        h = tl.arange(0, BLOCK_H)
-        mask_h = (i < n)[:, None] & (h < HEADS)[None, :]
-        lv = tl.load(lv_ptr + slot[:, None] * stride_ls + h[None, :], mask=mask_h, other=0.0)
-        tl.store(out_lv_ptr + out[:, None] * HEADS + h[None, :], lv, mask=mask_h)
+    x = tl.load(pool_ptr + head * stride_head + slot[:, None] * stride_slot + w[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + (head * n + i.to(tl.int64))[:, None] * WIDTH + w[None, :], x, mask=mask)
 
 
 def nearest_kept(
@@ -164,29 +157,16 @@ def merge_segments(
     return out_k, out_v, out_lv
 
 
-def gather_slots(
-    k_pool: torch.Tensor, v_pool: torch.Tensor, log_votes: torch.Tensor, slots: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """k_pool[slots], v_pool[slots], log_votes[slots], bit for bit, in one launch.
-
-    k_pool, v_pool [S, H, D] of one dtype, rows contiguous; log_votes [S, H] float32; slots [n] integers, not checked.
-    Returns [n, H, D], [n, H, Dv], [n, H]. ValueError for another layout.
-    """
-    for x in (k_pool, v_pool):
-        if x.dim() != 3 or x.stride(2) != 1 or x.stride(1) != x.shape[2]:
-            raise ValueError(f"a pool needs contiguous [head, dim] rows, got {tuple(x.shape)}, strides {x.stride()}")
-    if log_votes.stride(1) != 1 or slots.dim() != 1:
-        raise ValueError("log_votes need contiguous rows, slots one dimension")
-    n, heads = len(slots), k_pool.shape[1]
-    width, width_v = heads * k_pool.shape[2], heads * v_pool.shape[2]
-    k, v = k_pool.new_empty(n, *k_pool.shape[1:]), v_pool.new_empty(n, *v_pool.shape[1:])
-    lv = log_votes.new_empty(n, heads)
+def gather_slots(pool: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """As torch_impl.gather_slots, in one pass. ValueError where a slot's [head, dim] numbers or `out` do not lie in a
+    row."""
+    n, heads, width = len(slots), pool.shape[1], math.prod(pool.shape[2:])
+    if pool.stride(1) != width or pool.stride()[-1] != 1 or not out.is_contiguous():
+        raise ValueError(f"a pool needs contiguous [head, dim] rows, got {tuple(pool.shape)}, strides {pool.stride()}")
     if n:
-        block_n, block_w = 16, min(512, triton.next_power_of_2(max(width, width_v)))
-        gather_kernel[(triton.cdiv(n, block_n), triton.cdiv(max(width, width_v), block_w))](
-            k_pool, v_pool, log_votes, slots.contiguous(), k, v, lv, n,
-            k_pool.stride(0), v_pool.stride(0), log_votes.stride(0),
-            HEADS=heads, WIDTH=width, WIDTH_V=width_v, BLOCK_N=block_n, BLOCK_W=block_w,
-            BLOCK_H=triton.next_power_of_2(heads), num_warps=4, num_stages=1,
+        block_w = triton.next_power_of_2(width)
+        block_n = max(16, min(512, 2048 // block_w))
+        gather_kernel[(triton.cdiv(n, block_n), heads)](
+            pool, slots.contiguous(), out, n, pool.stride(0), pool.stride(1),
+            WIDTH=width, BLOCK_N=block_n, BLOCK_W=block_w, num_warps=4, num_stages=1,
         )  # fmt: skip
-    return k, v, lv

@@ -9,6 +9,7 @@ from paged import DEVICE
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge import triton_impl as merge
 from keepkv_sglang.kernels.score import triton_impl as score
+from keepkv_sglang.layer_batch import Rows, Storage, compress_rows
 from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.selection import SpanPolicy
 
@@ -51,6 +52,31 @@ def test_it_is_what_torch_gives(scorer, rule, dtype, monkeypatch):
         one = 2 * torch.finfo(a.dtype).eps  # of 16-bit storage, a rounding to the other side
         # The fit solves normal equations, which makes rounding of 1e-6 a hundred times as large.
         torch.testing.assert_close(a, b, rtol=max(1e-3, one), atol=1e-4)
+
+
+def test_slots_of_a_pool(monkeypatch):
+    """compress_rows gathers with our kernel too, and writes what compress_layer gives."""
+    x, policy = layer(torch.bfloat16), SpanPolicy(m=26, merge="mean", recent=4, sinks=2, threshold=0.6)
+    slots = torch.randperm(256, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows = Rows(slots[:40], slots[40:170], slots[170:196])
+
+    def pool(context, span):
+        whole = span.new_zeros(256, *span.shape[1:])
+        whole[rows.context], whole[rows.source] = context, span
+        return whole
+
+    values = pool(torch.zeros_like(x.v[:40]), x.v)
+    storage = Storage([pool(x.k_ctx, x.k)], [values], [pool(x.lv_ctx, x.lv)], [x.scale])
+    gathered = []
+    function = merge.gather_slots
+    monkeypatch.setattr(merge, "gather_slots", lambda *a: gathered.append(a) or function(*a))
+    monkeypatch.setenv("KEEPKV_GPU_KERNEL", "triton")
+    (result,) = compress_rows(storage, rows, lambda _: x.q, x.q.shape[1], x.q_index, policy, 1 << 20)
+    assert len(gathered) == 5  # K and votes of the context; K, V and votes of the span
+    wanted = compress_layer(x, policy)
+    for name, pooled in (("k", storage.keys), ("v", storage.values), ("lv", storage.log_votes)):
+        got = getattr(result, name)
+        assert torch.equal(got, getattr(wanted, name)) and torch.equal(pooled[0][rows.target], got)
 
 
 def test_an_unknown_name_is_refused(monkeypatch):

@@ -66,10 +66,12 @@ def test_gather_slots_copies_bits(gen, dtype):
     pool = torch.randn(90, 2, 3, 80, generator=gen).to(dtype).to(DEVICE)  # K and V in one buffer
     pool[7] = NAN  # bits, not numbers
     votes = torch.rand(90, 3, generator=gen).to(DEVICE)
-    for n in (0, 1, 63):
+    for n in (0, 1, 63, 600):
         slots = torch.randint(90, (n,), generator=gen).to(DEVICE)
-        k, v, lv = triton_impl.gather_slots(pool[:, 0], pool[:, 1], votes, slots)
-        for got, source in ((k, pool[:, 0]), (v, pool[:, 1]), (lv, votes)):
-            assert got.isnan().equal(source[slots].isnan()) and got.nan_to_num(9).equal(source[slots].nan_to_num(9))
+        for source in (pool[:, 0], pool[:, 1], votes):
+            got = source.new_empty(3, n, *source.shape[2:])
+            triton_impl.gather_slots(source, slots, got)
+            wanted = source[slots].transpose(0, 1)
+            assert got.isnan().equal(wanted.isnan()) and got.nan_to_num(9).equal(wanted.nan_to_num(9))
     with pytest.raises(ValueError, match="contiguous"):
-        triton_impl.gather_slots(pool[:, 0].transpose(1, 2), pool[:, 1], votes, slots)
+        triton_impl.gather_slots(pool[:, 0].transpose(1, 2), slots, torch.empty(80, 600, 3))

@@ -17,8 +17,6 @@ STRICT = {
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
     "KEEPKV_CHECK": "1",  # ours too: every invariant of radix/README.md whenever the server is idle
-    # Two OpenMP threads on a machine that does other things wait for each other; sleeping costs less.
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 BORDER = 2  # <|im_end|> of SmolLM2, the chat template's end-of-message token
 
