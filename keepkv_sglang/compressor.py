@@ -9,7 +9,6 @@ only ever read (DESIGN.md, decision 3).
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +23,7 @@ from keepkv_sglang.runtime import Runtime
 from keepkv_sglang.scoring.references import QuerySample
 from keepkv_sglang.selection import SpanPolicy
 from keepkv_sglang.span_policy import span_policy
+from keepkv_sglang.streams import on_forward_stream
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,7 @@ def merge_unused(
 
     count = queries.q.shape[1] if queries is not None else 0
     q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64, device=arena.device)
-    scheduler = rt.scheduler
-    with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
+    with on_forward_stream(rt.scheduler):
         for _ in compress_rows(Storage.of(rt), rows, place, arena.shape[2], q_index, policy, SCRATCH_BYTES):
             pass
 
@@ -161,9 +160,7 @@ def _merge_layers(
 
     log = record.begin(req, state, span, window, policy, rt.rank)
     joined = torch.zeros((), dtype=torch.int64, device=row.device)
-    scheduler = rt.scheduler
-    # GPU: merges run behind the forward that is in flight, which still reads the row as it was.
-    with scheduler.forward_stream_ctx if scheduler.enable_overlap else nullcontext():
+    with on_forward_stream(rt.scheduler):
         for result in compress_rows(
             Storage.of(rt), where, place, arena.shape[2], sample.q_index, policy, SCRATCH_BYTES
         ):

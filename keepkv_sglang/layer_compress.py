@@ -64,8 +64,8 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
 
     `scratch_bytes` bounds what holds window logits [heads, Q, tokens], Q = w * Hq / Hkv: kv heads are
     processed in groups (at least heads_at_once), and a context, or a span too long for one head at a time, in blocks of
-    tokens. On top come float copies of the group's keys and values and a few [heads, m, Q] tensors. Grouping changes
-    results by rounding only.
+    tokens. On top come float copies of the group's keys and values and a few [heads, m, Q] tensors; of the C++ the
+    logits of 64 queries per thread. Grouping changes results by rounding only.
     """
     _check(x, p)
     scorer, matching = get_scorer(p.scorer), p.merge != "evict"
@@ -175,7 +175,7 @@ def gpu_kernel_scores(k: torch.Tensor) -> bool:
 def heads_at_once(k: torch.Tensor) -> int:
     """The least number of kv heads of k [n, Hkv, D] to take together, whatever their logits would need."""
     if k.is_cpu:
-        return torch.get_num_threads()  # the CPU kernels never hold them, and work on one head per thread
+        return torch.get_num_threads()  # the CPU kernels hold them for 64 queries at a time, one head per thread
     return k.shape[1] if gpu_kernel_scores(k) else 1
 
 

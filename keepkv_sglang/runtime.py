@@ -88,6 +88,8 @@ class Runtime:
         self.kv_pool = pool
         self.first_layer, layers = pool.start_layer, pool.layer_num
         keys = pool.get_key_buffer(self.first_layer)
+        if keys.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ConfigError(f"KeepKV cannot merge keys of {keys.dtype}; use --kv-cache-dtype bfloat16")
         slots, kv_heads, head_dim = keys.shape
         self.rotary = rotary_of(runner.model)
         if self.rotary is None and self.config.references:

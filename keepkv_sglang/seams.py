@@ -100,6 +100,7 @@ USES: tuple[Seam, ...] = (
     Seam(f"{_FLASHINFER}._kv_write_scales", ("self", "layer")),
     Seam("sglang.srt.layers.attention.flashinfer_backend.PrefillMetadata", ("prefill_wrappers", "use_ragged", "extend_no_prefix")),
     Seam("sglang.srt.environ.envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+    Seam("sglang.srt.environ.envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
     Seam("sglang.srt.mem_cache.memory_pool.KVWriteLoc.for_layer", ("cls", "forward_batch", "layer")),
     Seam("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
     Seam("sglang.srt.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),

@@ -1,9 +1,9 @@
 """Compiles the C++ of an op, <op>/cpu_<op>.cpp, for this machine; `python -m keepkv_sglang.kernels.cpu_build` does it
 for all of them ahead of use.
 
-A library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under a hash of everything that shapes it:
-sources, flags, compiler, CPU model and the OpenMP runtime. It is written beside its final name and renamed,
-so processes can race.
+A library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under two hashes: of sources, flags, CPU model and OpenMP
+runtime, and of the compiler. A machine without a compiler takes one that another compiled into the folder. It is
+written beside its final name and renamed, so processes can race.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -24,17 +25,18 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 OPS = ("attention", "score", "merge")
+NO_MEMORY = 3  # kNoMemory of cpu_vec.h
 # No -ffast-math: masked entries are -inf. Contraction to fused multiply-add is allowed and wanted.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wno-psabi")
 
 
-def compiler() -> str:
-    """Path of $CXX, g++, c++ or clang++. RuntimeError when there is none."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
-    for name in names:
-        if found := shutil.which(name):
-            return found
-    raise RuntimeError(f"no C++ compiler ({', '.join(names)}): install g++ or set CXX")
+def compiler() -> list[str]:
+    """$CXX (with arguments, as in "ccache g++"), g++, c++ or clang++. RuntimeError when there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for command in [named] if named else [["g++"], ["c++"], ["clang++"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    raise RuntimeError(f"no C++ compiler ({named[0] if named else 'g++, c++, clang++'}): install g++ or set CXX")
 
 
 def openmp_runtime() -> str | None:
@@ -42,7 +44,7 @@ def openmp_runtime() -> str | None:
     import torch  # noqa: F401  (loads its runtime)
 
     try:
-        maps = Path("/proc/self/maps").read_text()
+        maps = Path("/proc/self/maps").read_text(errors="surrogateescape")
     except OSError:
         return None
     paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/" in line}
@@ -63,7 +65,7 @@ def cpu_model() -> str:
 
 def _run(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"{command[0]}: {error}") from error
     if done.returncode:
@@ -82,28 +84,35 @@ def sources(op: str) -> list[Path]:
 
 
 def build(op: str, march: str = "native") -> Path:
-    """Path of the op's compiled library, compiling it (seconds) if the cache has none. RuntimeError with the
-    reason.
+    """Path of the op's compiled library, compiling it (seconds) if the cache has none of this compiler, or of any where
+    there is no compiler. RuntimeError with the reason.
 
     march: the instruction set; tests compile the AVX2 and the portable path of the sources on any x86
     machine.
     """
-    cxx, runtime = compiler(), openmp_runtime()
-    flags = (*FLAGS, f"-march={march}")
+    runtime, flags = openmp_runtime(), (*FLAGS, f"-march={march}")
     digest = hashlib.sha256()
-    for part in (*flags, _run([cxx, "--version"]), cxx, cpu_model(), str(runtime)):
-        digest.update(part.encode() + b"\0")
+    for part in (*flags, cpu_model(), str(runtime)):
+        digest.update(os.fsencode(part) + b"\0")
     for source in sources(op):
         digest.update(source.read_bytes())
-    target = cache_dir() / f"{op}-{digest.hexdigest()[:20]}.so"
+    name = f"{op}-{digest.hexdigest()[:20]}"
+    try:
+        cxx = compiler()
+        version = _run([*cxx, "--version"])
+    except RuntimeError:
+        if found := sorted(cache_dir().glob(f"{name}-*.so")):
+            return found[0]
+        raise
+    target = cache_dir() / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:8]}.so"
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             obj, lib = f"{folder}/{op}.o", f"{folder}/{op}.so"
-            _run([cxx, *flags, "-fopenmp", "-c", str(sources(op)[-1]), "-o", obj])
-            link = [cxx, "-shared", obj, "-o", lib, "-Wl,-z,defs"]
+            _run([*cxx, *flags, "-fopenmp", "-c", str(sources(op)[-1]), "-o", obj])
+            link = [*cxx, "-shared", obj, "-o", lib, "-Wl,-z,defs"]
             plans = [["-fopenmp"]]
             if runtime:
                 # By path, and without -fopenmp, which would name the system's runtime as well.
@@ -130,6 +139,12 @@ def load(path: Path, function: str) -> Callable[..., int]:
         raise RuntimeError(f"cannot load {path}: {error}; delete it and try again") from error
     found.restype = ctypes.c_int
     return found  # type: ignore[no-any-return]
+
+
+def raise_for(code: int) -> None:
+    """MemoryError for the status of an op whose scratch memory could not be had (guard() of cpu_vec.h)."""
+    if code == NO_MEMORY:
+        raise MemoryError("no memory for a CPU kernel's scratch: give the process more, or fewer other tensors")
 
 
 def implementation(op: str) -> ModuleType | None:

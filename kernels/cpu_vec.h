@@ -2,6 +2,7 @@
 // code relies on -inf. W = 8 exists everywhere (the compiler lowers it to two SSE/NEON registers), W = 16
 // with AVX-512.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -61,6 +62,7 @@ INL void from_float(float x, bf16* out) {  // round to nearest even, as torch do
   out->bits = x != x ? 0x7FC0 : uint16_t((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
 }
 
+// Where a or b is NaN: b.
 template <int W> INL vf<W> vmax(vf<W> a, vf<W> b) {
 #if defined(__AVX512F__)
   if constexpr (W == 16) return (vf<W>)_mm512_max_ps((__m512)a, (__m512)b);
@@ -137,11 +139,11 @@ template <class T> INL void transpose8(const T* const* keys, int dim, float* dst
 }
 
 // exp for x <= 0: Cody-Waite reduction and Cephes' polynomial, relative error about 1e-7 (tested).
-// exp(0) is exactly 1; below the smallest normal result, and for -inf, exactly 0.
+// exp(0) is exactly 1; below the smallest normal result, and for -inf, exactly 0; NaN stays NaN.
 template <int W> INL vf<W> vexp(vf<W> x) {
   const float lowest = -87.336540f;
   const vf<W> lo = splat<W>(lowest);
-  vf<W> xc = vmax<W>(x, lo);
+  vf<W> xc = vmax<W>(lo, x);
   const vf<W> magic = splat<W>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   vf<W> t = xc * 1.44269504f + magic;
   vf<W> n = t - magic;
@@ -159,5 +161,16 @@ template <int W> INL vf<W> vexp(vf<W> x) {
   return x < lo ? vf<W>{} : p;
 }
 INL float exp1(float x) { return vexp<8>(splat<8>(x))[0]; }
+
+constexpr int kNoMemory = 3;  // what an op returns when scratch memory cannot be had
+
+// Runs f. No exception may leave an OpenMP team or an extern "C" function: that would end the process.
+template <class F> void guard(std::atomic<int>& error, F f) {
+  try {
+    f();
+  } catch (...) {
+    error = kNoMemory;
+  }
+}
 
 }  // namespace keepkv

@@ -21,7 +21,6 @@ import os
 from typing import Any
 
 import torch
-from sglang.srt.environ import envs
 from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
@@ -55,10 +54,6 @@ class KeepKVFlashInferBackend(FlashInferAttnBackend):
             raise ConfigError(
                 f"keepkv_flashinfer needs the KV cache in the model's dtype {runner.dtype}, not "
                 f"{self.flashinfer_kv_cache_dtype}: use --kv-cache-dtype auto"
-            )
-        if envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH.get():
-            raise ConfigError(
-                "SGLANG_ENABLE_METADATA_GLUE_GRAPH would replay one step's choice of window queries for ever: unset it"
             )
         shape = runner.dtype, runner.model_config.head_dim
         try:

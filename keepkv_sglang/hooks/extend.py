@@ -99,4 +99,6 @@ def _capture(rt: runtime.Runtime, batch: Any, forward_batch: Any, decode: bool) 
     if not wanted[0]:
         return None
     device = forward_batch.positions.device
-    return tuple(torch.tensor(rows, dtype=torch.int64, device=device) for rows in wanted)
+    # From pageable memory the copy would wait for the forward in flight.
+    rows = torch.tensor(wanted, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return rows.to(device, non_blocking=True).unbind()

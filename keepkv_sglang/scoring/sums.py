@@ -1,4 +1,4 @@
-"""What a kernel (kernels/score: C++ on a CPU, Triton on a GPU) finds about a window, logits never written.
+"""What a kernel (kernels/score: C++ on a CPU, Triton on a GPU) finds about a window, logits of all queries never held.
 
 In torch it is one operation after the other over [H, n, Q].
 """

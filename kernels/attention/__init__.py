@@ -19,8 +19,9 @@ float32 or bfloat16, any stride(0), rows contiguous; log_votes [S, Hkv] float32,
 are converted); kv_head = q_head // (Hq / Hkv); head_dim a multiple of 8 up to 256. Computed in float32.
 
 Differs from the equation: a seq_len of 0 (padding) gives zeros; a log vote of -inf or <= -1e29 masks its
-entry (K and V of a masked entry must be finite); a query with every entry masked gets zeros, where Eq. 6 is
-0/0.
+entry (K and V of a masked entry must be finite, and V of one that a causal query does not see yet); a query with every
+entry masked gets zeros, where Eq. 6 is 0/0. Other log votes must be finite. A NaN in q, or in K or V of an entry that a
+query sees, makes the query's output NaN.
 
 Errors: ValueError for shapes and dtypes outside this, IndexError for rows or slots outside the pool (out is
 then unspecified).

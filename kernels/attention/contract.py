@@ -18,6 +18,8 @@ def as_int64(values: Lengths, name: str, size: int) -> torch.Tensor:
     """A contiguous int64 CPU tensor [size]. ValueError when the length differs."""
     if not isinstance(values, torch.Tensor) or values.dtype != torch.int64 or not values.is_contiguous():
         values = torch.as_tensor(values, dtype=torch.int64).contiguous()
+    if not values.is_cpu:
+        values = values.cpu()
     if values.numel() != size:
         raise ValueError(f"{name} has {values.numel()} entries, expected {size} (one per request)")
     return values
@@ -38,8 +40,11 @@ def check(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Returns q with packed rows. ValueError, with what to do next, for tensors outside the CPU kernels' contract."""
-    if not (q.is_cpu and k_pool.is_cpu and req_to_token.is_cpu):
-        raise ValueError(f"the CPU kernels got q on {q.device}, K on {k_pool.device}: pass CPU tensors")
+    if not (q.is_cpu and k_pool.is_cpu and v_pool.is_cpu and req_to_token.is_cpu and out.is_cpu) or (
+        log_votes is not None and not log_votes.is_cpu
+    ):
+        given = {str(x.device) for x in (q, k_pool, v_pool, log_votes, req_to_token, out) if x is not None}
+        raise ValueError(f"the CPU kernels got tensors on {', '.join(sorted(given))}: pass CPU tensors")
     check_layout(q, k_pool, v_pool, log_votes, req_to_token, out)
     return q if packed_rows(q) else q.contiguous()
 
@@ -58,6 +63,7 @@ def check_layout(
     pool, dtype, kv_dtype = k_pool.shape, q.dtype, k_pool.dtype  # each asked of torch once: this runs in every layer
     shape = q.shape
     dim = shape[2]
+    packed = (dim, 1)  # strides of [head, dim] rows
     if pool != v_pool.shape or pool[2] != dim or shape[1] % pool[1]:
         raise ValueError(
             f"q {tuple(q.shape)}, k_pool {tuple(k_pool.shape)}, v_pool {tuple(v_pool.shape)} do not fit: "
@@ -68,14 +74,14 @@ def check_layout(
         raise ValueError(f"q {q.dtype}, k_pool {k_pool.dtype}, v_pool {v_pool.dtype}: use {names}")
     if dim % 8 or dim > 256:
         raise ValueError(f"head_dim {dim} is not a multiple of 8 up to 256")
-    if not (packed_rows(k_pool) and packed_rows(v_pool) and packed_rows(out)):
+    if k_pool.stride()[1:] != packed or v_pool.stride()[1:] != packed or out.stride()[1:] != packed:
         raise ValueError("k_pool, v_pool and out need contiguous [head, dim] rows: copying a pool is too expensive")
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out {tuple(out.shape)} {out.dtype} must match q {tuple(q.shape)} {q.dtype}")
     if req_to_token.dtype != torch.int32 or req_to_token.stride(1) != 1:
         raise ValueError(f"req_to_token must be int32 with contiguous rows, got {req_to_token.dtype}")
     if log_votes is not None and (
-        log_votes.dtype != torch.float32 or log_votes.shape != pool[:2] or log_votes.stride(1) != 1
+        log_votes.dtype != torch.float32 or log_votes.shape != (pool[0], pool[1]) or log_votes.stride()[1] != 1
     ):
         raise ValueError(
             f"log_votes must be float32 {tuple(k_pool.shape[:2])} with contiguous rows, "

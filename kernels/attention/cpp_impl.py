@@ -73,12 +73,12 @@ def _call(
         lens.data_ptr(),
         news.data_ptr() if news is not None else None,
         out.data_ptr(),
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        votes.stride(0) if votes is not None else 0,
-        table.stride(0),
-        out.stride(0),
+        q.stride()[0],
+        k.stride()[0],
+        v.stride()[0],
+        votes.stride()[0] if votes is not None else 0,
+        table.stride()[0],
+        out.stride()[0],
         k.shape[0],
         table.shape[0],
         table.shape[1],
@@ -92,6 +92,7 @@ def _call(
     )
     code = _function(ctypes.addressof(args), q.dtype == torch.bfloat16, k.dtype == torch.bfloat16)
     if code:
+        cpu_build.raise_for(code)
         raise IndexError(_ERRORS[code])
 
 

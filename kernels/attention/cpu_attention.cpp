@@ -1,8 +1,7 @@
 // C ABI of the vote-weighted attention (see __init__.py for the contract). No torch headers: compiles in
-// seconds. Returns 0, or kBadRow / kBadSlot when an index would read outside the pool (the output is then
+// seconds. Returns 0, kBadRow / kBadSlot when an index would read outside the pool, or kNoMemory (the output is then
 // unspecified).
 #include <algorithm>
-#include <atomic>
 #include <omp.h>
 #include "cpu_extend.h"
 
@@ -79,9 +78,9 @@ template <class T, class O> int run_decode(const Args& a) {
   {
     static thread_local std::vector<float> scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t u = 0; u < blocks * chunks; ++u) blocks_of(u, scratch);
+    for (int64_t u = 0; u < blocks * chunks; ++u) guard(error, [&] { blocks_of(u, scratch); });
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < a.batch; ++b) merge_of(b, scratch);
+    for (int64_t b = 0; b < a.batch; ++b) guard(error, [&] { merge_of(b, scratch); });
   }
   return error;
 }
@@ -116,8 +115,10 @@ template <class T, class O> int run_extend(const Args& a) {
       }
       const int32_t* slots = a.table + a.rows[b] * a.table_stride;
       if (!slots_valid(slots, int(len), p.slots)) { error = kBadSlot; continue; }
-      extend_unit<T, O>(p, static_cast<const O*>(a.q) + start[b] * a.q_stride, a.q_stride, out, a.out_stride, slots,
-                        len, a.extend_lens[b], a.causal != 0, u, scratch);
+      guard(error, [&] {
+        extend_unit<T, O>(p, static_cast<const O*>(a.q) + start[b] * a.q_stride, a.q_stride, out, a.out_stride, slots,
+                          len, a.extend_lens[b], a.causal != 0, u, scratch);
+      });
     }
   }
   return error;
@@ -133,5 +134,7 @@ template <class T> int dispatch(const Args& a, int q_bf16) {
 extern "C" int keepkv_attention(const void* args, int q_bf16, int kv_bf16) {
   const Args& a = *static_cast<const Args*>(args);
   if (!rows_valid(a)) return kBadRow;
-  return kv_bf16 ? dispatch<bf16>(a, q_bf16) : dispatch<float>(a, q_bf16);
+  std::atomic<int> error{0};
+  guard(error, [&] { error = kv_bf16 ? dispatch<bf16>(a, q_bf16) : dispatch<float>(a, q_bf16); });
+  return error;
 }

@@ -117,7 +117,7 @@ void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n,
       vf<W> x = load<W>(s + i) * p.scale + vote;
       x = vote > splat<W>(kMasked) ? x : splat<W>(kNegInf);
       store<W>(s + i, x);
-      top = vmax<W>(top, x);
+      top = vmax<W>(x, top);  // a NaN is never the largest; it gets into the sums
     }
     float m = hmax<W>(top);
     float shift = m == kNegInf ? 0.0f : m;  // everything masked: exp(-inf) = 0, not NaN
@@ -152,7 +152,7 @@ void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n,
   }
 }
 
-// Merges the blocks of one query head in order; everything masked or no key at all gives zeros.
+// Merges the blocks of one query head in order; everything masked or no key at all gives zeros, a NaN logit NaN.
 template <class O> void merge_blocks(const float* part, int64_t block_stride, int blocks, int dim, O* out, float* acc) {
   float top = kNegInf, total = 0.0f;
   for (int s = 0; s < blocks; ++s) top = part[s * block_stride + dim] > top ? part[s * block_stride + dim] : top;
@@ -163,7 +163,9 @@ template <class O> void merge_blocks(const float* part, int64_t block_stride, in
     total += w * o[dim + 1];
     for (int d = 0; d < dim; ++d) acc[d] += w * o[d];
   }
-  float inverse = top == kNegInf ? 0.0f : 1.0f / total;
+  float none = 0.0f;  // the denominators of blocks without a maximum: zeros, or NaN
+  for (int s = 0; s < blocks && top == kNegInf; ++s) none += part[s * block_stride + dim + 1];
+  float inverse = top == kNegInf ? none : 1.0f / total;
   for (int d = 0; d < dim; ++d) from_float(acc[d] * inverse, out + d);
 }
 

@@ -77,7 +77,7 @@ INL void soften_row(float* s, const float* bias, float scale, int visible, int n
     x = vote > masked ? x : neg;
     if (i + W > used) x = lane < used - i ? x : neg;
     store<W>(s + i, x);
-    best = vmax<W>(best, x);
+    best = vmax<W>(x, best);  // a NaN is never the largest; it gets into the sums
   }
   float m = hmax<W>(best);
   m = m > *top ? m : *top;
@@ -158,7 +158,7 @@ void extend_unit(const Pool<T>& p, const O* q, int64_t q_stride, O* out, int64_t
   for (int r = 0; r < rows; ++r) {
     O* dst = out + (u.row0 + r) / G * out_stride + (int64_t(u.head) * G + (u.row0 + r) % G) * dim;
     float total = hsum<W>(load<W>(&w.total[size_t(r) * W]));
-    float inverse = w.top[r] == kNegInf ? 0.0f : 1.0f / total;
+    float inverse = w.top[r] == kNegInf ? total : 1.0f / total;  // everything masked: 0, or NaN
     for (int d = 0; d < dim; ++d) from_float(w.acc[size_t(r) * width + d] * inverse, dst + d);
   }
 }

@@ -40,16 +40,16 @@ _SUMS = {"reassoc", "contract", "nsz"}
 
 @numba.njit(cache=True, fastmath={"contract"})  # no reassoc: it would undo the two-step range reduction
 def _exp_row(s, n, shift, bits):
-    """s[:n] = exp(s[:n] - shift), arguments <= 0; -inf gives 0. bits: int32 scratch of the same length."""
+    """s[:n] = exp(s[:n] - shift), arguments <= 0; -inf gives 0, NaN NaN. bits: int32 scratch of the same length."""
     powers = bits.view(np.float32)
     for i in range(n):
         x = s[i] - shift
-        c = max(x, _LOWEST)
+        c = x if x > _LOWEST else _LOWEST
         k = np.floor(c * _LOG2E + _HALF)
         r = (c - k * _LN2_HI) - k * _LN2_LO
         p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
         bits[i] = (np.int32(k) + np.int32(127)) << np.int32(23)
-        s[i] = p * (r * r) + r + _ONE if x >= _LOWEST else _ZERO
+        s[i] = p * (r * r) + r + _ONE if x >= _LOWEST else (_ZERO if x < _LOWEST else x)
     for i in range(n):
         s[i] *= powers[i]
 
@@ -114,7 +114,9 @@ def _unit(q, k, v, strides, shift, votes, slots, length, new, head, row0, row1, 
             if seen <= 0:
                 continue
             top = max(tops[r], _score(q[query, lane], kb, seen, scale, bias, s))
-            if top == _NEG_INF:
+            if top == _NEG_INF:  # nothing but masked entries and NaN
+                for j in range(seen):
+                    total[r] += s[j] if s[j] != _NEG_INF else _ZERO
                 continue
             _exp_row(s, seen, top, bits)
             if tops[r] != top:
@@ -126,7 +128,7 @@ def _unit(q, k, v, strides, shift, votes, slots, length, new, head, row0, row1, 
             total[r] += _weigh(s, vb, seen, acc[r])
     for r in range(rows):
         query, lane = (row0 + r) // group, head * group + (row0 + r) % group
-        inverse = _ONE / total[r] if tops[r] != _NEG_INF else _ZERO
+        inverse = _ONE / total[r] if total[r] != _ZERO else _ZERO
         for d in range(dim):
             out[query, lane, d] = acc[r, d] * inverse
 
@@ -224,8 +226,8 @@ def extend(
             np.float32(scale),
             result.numpy(),
         )
-        # numba's omp layer binds to torch's OpenMP runtime (found first) and leaves its own thread count
-        # there.
+        # With NUMBA_THREADING_LAYER=omp numba binds to torch's OpenMP runtime (found first) and leaves its own thread
+        # count there.
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
     out.copy_(result)

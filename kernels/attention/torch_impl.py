@@ -12,6 +12,7 @@ name = "torch"
 # Queries are taken in slices so that the logits of one slice stay under this many elements (128 MiB of
 # float32).
 _MAX_LOGITS = 1 << 25
+OUTSIDE = "attention: rows, seq_lens or extend_lens point outside req_to_token"
 
 
 def _attend(
@@ -72,11 +73,13 @@ def extend(
     for row, length, new in zip(rows.tolist(), seq_lens.tolist(), extend_lens.tolist(), strict=True):
         queries, result = q[start : start + new], out[start : start + new]
         start += new
+        if new < 0 or not 0 <= length <= req_to_token.shape[1]:
+            raise IndexError(OUTSIDE)
         if length == 0:
             result.zero_()
             continue
-        if not 0 <= length <= req_to_token.shape[1] or not 0 <= row < req_to_token.shape[0] or new > length:
-            raise IndexError("attention: rows, seq_lens or extend_lens point outside req_to_token")
+        if not 0 <= row < req_to_token.shape[0] or new > length:
+            raise IndexError(OUTSIDE)
         slots = req_to_token[row, :length].long()
         votes = None if log_votes is None else log_votes.index_select(0, slots)
         k, v = k_pool.index_select(0, slots), v_pool.index_select(0, slots)

@@ -56,6 +56,10 @@ def nearest_kept(
     """As torch_impl.nearest_kept; k [H, n, D] float32 with contiguous vectors, D a multiple of 8."""
     if not supports(k):
         raise ValueError("nearest_kept takes float32 keys on a CPU, D a multiple of 8")
+    given = [(x.dtype, x.is_cpu, len(x)) for x in (dropped, kept, allowed)]
+    wanted = [(dtype, True, len(k)) for dtype in (torch.int64, torch.int64, torch.bool)]
+    if given != wanted or kept.shape != allowed.shape:
+        raise ValueError("nearest_kept takes dropped and kept of int64, allowed of bool, one row per head, on a CPU")
     dropped, kept, allowed = dropped.contiguous(), kept.contiguous(), allowed.contiguous()
     heads, r = dropped.shape
     u = kept.shape[1]
@@ -64,7 +68,7 @@ def nearest_kept(
         pointers = (k, dropped, kept, allowed, best, column)
         sizes = (k.stride(1), k.stride(0), heads, k.shape[2], r, u, torch.get_num_threads())
         args = _Nearest(*(x.data_ptr() for x in pointers), *sizes)
-        _nearest(ctypes.addressof(args))
+        cpu_build.raise_for(_nearest(ctypes.addressof(args)))
     return best, column
 
 
@@ -79,11 +83,14 @@ def merge_segments(
         raise ValueError(f"k, v, lv, log_w {shapes} do not belong to {seg.heads} heads, {len(seg.rows)} members")
     if any(x.dtype != torch.float32 or not x.is_cpu for x in given) or dim % 8 or v.shape[2] % 8:
         raise ValueError("merge_segments takes float32 tensors on a CPU, D and Dv multiples of 8")
+    indices = seg.rows, seg.offsets, seg.counts
+    if any(x.dtype != torch.int64 or not x.is_cpu or not x.is_contiguous() for x in indices):
+        raise ValueError("merge_segments takes contiguous int64 indices on a CPU: see Segments.from_assignment")
     out = k.new_empty(heads, seg.m, dim), v.new_empty(heads, seg.m, v.shape[2]), lv.new_empty(heads, seg.m)
     pointers = (*given, seg.rows, seg.offsets, seg.counts, *out)
     sizes = (heads * seg.m, dim, v.shape[2], torch.get_num_threads())
     args = _Segments(*(x.data_ptr() for x in pointers), *sizes)
-    _segments(ctypes.addressof(args))
+    cpu_build.raise_for(_segments(ctypes.addressof(args)))
     return out
 
 
@@ -123,8 +130,10 @@ def fit(
     heads, m, dim = k.shape
     queries, dim_v = q.shape[1], v.shape[2]
     given = [x.contiguous() for x in (k, v, start, q, log_z, log_z_ctx, output, weight, first, position)]
-    if any(x.dtype != torch.float32 or not x.is_cpu for x in given[:8]):
+    if any(x.dtype != torch.float32 for x in given[:8]) or not all(x.is_cpu for x in given):
         raise ValueError("fit takes float32 tensors on a CPU")
+    if not 0 <= fixed <= m:
+        raise ValueError(f"fixed {fixed}: from 0 to the {m} slots")
     shapes = [tuple(x.shape) for x in given]
     wanted = [(heads, m, dim), (heads, m, dim_v), (heads, m), (heads, queries, dim), (heads, queries), (heads, queries)]
     wanted += [(heads, queries, dim_v), (queries,), (heads, m), (queries,)]
@@ -134,7 +143,7 @@ def fit(
     sizes = (heads, m, queries, dim, dim_v, fixed, steps, torch.get_num_threads())
     numbers = (max_correction, max_log_mass, ridge, min_ridge)
     args = _Fit(*(x.data_ptr() for x in (*given, votes, gram, rhs)), *sizes, *numbers)
-    _fit(ctypes.addressof(args))
+    cpu_build.raise_for(_fit(ctypes.addressof(args)))
     return Fit(votes, gram, rhs)
 
 

@@ -265,32 +265,37 @@ void fit(const FitArgs& a, int64_t h, Scratch& w) {
   }
 }
 
-template <class F> void for_units(int64_t units, int64_t at_once, int64_t threads, F one) {
+Scratch& scratch_of_thread() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
+// one(unit, scratch) for all units; returns 0 or kNoMemory.
+template <class F> int for_units(int64_t units, int64_t at_once, int64_t threads, F one) {
+  std::atomic<int> error{0};
 #pragma omp parallel num_threads(threads) if (threads > 1 && units > at_once)
   {
-    static thread_local Scratch scratch;
+    Scratch& scratch = scratch_of_thread();
 #pragma omp for schedule(dynamic, at_once)
-    for (int64_t i = 0; i < units; ++i) one(i, scratch);
+    for (int64_t i = 0; i < units; ++i) guard(error, [&] { one(i, scratch); });
     if (scratch.floats() > kKeepFloats) scratch = Scratch();
   }
+  return error;
 }
 
 }  // namespace
 
 extern "C" int keepkv_nearest(const void* args) {
   const NearestArgs& a = *static_cast<const NearestArgs*>(args);
-  for_units(a.heads, 1, a.threads, [&](int64_t h, Scratch& w) { nearest(a, h, w); });
-  return 0;
+  return for_units(a.heads, 1, a.threads, [&](int64_t h, Scratch& w) { nearest(a, h, w); });
 }
 
 extern "C" int keepkv_segments(const void* args) {
   const SegmentsArgs& a = *static_cast<const SegmentsArgs*>(args);
-  for_units(a.clusters, 64, a.threads, [&](int64_t c, Scratch& s) { merge_cluster(a, c, s); });
-  return 0;
+  return for_units(a.clusters, 64, a.threads, [&](int64_t c, Scratch& s) { merge_cluster(a, c, s); });
 }
 
 extern "C" int keepkv_fit(const void* args) {
   const FitArgs& a = *static_cast<const FitArgs*>(args);
-  for_units(a.heads, 1, a.threads, [&](int64_t h, Scratch& w) { fit(a, h, w); });
-  return 0;
+  return for_units(a.heads, 1, a.threads, [&](int64_t h, Scratch& w) { fit(a, h, w); });
 }

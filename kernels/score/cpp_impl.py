@@ -1,6 +1,7 @@
 """What a window of queries sees of a span, in C++ (cpu_score.cpp): denominators, sums per token, attention outputs.
 
-One pass: logits are computed once and never leave the cache. Deterministic: a head's bits do not depend on the
+One pass: the logits of 64 queries (8 where vectors are short) at a time are computed once and read while they are in
+the cache, 256 bytes a token. Deterministic: a head's bits do not depend on the
 other heads or on the number of threads (torch.get_num_threads() are used).
 """
 
@@ -47,10 +48,10 @@ def window_sums(
     """q [H, Q, D] float32, already scaled; position [Q] int64: the last token of the span that each row sees. k_ctx [c,
     H, D], lv_ctx [c, H]: what precedes the span, c may be 0; k [n, H, D], v [n, H, Dv], lv [n, H]: the span, as
     stored: float32 or bfloat16 in all three, votes float32, any strides with contiguous vectors; D and Dv multiples of
-    8. weights [R, Q] float32, R at most 2. ValueError for anything else.
+    8. weights [R, Q] float32, R at most 2. ValueError for anything else, MemoryError without room for scratch.
     """
     check_window(q, position, k_ctx, lv_ctx, k, v, lv, weights)
-    if not supports(k_ctx, k, v):
+    if not supports(k_ctx, k, v) or not all(x.is_cpu for x in (q, position, lv_ctx, lv, weights)):
         raise ValueError(
             "on a CPU window_sums takes float32 or bfloat16 keys and values, vectors of 8, 16, ... numbers"
         )
@@ -64,7 +65,7 @@ def window_sums(
     strides = [s for x in (k_ctx, lv_ctx, k, v, lv) for s in x.stride()[:2]]
     sizes = (heads, queries, dim, v.shape[2], k_ctx.shape[0], tokens, len(weights), torch.get_num_threads())
     args = _Args(*(x.data_ptr() if x is not None else None for x in pointers), *strides, *sizes)
-    _function(ctypes.addressof(args), k.dtype == torch.bfloat16)
+    cpu_build.raise_for(_function(ctypes.addressof(args), k.dtype == torch.bfloat16))
     return Sums(log_z, log_z_ctx, received, squares, output)
 
 

@@ -210,12 +210,14 @@ template <class T> void head(const Args& a, int64_t h, Scratch& w) {
 
 extern "C" int keepkv_score(const void* args, int bf16_storage) {
   const Args& a = *static_cast<const Args*>(args);
+  std::atomic<int> error{0};
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1 && a.heads > 1)
   {
     static thread_local Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t h = 0; h < a.heads; ++h) bf16_storage ? head<bf16>(a, h, scratch) : head<float>(a, h, scratch);
+    for (int64_t h = 0; h < a.heads; ++h)
+      guard(error, [&] { bf16_storage ? head<bf16>(a, h, scratch) : head<float>(a, h, scratch); });
     if (scratch.floats() > kKeepFloats) scratch = Scratch();
   }
-  return 0;
+  return error;
 }

@@ -291,14 +291,6 @@ def test_load(monkeypatch, caplog):
         attention.load("cpp")
 
 
-def test_a_missing_compiler_says_what_to_do(monkeypatch):
-    from keepkv_sglang.kernels import cpu_build
-
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(RuntimeError, match="install g\\+\\+ or set CXX"):
-        cpu_build.build("attention")
-
-
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
 @pytest.mark.parametrize(("march", "builders"), [("x86-64-v3", 2), ("x86-64", 1)])
 def test_other_instruction_sets_built_in_a_race(march, builders, tmp_path, monkeypatch):
