@@ -105,7 +105,7 @@ def reader(folder: str) -> Callable[..., None]:
     """keepkv_read of read_rows.cpp, compiled as the kernels are."""
     library = f"{folder}/read_rows.so"
     source = str(Path(__file__).with_name("read_rows.cpp"))
-    command = [cpu_build.compiler(), *cpu_build.FLAGS, "-march=native", "-fopenmp", "-shared", source, "-o", library]
+    command = [*cpu_build.compiler(), *cpu_build.FLAGS, "-march=native", "-fopenmp", "-shared", source, "-o", library]
     subprocess.run(command, check=True)
     read = ctypes.CDLL(library).keepkv_read
     read.restype = ctypes.c_float
