@@ -9,7 +9,7 @@ import torch
 from keepkv_sglang.kernels.attention import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 # Logits and sums are float32: up to 2047 terms of size 1 with relative rounding 6e-8 and an exp accurate to 1e-7 give
 # a few 1e-6 on outputs of size 1. A wrong formula is off by more than 1e-3.
@@ -17,6 +17,9 @@ TOLERANCE = 1e-5
 # 16-bit storage: the oracle reads the same rounded inputs; the interpreter computes in float32, so only the rounding of
 # the result comes on top: half a unit in the last of 8 (bfloat16) or 11 bits.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# SGLang's kernels name no precision for their products, so a GPU would compute float32 ones in TF32: 11 bits, off by
+# far more than TOLERANCE though right. There they are run with the storage of a server.
+STOCK_DTYPES = [torch.float32] if INTERPRETED else [torch.bfloat16, torch.float16]
 # Compiled, the softmax weights are rounded to the storage as well: each by half a unit, so the output by that times
 # sum w |v| <= max |v|, here about 4.
 WEIGHTS = {d: 0.0 if INTERPRETED else 4 * r for d, r in ROUNDING.items()}
@@ -71,6 +74,15 @@ class Case:
         case = object.__new__(Case)
         case.__dict__ = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
         return case.run(reference, q=case.q.double(), **kwargs)
+
+    def same(self, got, wanted):
+        """Whether two kernels computed the same: the same bits in the interpreter. Compiled, one with other arguments
+        is another kernel, whose compiler may fuse a multiplication with an addition or sum in another order: float32
+        rounding, and a unit in the last place where a 16-bit rounding then falls to the other side."""
+        if INTERPRETED:
+            return torch.equal(got, wanted)
+        unit = 1e-6 + 2 * ROUNDING[got.dtype]
+        return bool(((got - wanted).abs() <= unit * wanted.abs().max()).all())
 
     def error(self, got, **kwargs):
         """Largest deviation of `got` from float64 beyond what rounding to the storage explains."""

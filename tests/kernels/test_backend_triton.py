@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paged import DEVICE, TOLERANCE, Case
+from paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
 
 pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
 
@@ -39,7 +39,7 @@ class Stand:
         self.votes = VoteStore(LAYERS, len(case.k), HEADS[1], DEVICE)
         self.votes.log_votes[1].copy_(case.votes)
         case.votes = self.votes.log_votes[1]
-        self.arena = QueryArena(LAYERS, 8, HEADS[0], dim, torch.float32, DEVICE)
+        self.arena = QueryArena(LAYERS, 8, HEADS[0], dim, case.q.dtype, DEVICE)
         self.arena.queries.fill_(float("nan"))
         self.runtime = SimpleNamespace(votes=self.votes, arena=self.arena, scales={}, first_layer=FIRST, capture=None)
         layers = object.__new__(VoteLayers)
@@ -123,9 +123,14 @@ class Stand:
         return call(q, k, v, self.layer, batch, save_kv_cache=False).view_as(case.q)
 
 
+@pytest.fixture(params=STOCK_DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
 @pytest.mark.parametrize("news", [None, [40, 3, 9]])
-def test_a_forward_weights_by_votes_resets_what_it_writes_and_keeps_queries(news, monkeypatch):
-    stand = Stand(Case([40, 90, 9], news, heads=HEADS), monkeypatch)
+def test_a_forward_weights_by_votes_resets_what_it_writes_and_keeps_queries(news, dtype, monkeypatch):
+    stand = Stand(Case([40, 90, 9], news, heads=HEADS, dtype=dtype), monkeypatch)
     case, batch = stand.case, stand.batch()
     others = stand.votes.log_votes[0].clone()
     before = case.votes.clone()
@@ -142,10 +147,10 @@ def test_a_forward_weights_by_votes_resets_what_it_writes_and_keeps_queries(news
     assert stand.runtime.scales == {FIRST + 1: case.scale} and stand.runtime.capture is None
 
 
-def test_a_graph_reads_static_memory_only(monkeypatch):
+def test_a_graph_reads_static_memory_only(dtype, monkeypatch):
     """Captured once, replayed with another batch: the Python of forward_decode does not run again in a server, so all
     that changes must lie behind addresses that it recorded."""
-    stand = Stand(Case([40, 60], heads=HEADS), monkeypatch)
+    stand = Stand(Case([40, 60], heads=HEADS, dtype=dtype), monkeypatch)
     backend, case, batch = stand.backend, stand.case, stand.batch()
     backend.init_cuda_graph_state(4, 4)
     addresses = (backend._graph_table.rows.data_ptr(), backend.layers._graph_rows.data_ptr())
@@ -172,8 +177,8 @@ def test_a_graph_reads_static_memory_only(monkeypatch):
     assert case.error(out) < TOLERANCE
 
 
-def test_a_graph_of_an_extend_and_a_second_score_mod_are_refused(monkeypatch):
-    stand = Stand(Case([40], [3], heads=HEADS), monkeypatch)
+def test_a_graph_of_an_extend_and_a_second_score_mod_are_refused(dtype, monkeypatch):
+    stand = Stand(Case([40], [3], heads=HEADS, dtype=dtype), monkeypatch)
     with pytest.raises(ConfigError, match="no CUDA graph of a EXTEND"):
         stand.backend.init_forward_metadata_out_graph(stand.batch())
     stand.backend.init_forward_metadata(stand.batch())
@@ -184,8 +189,8 @@ def test_a_graph_of_an_extend_and_a_second_score_mod_are_refused(monkeypatch):
         stand.attend(stand.batch())
 
 
-def test_without_keepkv_it_is_the_stock_backend(monkeypatch):
-    stand = Stand(Case([40, 9], heads=HEADS), monkeypatch)
+def test_without_keepkv_it_is_the_stock_backend(dtype, monkeypatch):
+    stand = Stand(Case([40, 9], heads=HEADS, dtype=dtype), monkeypatch)
     layers = stand.backend.layers
     layers.runtime = None
     stand.backend._attach(layers)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from graph_changes import CHANGES, LENS, STALE  # noqa: E402
 from paged import TOLERANCE, Case  # noqa: E402
 
 from keepkv_sglang.kernels.attention import triton_impl  # noqa: E402
@@ -31,49 +32,45 @@ def captured(call):
     return graph
 
 
-def change(case: Case) -> None:
-    """Other votes, queries and slot order, in place."""
-    case.votes[case.slots(0)] += 0.7
-    case.q.copy_(case.q.flip(0))
-    row = case.rows[1]
-    n = int(case.lens[1])
-    case.table[row, :n] = case.table[row, :n].flip(0)
+def replays_follow(case, graph, out, prepare=lambda: None):
+    """One change at a time, each of which makes the output before it wrong; prepare: what a server does between."""
+    graph.replay()
+    torch.cuda.synchronize()
+    assert case.error(out) < TOLERANCE
+    for change in CHANGES:
+        change(case)
+        assert case.error(out) > STALE, f"{change.__name__} changes nothing that a stale replay would miss"
+        prepare()
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert case.error(out) < TOLERANCE, change.__name__
 
 
 def test_replay_of_our_decode_follows_votes_slots_and_queries():
-    case = Case([500, 63, 2047], dtype=torch.bfloat16)
+    case = Case(LENS, dtype=torch.bfloat16)
     out = torch.empty_like(case.q)
     arguments = (case.k, case.v, case.votes, case.table, case.rows, case.lens, case.scale)
     graph = captured(lambda: triton_impl.decode(case.q, *arguments, out))
-    for _ in range(3):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert case.error(out) < TOLERANCE
-        change(case)
-        out.fill_(float("nan"))
+    replays_follow(case, graph, out)
 
 
 def test_replay_of_sglang_decode_follows_the_vote_table():
     ops = pytest.importorskip("sglang.kernels.ops.attention.decode_attention")
     from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, vote_score_mod
 
-    case = Case([500, 63, 2047], dtype=torch.bfloat16)
+    case = Case(LENS, dtype=torch.bfloat16)
     case.k[0], case.v[0] = case.k[0].nan_to_num(0), case.v[0].nan_to_num(0)
     table = VoteTable([case.votes], 3)
-    indptr = torch.tensor([0, 500, 563, 2610], dtype=torch.int32, device="cuda")
-    indices = torch.cat([case.slots(i) for i in range(3)])
+    indptr = torch.zeros(len(LENS) + 1, dtype=torch.int32, device="cuda")
+    indptr[1:] = case.lens.cumsum(0)
+    indices = torch.cat([case.slots(i) for i in range(len(LENS))])
     table.point(indptr, indices)
     out, splits = torch.empty_like(case.q), 8
     part = torch.empty(*case.q.shape[:2], splits, case.q.shape[2], device="cuda")
     lse = torch.empty(part.shape[:3], device="cuda")
-    count = torch.full((3,), splits, dtype=torch.int32, device="cuda")
+    count = torch.full((len(LENS),), splits, dtype=torch.int32, device="cuda")
     arguments = (indptr, indices, part, lse, count, splits, case.scale, 1.0, 1.0)
     mod = {"score_mod": vote_score_mod, "aux_tensors": table.aux(0)}
     graph = captured(lambda: ops.decode_attention_fwd(case.q, case.k, case.v, out, *arguments, **mod))
-    for _ in range(3):
-        graph.replay()
-        torch.cuda.synchronize()
-        assert case.error(out) < TOLERANCE
-        change(case)
-        indices.copy_(torch.cat([case.slots(i) for i in range(3)]))
-        out.fill_(float("nan"))
+    replays_follow(case, graph, out, lambda: indices.copy_(torch.cat([case.slots(i) for i in range(len(LENS))])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged import DEVICE, TOLERANCE, Case
+from paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
 
 pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
 
@@ -89,46 +89,51 @@ def clean(case):
     return case
 
 
+@pytest.fixture(params=STOCK_DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
 HEADS = [((3, 3), 80), ((6, 2), 64), ((4, 1), 128), ((8, 1), 64)]
 
 
 @pytest.mark.parametrize(("heads", "dim"), HEADS)
-def test_decode(heads, dim):
-    case = clean(Case([1, 63, 500], heads=heads, dim=dim))
+def test_decode(heads, dim, dtype):
+    case = clean(Case([1, 63, 500], heads=heads, dim=dim, dtype=dtype))
     assert case.error(case.run(Stock(case.votes, heads))) < TOLERANCE
 
 
-def test_decode_of_a_long_request():
-    case = clean(Case([2047], heads=(3, 1)))
+def test_decode_of_a_long_request(dtype):
+    case = clean(Case([2047], heads=(3, 1), dtype=dtype))
     assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
 @pytest.mark.parametrize(("heads", "dim", "unified"), [(*shape, False) for shape in HEADS] + [(*HEADS[1], True)])
-def test_extend(heads, dim, unified):
+def test_extend(heads, dim, unified, dtype):
     """unified: the kernel of --enable-deterministic-inference."""
-    case = clean(plain_new_tokens(Case([1, 63, 150, 77], [1, 63, 1, 70], heads=heads, dim=dim)))
+    case = clean(plain_new_tokens(Case([1, 63, 150, 77], [1, 63, 1, 70], heads=heads, dim=dim, dtype=dtype)))
     assert case.error(case.run(Stock(case.votes, heads, unified))) < TOLERANCE
 
 
-def test_extend_with_tiles_of_128_keys():
+def test_extend_with_tiles_of_128_keys(dtype):
     """SGLang's tiles on sm_80, where the score_mod loads votes in two halves."""
-    case = clean(plain_new_tokens(Case([150, 77], [1, 70], heads=(3, 1))))
+    case = clean(plain_new_tokens(Case([150, 77], [1, 70], heads=(3, 1), dtype=dtype)))
     with pretend(80):
         assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
 @pytest.mark.parametrize("news", [None, [3, 20]])
-def test_votes_of_one_are_the_bits_of_stock_sglang(news):
-    case = clean(Case([63, 130], news, heads=(3, 1)))
+def test_votes_of_one_are_the_bits_of_stock_sglang(news, dtype):
+    case = clean(Case([63, 130], news, heads=(3, 1), dtype=dtype))
     case.votes.zero_()
-    assert torch.equal(case.run(Stock(case.votes, (3, 1))), case.run(Stock(None, (3, 1))))
+    assert case.same(case.run(Stock(case.votes, (3, 1))), case.run(Stock(None, (3, 1))))
 
 
 @pytest.mark.parametrize("masked", [float("-inf"), -1e30])
 @pytest.mark.parametrize("news", [None, [2, 1]])
-def test_masked_entries_weigh_exactly_nothing(news, masked):
+def test_masked_entries_weigh_exactly_nothing(news, masked, dtype):
     """Whole key blocks, and in a decode whole splits; another key of the request is always there in a server."""
-    case = clean(Case([150, 300], news, heads=(3, 1)))
+    case = clean(Case([150, 300], news, heads=(3, 1), dtype=dtype))
     case.votes[case.slots(0)[:100]] = masked
     case.votes[case.slots(1)[:-1]] = masked
     if news:
@@ -139,15 +144,15 @@ def test_masked_entries_weigh_exactly_nothing(news, masked):
     assert torch.equal(case.run(Stock(case.votes, (3, 1)), v=moved), out)
 
 
-def test_large_votes_stay_finite():
-    case = clean(Case([90, 300], heads=(3, 1)))
+def test_large_votes_stay_finite(dtype):
+    case = clean(Case([90, 300], heads=(3, 1), dtype=dtype))
     case.votes[case.slots(1)[123]] = 1e4
     assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
-def test_one_table_serves_forward_after_forward_at_one_address():
+def test_one_table_serves_forward_after_forward_at_one_address(dtype):
     """What a CUDA graph relies on: the address is the same, contents follow votes and batch."""
-    case = clean(plain_new_tokens(Case([63, 90], [5, 90], heads=(3, 1))))
+    case = clean(plain_new_tokens(Case([63, 90], [5, 90], heads=(3, 1), dtype=dtype)))
     stock = Stock(case.votes, (3, 1))
     address = stock.table.aux(0)[0].data_ptr()
     assert case.error(case.run(stock)) < TOLERANCE

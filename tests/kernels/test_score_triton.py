@@ -31,6 +31,8 @@ SPLIT = TOLERANCE if INTERPRETED else 5 * TOLERANCE
         dict(n=70, rows=40, context=9, dim=256, references=30, dtype=torch.bfloat16),
         dict(n=130, rows=80, context=77, references=50, dtype=torch.bfloat16),
         dict(n=130, rows=80, context=77, references=50, dtype=torch.float16),
+        dict(n=90, rows=40, context=33, dim=128, references=30, dtype=torch.bfloat16),
+        dict(n=90, rows=40, context=33, dim=128, references=30, dtype=torch.float16),
         dict(n=90, rows=24, votes=30.0),
     ],
     ids=lambda x: "-".join(f"{name}={value}" for name, value in x.items()),

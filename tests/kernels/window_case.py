@@ -23,14 +23,15 @@ class Case:
         behind = torch.full((references,), n + 3)
         self.position = torch.cat([behind, (torch.arange(rows - references) + n - rows + references).clamp(min=0)])
         self.k_ctx = torch.randn(context, heads, dim, generator=gen).to(dtype)
-        # Not contiguous, as a slice of several layers' heads is.
-        self.k = torch.randn(n, heads + 1, dim, generator=gen).to(dtype)[:, :heads]
+        self.k = torch.randn(n, heads + 1, dim, generator=gen).to(dtype)
         self.v = torch.randn(heads, n, dim_v, generator=gen).to(dtype).transpose(0, 1)
         self.lv_ctx = torch.rand(context, heads, generator=gen) * votes
         self.lv = torch.rand(n, heads, generator=gen) * votes
         self.weights = torch.rand(2, rows, generator=gen)
         for name, x in list(vars(self).items()):
             setattr(self, name, x.to(device))
+        # Not contiguous, as a slice of several layers' heads is. On the device: .to() would pack a slice.
+        self.k = self.k[:, :heads]
 
     def run(self, impl, outputs=True):
         return impl.window_sums(
