@@ -1,13 +1,14 @@
-"""Vote-weighted decode on a GPU: votes on against off, over budgets, contexts and batches.
+"""Vote-weighted decode on a GPU: votes on against off, over budgets, contexts and batches; then compression.
 
-    python benchmarks/gpu_bench.py [--out FOLDER]      measures; writes bench.json as it goes
-    python benchmarks/gpu_bench.py --small             every Triton kernel once on a small case (for compute-sanitizer)
-    python benchmarks/gpu_bench.py --report FOLDER     report.md and report.json of scripts/gpu_check.sh
+    python -m benchmarks.gpu_bench [--out FOLDER] [--seconds N]     measures; writes bench.json as it goes
+    python -m benchmarks.gpu_bench --small      every Triton kernel once on a small case (for compute-sanitizer)
 
-One layer of a Llama-3-8B: 32 query heads, 8 kv heads, head_dim 128, bfloat16, page size 1, slots scattered at random. A
-budget of 0.1 of a context of 64k is a decode over 6,554 slots: what KeepKV keeps. Times: CUDA events around a CUDA-free
-loop after a warm-up, median. GB/s: K and V read, 4 KiB per slot, over the time; the ceiling is a device-to-device copy
-of 1 GiB, read plus written, measured in the same run. Never run by us: no GPU was at hand (kernels/README.md).
+The cases are those of gpu_cases.py. A budget of 0.1 of a context of 64k is a decode over 6,554 slots: what KeepKV
+keeps. Times: CUDA events around replays of a CUDA graph of one call, median; where a call cannot be captured, around
+the calls, and the row is marked. GB/s: K and V read, 4 KiB per slot, over the time; the ceiling is a device-to-device
+copy of 1 GiB, read plus written, measured in the same run. Outputs of the kernels are compared. Exit status 1 when
+anything failed; what is not installed, does not fit the GPU or comes too late is skipped, and bench.json says so.
+Never run by us: no GPU was at hand (kernels/README.md).
 """
 
 from __future__ import annotations
@@ -15,11 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,77 +26,57 @@ from unittest.mock import patch
 
 import torch
 
-from keepkv_sglang.kernels.attention import triton_impl
-from keepkv_sglang.origin import commit
+from benchmarks.gpu_cases import DIM, DTYPE, HEADS, HEADS_KV, KERNELS, SLOT_BYTES, Batch, small
+from benchmarks.gpu_report import write
 
-HEADS, HEADS_KV, DIM, DTYPE = 32, 8, 128, torch.bfloat16
-SLOT_BYTES = 2 * HEADS_KV * DIM * 2
 CONTEXTS, BATCHES, BUDGETS = (2048, 8192, 32768, 65536), (1, 8, 64), (0.1, 0.2, 1.0)
 POOL_BYTES = 20 << 30  # a case with more K and V is left out, and the table says so
-SECONDS = 90  # no case begins later; gpu_check.sh gives the whole 140, compression at the end included
+L2_BYTES = 60_000_000  # a Hopper GPU has 50 MiB of L2, and a replay finds there what the one before it read
+DECODE_SECONDS, COMPRESSION_SECONDS = 90, 40  # no decode case begins later than 90 s; 40 s are kept for the rest
 COMPRESSED_LAYERS = 8
 
 
-class Batch:
-    """Scattered slots for `batch` requests of `slots` slots each, and a contract's arguments."""
+class Result:
+    """bench.json, written after every row. skipped: not installed, does not fit, no time. errors: anything else."""
 
-    def __init__(self, batch: int, slots: int) -> None:
-        total = batch * slots
-        self.k, self.v = (torch.randn(total, HEADS_KV, DIM, device="cuda", dtype=DTYPE) for _ in range(2))
-        self.votes = torch.rand(total, HEADS_KV, device="cuda")
-        self.table = torch.randperm(total, device="cuda").int().view(batch, slots)
-        self.rows = torch.arange(batch, device="cuda")
-        self.lens = torch.full((batch,), slots, device="cuda")
-        self.q = torch.randn(batch, HEADS, DIM, device="cuda", dtype=DTYPE)
-        self.out = torch.empty_like(self.q)
-        self.indptr = (torch.arange(batch + 1, device="cuda") * slots).int()
-        self.indices = self.table.flatten().long()
-        self.scale = DIM**-0.5
+    def __init__(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "bench.json"
+        self.data: dict[str, Any] = {"rows": [], "compression": [], "skipped": [], "errors": []}
 
-    def ours(self, votes: bool) -> Callable[[], None]:
-        log_votes = self.votes if votes else None
-        return lambda: triton_impl.decode(
-            self.q, self.k, self.v, log_votes, self.table, self.rows, self.lens, self.scale, self.out
-        )
+    def save(self) -> None:
+        write(self.path, json.dumps(self.data, indent=1))
 
-    def sglang(self, votes: bool) -> Callable[[], None]:
-        """SGLang's Triton decode; ImportError without SGLang."""
-        from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+    def note(self, what: str, error: Exception) -> None:
+        """Records why `what` has no result."""
+        harmless = isinstance(error, (ImportError, torch.OutOfMemoryError))
+        text = f"{what}: {type(error).__name__}: {str(error)[:500]}"
+        self.data["skipped" if harmless else "errors"].append(text)
+        print("skipped" if harmless else "ERROR", text, flush=True)
+        self.save()
 
-        from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, vote_score_mod
 
-        splits = 16
-        shape = (*self.q.shape[:2], splits)
-        part = torch.empty(*shape, DIM, device="cuda")
-        lse = torch.empty(shape, device="cuda")
-        count = torch.full((len(self.lens),), splits, dtype=torch.int32, device="cuda")
-        mod: dict[str, Any] = {}
-        if votes:
-            table = VoteTable([self.votes], HEADS // HEADS_KV)
-            table.point(self.indptr, self.indices)
-            mod = {"score_mod": vote_score_mod, "aux_tensors": table.aux(0)}
-        arguments = (self.indptr, self.indices, part, lse, count, splits, self.scale, 1.0, 1.0)
-        return lambda: decode_attention_fwd(self.q, self.k, self.v, self.out, *arguments, **mod)
+def captured(function: Callable[[], None], out: torch.Tensor) -> Callable[[], None] | None:
+    """The replay of a CUDA graph of function(), which has run before and writes `out`.
 
-    def flashinfer(self, votes: bool) -> Callable[[], None]:
-        """FlashInfer's decode without tensor cores; ImportError without FlashInfer."""
-        import flashinfer
-
-        from keepkv_sglang.kernels.attention.flashinfer_variants import decode_args
-
-        workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-        jit = {"jit_args": decode_args(DTYPE, DIM)} if votes else {}
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", **jit)
-        last = torch.ones(len(self.lens), dtype=torch.int32, device="cuda")
-        kind = {"q_data_type": DTYPE, "kv_data_type": DTYPE}
-        wrapper.plan(self.indptr, self.indices.int(), last, HEADS, HEADS_KV, DIM, 1, **kind)
-        cache = (self.k[:, None], self.v[:, None])
-        extra = (self.votes, self.scale) if votes else ()
-        return lambda: wrapper.run(self.q, cache, *extra, out=self.out)
+    None when it cannot be captured or the replay does not write the same: a kernel on another stream is not in the
+    graph, and its time would be nothing."""
+    eager = out.clone()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"not captured: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        return None
+    return graph.replay if torch.allclose(out.float(), eager.float(), rtol=0.02, atol=0.002) else None
 
 
 def seconds(function: Callable[[], None]) -> float:
-    """Median of 5 groups of calls of about 20 ms each; the first call, which compiles, is not counted."""
+    """Median of 5 groups of calls of about 20 ms each, behind two that are not counted."""
     function()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -129,6 +108,96 @@ def cases() -> Iterator[tuple[int, int, float]]:
     yield from sorted(every, key=lambda case: case[0] * case[1] * case[2])
 
 
+def differs(got: torch.Tensor, wanted: torch.Tensor) -> tuple[float, bool]:
+    """Largest absolute difference, and whether it is too large. Results and softmax weights are rounded to bfloat16,
+    8 bits, in each of two kernels: below 0.01 of the largest output; a wrong formula is off by a good part of it."""
+    if not got.isfinite().all():
+        return float("inf"), True
+    difference = (got.float() - wanted.float()).abs().max().item()
+    return difference, difference > 0.02 * wanted.float().abs().max().item() + 1e-3
+
+
+def measure(case: Batch, kernel: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """A row's times, and the outputs with votes off and on."""
+    times, outputs, graph = [], [], True
+    for votes in (False, True):
+        call = case.call(kernel, votes)
+        case.out.fill_(float("nan"))
+        call()
+        torch.cuda.synchronize()
+        outputs.append(case.out.clone())
+        replay = captured(call, case.out)
+        graph &= replay is not None
+        times.append(seconds(replay or call))
+    off, on = times
+    row = {"kernel": kernel, "graph": graph, "us_off": off * 1e6, "us_on": on * 1e6, "votes_cost": on / off - 1}
+    return row, outputs
+
+
+def compare(row: dict[str, Any], outputs: list[torch.Tensor], base: list[torch.Tensor]) -> str:
+    """Adds differs_off and differs_on to the row: from the case's first kernel, whose own are 0. Says what is wrong."""
+    found = [differs(got, wanted) for got, wanted in zip(outputs, base, strict=True)]
+    (row["differs_off"], wrong_off), (row["differs_on"], wrong_on) = found
+    return f"off by {found[0][0]:.3g} without votes, {found[1][0]:.3g} with votes" if wrong_off or wrong_on else ""
+
+
+def warm_up(result: Result, without: list[str]) -> list[str]:
+    """Calls every kernel once per batch size, since some constants of a kernel follow it, so that nothing compiles
+    while time runs. Returns the kernels that work."""
+    working = []
+    for kernel in KERNELS:
+        if kernel in without:
+            result.data["skipped"].append(f"{kernel}: left out by --without")
+            continue
+        try:
+            for batch in BATCHES:
+                case = Batch(batch, 256)
+                for votes in (False, True):
+                    case.call(kernel, votes)()
+            torch.cuda.synchronize()
+            working.append(kernel)
+        except Exception as error:  # the others still count
+            result.note(kernel, error)
+    return working
+
+
+def decodes(result: Result, kernels: list[str], end: float) -> None:
+    """Fills rows. end: time.monotonic() behind which no case begins. A kernel that fails is not tried again."""
+    for context, batch, budget in cases():
+        slots, what = max(1, round(context * budget)), f"{context} x {batch} at {budget}"
+        if batch * slots * SLOT_BYTES > POOL_BYTES:
+            result.data["skipped"].append(f"{what}: more than {POOL_BYTES >> 30} GiB of K and V")
+            continue
+        if time.monotonic() > end:
+            result.data["skipped"].append(f"{what}: out of time")
+            continue
+        try:
+            case = Batch(batch, slots)
+        except Exception as error:  # out of memory, or CUDA ended with a kernel before
+            result.note(what, error)
+            continue
+        base: list[torch.Tensor] = []
+        for kernel in list(kernels):
+            try:
+                row, outputs = measure(case, kernel)
+            except Exception as error:
+                if not isinstance(error, torch.OutOfMemoryError):
+                    kernels.remove(kernel)
+                result.note(f"{kernel}, {what}", error)
+                continue
+            base = base or outputs
+            wrong = compare(row, outputs, base)
+            row |= {"context": context, "batch": batch, "budget": budget, "slots": slots}
+            row |= {"in_l2": batch * slots * SLOT_BYTES < L2_BYTES}
+            row |= {"gb_per_s": batch * slots * SLOT_BYTES / row["us_on"] / 1e3}
+            result.data["rows"].append(row)
+            if wrong:
+                result.note(f"{kernel}, {what}", AssertionError(wrong))
+            print(row, flush=True)
+            result.save()
+        del case
+
+
 def compression(n: int, kernel: str, device: str = "cuda") -> float:
     """Milliseconds a layer for a prompt of n tokens to a tenth, default scorer and rule, 256 + 32 query tokens, as the
     server does it; kernel: KEEPKV_GPU_KERNEL."""
@@ -155,161 +224,54 @@ def compression(n: int, kernel: str, device: str = "cuda") -> float:
         return 1e3 * seconds(call) / len(k)
 
 
-def compressions(result: dict[str, Any], write: Callable[[], None]) -> None:
-    """Fills result["compression"]. Behind everything else: a kernel that has never run may end this process's CUDA."""
+def compressions(result: Result, end: float) -> None:
+    """Fills compression. Behind everything else: a kernel that has never run may end this process's CUDA."""
     for n in (2000, 8000):
         row: dict[str, Any] = {"tokens": n}
+        result.data["compression"].append(row)
         for kernel in ("torch", "triton"):
+            what = f"compression of {n} tokens, {kernel}"
+            if time.monotonic() > end:
+                result.data["skipped"].append(f"{what}: out of time")
+                continue
             try:
                 row[f"{kernel}_ms"] = compression(n, kernel)
             except Exception as error:
-                result["skipped"].append(f"compression of {n} tokens, {kernel}: {type(error).__name__}: {error}")
-        result["compression"].append(row)
-        write()
+                result.note(what, error)
+            result.save()
 
 
-def bench(out: Path) -> None:
-    """Writes out/bench.json after every case."""
+def bench(out: Path, seconds_left: float, without: list[str]) -> int:
+    """Everything, within seconds_left; the exit status."""
+    last = time.monotonic() + seconds_left
+    result = Result(out)
     properties = torch.cuda.get_device_properties(0)
-    result: dict[str, Any] = {
-        "device": properties.name,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "copy_gb_per_s": copy_gb_per_s(),
-        "compression": [],
-        "rows": [],
-        "skipped": [],
-    }
-    missing: set[str] = set()
-    out.mkdir(parents=True, exist_ok=True)
-    begun = time.monotonic()
-    for context, batch, budget in cases():
-        slots = max(1, round(context * budget))
-        if batch * slots * SLOT_BYTES > POOL_BYTES:
-            result["skipped"].append(f"{context} x {batch} at {budget}: more than {POOL_BYTES >> 30} GiB of K and V")
-            continue
-        if time.monotonic() - begun > SECONDS:
-            result["skipped"].append(f"{context} x {batch} at {budget}: out of time")
-            continue
-        try:
-            arguments = Batch(batch, slots)
-        except torch.cuda.OutOfMemoryError:
-            result["skipped"].append(f"{context} x {batch} at {budget}: does not fit this GPU")
-            continue
-        for name in ("ours", "sglang", "flashinfer"):
-            if name in missing:
-                continue
-            try:
-                off, on = (seconds(getattr(arguments, name)(votes)) for votes in (False, True))
-            except Exception as error:  # not installed, does not compile, out of memory: the others still count
-                if not isinstance(error, torch.cuda.OutOfMemoryError):
-                    missing.add(name)
-                result["skipped"].append(f"{name}, {context} x {batch} at {budget}: {type(error).__name__}: {error}")
-                continue
-            row = {"kernel": name, "context": context, "batch": batch, "budget": budget, "slots": slots}
-            row |= {"us_off": off * 1e6, "us_on": on * 1e6, "votes_cost": on / off - 1}
-            row |= {"gb_per_s": batch * slots * SLOT_BYTES / on / 1e9}
-            result["rows"].append(row)
-            print(row, flush=True)
-            (out / "bench.json").write_text(json.dumps(result, indent=1))
-        del arguments
-
-    def write() -> None:
-        (out / "bench.json").write_text(json.dumps(result, indent=1))
-
-    write()
-    compressions(result, write)
-
-
-def small() -> None:
-    """Every Triton kernel of ours on a few hundred keys: for compute-sanitizer, which is a hundred times slower."""
-    from keepkv_sglang.kernels.merge import triton_impl as merge
-    from keepkv_sglang.kernels.merge.torch_impl import Segments
-    from keepkv_sglang.kernels.score import triton_impl as score
-
-    batch = Batch(2, 130)
-    batch.ours(True)()
-    lens, new = batch.lens, torch.tensor([3, 130], device="cuda")
-    q = torch.randn(133, HEADS, DIM, device="cuda", dtype=DTYPE)
-    out = torch.empty_like(q)
-    shared = (q, batch.k, batch.v, batch.votes, batch.table, batch.rows, lens, new, batch.scale, out)
-    triton_impl.extend(*shared)
-    k = torch.randn(2, 130, DIM, device="cuda")
-    queries, position = torch.randn(2, 32, DIM, device="cuda"), torch.arange(98, 130, device="cuda")
-    lv, weights = torch.zeros(130, 2, device="cuda"), torch.ones(2, 32, device="cuda")
-    for dtype in (torch.float32, DTYPE):
-        keys = k.transpose(0, 1).to(dtype)
-        score.window_sums(queries, position, keys[:50], lv[:50], keys, keys, lv, weights, True)
-    order = torch.randperm(130, device="cuda").expand(2, -1).contiguous()
-    merge.nearest_kept(k, order[:, :100].contiguous(), order[:, 100:].contiguous(), order[:, 100:] % 2 == 0, 1 << 20)
-    seg = Segments.from_assignment(torch.arange(130, device="cuda").expand(2, -1) % 20, 20)
-    merge.merge_segments(k, k, lv.T.contiguous(), torch.zeros(260, device="cuda"), seg)
-    for pool in (batch.k, batch.votes):
-        merge.gather_slots(pool, order[0, :50], pool.new_empty(pool.shape[1], 50, *pool.shape[2:]))
-    torch.cuda.synchronize()
-    print("small: every kernel ran")
-
-
-def report(folder: Path) -> None:
-    """report.md and report.json from what the steps of gpu_check.sh left in the folder."""
-    steps = [line.split() for line in (folder / "steps.txt").read_text().splitlines()]
-    bench_file = folder / "bench.json"
-    measured = json.loads(bench_file.read_text()) if bench_file.exists() else None
-    whole: dict[str, Any] = {"commit": commit(), "steps": {}, "bench": measured}
-    lines = [f"# scripts/gpu_check.sh, commit {whole['commit']}", "", "| step | exit | tests |", "|---|---|---|"]
-    for name, code in steps:
-        tests = _tests(folder / f"{name}.xml")
-        whole["steps"][name] = {"exit": code, "tests": tests}
-        lines.append(f"| {name} | {code} | {tests or ''} |")
-    if measured:
-        ceiling = measured["copy_gb_per_s"]
-        lines += ["", f"{measured['device']}, torch {measured['torch']}; copy {ceiling:.0f} GB/s.", ""]
-        lines += [
-            "| kernel | context | batch | budget | us, votes off | on | votes cost | GB/s | of copy |",
-            "|---|" * 1,
-        ]
-        lines[-1] = "|---" * 9 + "|"
-        for row in measured["rows"]:
-            lines.append(
-                f"| {row['kernel']} | {row['context']} | {row['batch']} | {row['budget']} | {row['us_off']:.1f}"
-                f" | {row['us_on']:.1f} | {row['votes_cost']:+.1%} | {row['gb_per_s']:.0f}"
-                f" | {row['gb_per_s'] / ceiling:.0%} |"
-            )
-        lines += ["", "| compression, tokens | torch, ms a layer | Triton, ms a layer |", "|---|---|---|"]
-        for row in measured["compression"]:
-            times = (f"{row[name]:.2f}" if name in row else "failed" for name in ("torch_ms", "triton_ms"))
-            lines.append(f"| {row['tokens']} | {' | '.join(times)} |")
-        lines += ["", *(f"- skipped: {text}" for text in measured["skipped"])]
-    (folder / "report.json").write_text(json.dumps(whole, indent=1))
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def _tests(xml: Path) -> str:
-    if not xml.exists():
-        return ""
-    suite = next(iter(ET.parse(xml).getroot().iter("testsuite")))
-    failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
-    return f"{suite.get('tests')} run, {failed} failed, {suite.get('skipped')} skipped"
+    capability = f"{properties.major}.{properties.minor}"
+    result.data |= {"device": properties.name, "compute_capability": capability, "torch": torch.__version__}
+    result.data["copy_gb_per_s"] = copy_gb_per_s()
+    result.save()
+    kernels = warm_up(result, without)
+    result.save()
+    decodes(result, kernels, min(time.monotonic() + DECODE_SECONDS, last - COMPRESSION_SECONDS))
+    compressions(result, last - COMPRESSION_SECONDS / 4)
+    result.save()
+    return int(bool(result.data["errors"]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
+    parser.add_argument("--seconds", type=float, default=170, help="of the whole measurement")
+    parser.add_argument("--without", action="append", choices=KERNELS, default=[], help="a kernel to leave out")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--report", type=Path)
     options = parser.parse_args()
-    if options.report:
-        report(options.report)
-    elif not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         print("no CUDA device", file=sys.stderr)
         return 2
-    elif options.small:
+    if options.small:
         small()
-    else:
-        bench(options.out)
-    return 0
+        return 0
+    return bench(options.out, options.seconds, options.without)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,155 @@
 #!/usr/bin/env bash
 # Everything about KeepKV's kernels that only a GPU can tell: one command, under ten minutes.
 #
-#   scripts/gpu_check.sh [OUT]        OUT (default gpu_check): report.md, report.json and the logs of each step
+#   scripts/gpu_check.sh [OUT]        OUT (default gpu_check): report.md, report.json, bench.json and logs.tar.gz
 #
-# 1. Every Triton kernel compiled and run, in float32, bfloat16 and float16, against float64.
-# 2. SGLang's Triton kernels with our score_mod, and CUDA graphs: capture once, change votes and slots, replay.
-# 3. FlashInfer's decode and prefill with our variants, custom masks included.
+# At the same time, each in a process of its own, so that one illegal access spoils one file only:
+# 1. Every Triton kernel of ours compiled and run, in float32, bfloat16 and float16, against float64; SGLang's Triton
+#    kernels with our score_mod, in bfloat16 and float16.
+# 2. CUDA graphs: capture once, change votes, slots and queries, replay.
+# 3. FlashInfer's modules built, then its decode and prefill with our variants, custom masks included.
 # 4. compute-sanitizer (memcheck) on a small case of each Triton kernel.
+# Then, alone on the GPU:
 # 5. Benchmark: votes on against off, budgets 0.1, 0.2 and 1, contexts of 2k to 64k, batch 1 to 64, GB/s beside a
-#    measured copy.
-# Needs torch, triton and pytest; what needs SGLang, FlashInfer or compute-sanitizer is skipped, and the report says so, where
-# they are not installed. Exit status 0 only when nothing failed; a skip is not a failure. PYTHON chooses the Python.
+#    measured copy; compression with torch and with our Triton kernels.
+# Needs torch, triton and pytest; what needs SGLang, FlashInfer, nvcc or compute-sanitizer is skipped where they are not
+# installed, and the report says so. Exit status 0 only when nothing failed; a skip is not a failure, a step that runs
+# out of time is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled kernels stay in KEEPKV_CACHE
+# (default .cache) and in FlashInfer's own cache: a second run is faster. Never run by us: no GPU was at hand.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+# Seconds since the start at which the first part and the benchmark are over, whatever they have done; the report
+# follows. timeout's -k may add GRACE to each.
+readonly CHECKS_END=350 BENCH_END=560 GRACE=10
+SECONDS=0
 out=$(realpath -m "${1:-gpu_check}")
-mkdir -p "$out"
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
 if ! "$python" -c 'import pytest, torch, triton, sys; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu_check: $python sees no CUDA device, or lacks torch, triton or pytest. Nothing was checked." >&2
     exit 2
 fi
+logs=$out/logs
+mkdir -p "$logs"
+rm -f "$out"/{report.md,report.json,bench.json,logs.tar.gz} "$logs"/*.{log,xml,txt} # of an earlier run
+: >"$logs/steps.txt"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
-export KEEPKV_CACHE=${KEEPKV_CACHE:-$PWD/.cache} TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$out/triton_cache}
+PATH=$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH # ninja of the pip wheel
+export KEEPKV_CACHE=${KEEPKV_CACHE:-$PWD/.cache}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$KEEPKV_CACHE/triton_gpu}
+export PYTHONUNBUFFERED=1 # the log of a step that is killed ends where it was
 unset TRITON_INTERPRET KEEPKV_GPU_KERNEL
-status=0
 
-step() { # NAME SECONDS COMMAND...
-    local name=$1 limit=$2 rc
-    shift 2
-    echo "== $name"
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+note() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$logs/steps.txt"; } # NAME STATUS SECONDS REMARK
+
+step() { # NAME LIMIT END COMMAND...: at most LIMIT seconds and not beyond END; its exit status, 0 when skipped
+    local name=$1 limit=$(($2 < $3 - SECONDS ? $2 : $3 - SECONDS)) begun=$SECONDS rc remark= child
+    shift 3
+    if ((limit < 5)); then
+        note "$name" 124 0 "no time left"
+        return 124
+    fi
+    timeout -k "$GRACE" "$limit" "$@" >"$logs/$name.log" 2>&1 &
+    child=$!
+    trap 'kill "$child"' TERM # timeout passes it on to all that it started
+    wait "$child"
     rc=$?
-    tail -n 4 "$out/$name.log"
-    if [[ $rc == 5 && $* == *pytest* ]]; then rc=skipped; fi # pytest: every test of the step was skipped
-    echo "$name $rc" >>"$out/steps.txt"
-    [[ $rc == 0 || $rc == skipped ]] || { status=1; echo "gpu_check: $name ended with $rc; see $out/$name.log" >&2; }
+    case $rc in
+        5) [[ $* == *pytest* ]] && rc=skipped ;; # every test of the file was skipped
+        77) rc=skipped remark=$(tail -n 1 "$logs/$name.log") ;;
+        124 | 137) remark="out of time" ;;
+    esac
+    note "$name" "$rc" $((SECONDS - begun)) "$remark"
+    echo "== $name: $rc, $((SECONDS - begun)) s: $(tail -n 1 "$logs/$name.log")"
+    [[ $rc == skipped ]] || return "$rc"
 }
 
-rm -f "$out"/*.xml "$out"/*.log "$out"/bench.json "$out"/report.* # of an earlier run
-: >"$out/steps.txt"
-# -o addopts: without the project's default selection, which leaves the GPU tests out.
-tests=("$python" -m pytest -o addopts= -q -rs --import-mode=importlib -p no:cacheprovider)
-step triton 150 "${tests[@]}" --junit-xml "$out/triton.xml" tests/kernels/test_attention_triton.py \
-    tests/kernels/test_merge_triton.py tests/kernels/test_score_triton.py tests/kernels/test_score_mod_triton.py \
-    tests/kernels/test_backend_triton.py tests/kernels/test_layer_triton.py
-step graphs 60 "${tests[@]}" --junit-xml "$out/graphs.xml" tests/kernels/test_cuda_graph.py
-step flashinfer 200 "${tests[@]}" --junit-xml "$out/flashinfer.xml" tests/kernels/test_flashinfer_gpu.py
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
-if [[ -n $sanitizer ]]; then
-    step sanitizer 45 "$sanitizer" --error-exitcode 9 "$python" benchmarks/gpu_bench.py --small
+tests() { # NAME LIMIT FILE: one file of tests. -o addopts: without the project's selection, which leaves GPU tests out
+    step "$1" "$2" "$CHECKS_END" "$python" -m pytest -o addopts= -v -rs --import-mode=importlib -p no:cacheprovider \
+        --junit-xml "$logs/$1.xml" "tests/kernels/$3"
+}
+
+toolkit() { # prints a CUDA toolkit. FlashInfer takes the folder above nvcc's: not one where nvcc is a wrapper elsewhere
+    local home nvcc
+    nvcc=$(command -v nvcc) && nvcc=$(readlink -f "$nvcc")
+    for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" "${nvcc%/bin/nvcc}" /usr/local/cuda /usr/local/cuda-*; do
+        if [[ -n $home && -x $home/bin/nvcc && -e $home/include/cuda_runtime.h ]]; then
+            echo "$home"
+            return
+        fi
+    done
+    return 1
+}
+
+flashinfer() {
+    if [[ -z ${CUDA_HOME:-} ]]; then
+        note flashinfer_build skipped 0 "no nvcc: $(tail -n 1 "$logs/nvcc.log")"
+        note flashinfer skipped 0 "no nvcc"
+    elif step flashinfer_build 290 $((CHECKS_END - 40)) "$python" -m benchmarks.gpu_modules; then
+        : >"$logs/flashinfer_ready.txt" # the benchmark must not compile
+        tests flashinfer 120 test_flashinfer_gpu.py
+    else
+        note flashinfer 1 0 "not run: its modules were not built"
+    fi
+}
+
+small() { # first without the sanitizer: it compiles
+    local sanitizer
+    step small 120 "$CHECKS_END" "$python" -m benchmarks.gpu_bench --small || return
+    sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
+    if [[ -z $sanitizer ]]; then
+        note sanitizer skipped 0 "no compute-sanitizer"
+        return
+    fi
+    # torch's allocator hands out parts of large blocks: a read behind a tensor would be inside one. Errors that torch
+    # asks the driver for and handles (capabilities, peers) are no findings.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer 90 "$CHECKS_END" "$sanitizer" --error-exitcode 9 \
+        --report-api-errors no "$python" -m benchmarks.gpu_bench --small
+}
+
+finish() { # the report of whatever has run, in at most 8 files; exits
+    trap '' TERM INT
+    local status=0 code
+    if [[ ! -s $logs/steps.txt ]]; then status=1; fi
+    while IFS=$'\t' read -r _ code _; do
+        [[ $code == 0 || $code == skipped ]] || status=1
+    done <"$logs/steps.txt"
+    timeout 20 "$python" -m benchmarks.gpu_report "$out" || { echo "gpu_check: no report" >&2 && status=1; }
+    tar -czf "$out/logs.tar.gz" -C "$out" logs && rm -r "$logs"
+    exit $((status | ${1:-0}))
+}
+
+stop() {
+    kill $(jobs -p) 2>/dev/null
+    wait
+    note gpu_check 143 "$SECONDS" "stopped from outside"
+    finish 1
+}
+trap stop TERM INT
+
+# The same for the build and for the benchmark: with other flags FlashInfer would compile again.
+if home=$(toolkit); then
+    export CUDA_HOME=$home
+elif home=$("$python" -c 'from keepkv_sglang.kernels.attention import flashinfer_build as b; print(b.cuda_home())' \
+    2>"$logs/nvcc.log"); then # links to the wheels' nvcc, whose headers are older than FlashInfer's CCCL
+    export CUDA_HOME=$home FLASHINFER_EXTRA_CUDAFLAGS=-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK
 else
-    echo "== sanitizer: skipped, no compute-sanitizer" && echo "sanitizer skipped" >>"$out/steps.txt"
+    unset CUDA_HOME
 fi
-step bench 140 "$python" benchmarks/gpu_bench.py --out "$out"
-"$python" benchmarks/gpu_bench.py --report "$out"
-exit $status
+flashinfer &
+small &
+tests triton_attention 240 test_attention_triton.py &
+tests triton_merge 240 test_merge_triton.py &
+tests triton_score 240 test_score_triton.py &
+tests triton_layer 240 test_layer_triton.py &
+tests sglang_score_mod 240 test_score_mod_triton.py &
+tests sglang_backend 240 test_backend_triton.py &
+tests graphs 120 test_cuda_graph.py &
+wait
+
+without=()
+[[ -e $logs/flashinfer_ready.txt ]] || without=(--without flashinfer)
+limit=$((BENCH_END - SECONDS))
+step bench "$limit" "$BENCH_END" \
+    "$python" -m benchmarks.gpu_bench --out "$out" --seconds $((limit - 25)) "${without[@]}" &
+wait
+finish
