@@ -24,7 +24,12 @@ readonly CHECKS_END=350 BENCH_END=560 GRACE=10
 SECONDS=0
 out=$(realpath -m "${1:-gpu_check}")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
-if ! "$python" -c 'import pytest, torch, triton, sys; sys.exit(not torch.cuda.is_available())'; then
+# Prints the driver's library, which the process has loaded.
+probe='
+import pytest, sys, torch, triton
+if not torch.cuda.is_available(): sys.exit("torch sees no CUDA device")
+print(next((line.split()[-1] for line in open("/proc/self/maps") if "/libcuda.so" in line), ""))'
+if ! driver=$("$python" -c "$probe"); then
     echo "gpu_check: $python sees no CUDA device, or lacks torch, triton or pytest. Nothing was checked." >&2
     exit 2
 fi
@@ -34,7 +39,7 @@ rm -f "$out"/{report.md,report.json,bench.json,logs.tar.gz} "$logs"/*.{log,xml,t
 : >"$logs/steps.txt"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
 PATH=$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH # ninja of the pip wheel
-export KEEPKV_CACHE=${KEEPKV_CACHE:-$PWD/.cache}
+export KEEPKV_CACHE=$(realpath -m "${KEEPKV_CACHE:-.cache}")
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$KEEPKV_CACHE/triton_gpu}
 export PYTHONUNBUFFERED=1 # the log of a step that is killed ends where it was
 unset TRITON_INTERPRET KEEPKV_GPU_KERNEL
@@ -126,6 +131,11 @@ stop() {
 }
 trap stop TERM INT
 
+# FlashInfer links with -lcuda; a container may have the driver's libcuda.so.1 only, and a toolkit without stubs.
+if [[ -n $driver ]]; then
+    mkdir -p "$KEEPKV_CACHE/libcuda" && ln -sfn "$driver" "$KEEPKV_CACHE/libcuda/libcuda.so"
+    export LIBRARY_PATH=$KEEPKV_CACHE/libcuda${LIBRARY_PATH:+:$LIBRARY_PATH}
+fi
 # The same for the build and for the benchmark: with other flags FlashInfer would compile again.
 if home=$(toolkit); then
     export CUDA_HOME=$home

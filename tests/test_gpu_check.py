@@ -127,7 +127,7 @@ def test_a_kernel_that_fails_is_not_tried_again_and_the_others_count(tmp_path, m
 
 FAKE = f"""#!/usr/bin/env bash
 case "$*" in
-    *cuda.is_available*) exit 0 ;;
+    *cuda.is_available*) echo /lib/libcuda.so.1 ;;
     *sys.executable*) echo "$0" ;;
     *gpu_report*) exec {sys.executable} "$@" ;;
     *test_cuda_graph*) exit 5 ;;
@@ -163,6 +163,7 @@ def test_the_script_ends_with_1_when_a_step_failed_and_packs_its_logs(merge, scr
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["logs.tar.gz", "report.json", "report.md"]
     steps = json.loads((out / "report.json").read_text())["steps"]
+    assert os.readlink(tmp_path / "cache" / "libcuda" / "libcuda.so") == "/lib/libcuda.so.1"
     assert steps["graphs"]["exit"] == "skipped" and steps["triton_merge"]["exit"] == str(merge)
     assert steps["flashinfer_build"]["exit"] == "skipped" and steps["flashinfer"]["exit"] == "0"
     assert steps["flashinfer_build"]["remark"] == "FlashInfer is not installed"
