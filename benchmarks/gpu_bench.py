@@ -185,8 +185,8 @@ def decodes(result: Result, kernels: list[str], end: float) -> None:
                     kernels.remove(kernel)
                 result.note(f"{kernel}, {what}", error)
                 continue
-            base = base or outputs
-            wrong = compare(row, outputs, base)
+            wrong = compare(row, outputs, base or outputs)
+            base = base or ([] if wrong else outputs)  # nothing is compared with NaN
             row |= {"context": context, "batch": batch, "budget": budget, "slots": slots}
             row |= {"in_l2": batch * slots * SLOT_BYTES < L2_BYTES}
             row |= {"gb_per_s": batch * slots * SLOT_BYTES / row["us_on"] / 1e3}
