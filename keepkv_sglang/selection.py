@@ -81,8 +81,9 @@ def _select(
     """The tokens that are not whole: scores [H, n], order [H, n] (what they are taken by) -> [H, p.free], likewise."""
     n = scores.shape[1]
     sinks, recent = _always_kept(p)
-    # A NaN, from a NaN among the keys, would sort before what is forced.
-    scores, forced = (x.masked_fill(x.isnan(), -torch.inf) for x in (scores, order))
+    # NaN, from a NaN among the keys, would sort before what is forced, and inf with it.
+    most = torch.finfo(scores.dtype).max
+    scores, forced = (x.nan_to_num(nan=-torch.inf, posinf=most, neginf=-torch.inf) for x in (scores, order))
     forced[:, :sinks] = torch.inf
     forced[:, n - recent :] = torch.inf
     best = torch.sort(forced, dim=1, descending=True, stable=True).indices

@@ -14,7 +14,8 @@ def on_forward_stream(scheduler: Any) -> Iterator[None]:
 
     Waits in both directions, on the device. Before: the body reads index tensors that the schedule stream makes.
     Behind: the schedule stream's allocator gives their memory away as soon as Python drops them, and what the body
-    found is read there. So the steps after a compression are scheduled behind it; without one nothing waits.
+    found is read there. So the steps after a compression are scheduled behind it; without one nothing waits. Not
+    reentrant, as SGLang's context is not.
     """
     if not scheduler.enable_overlap:
         yield

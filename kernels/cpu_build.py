@@ -2,8 +2,8 @@
 for all of them ahead of use.
 
 A library lies in ${KEEPKV_CACHE:-~/.cache/keepkv}/kernels under two hashes: of sources, flags, CPU model and OpenMP
-runtime, and of the compiler. A machine without a compiler takes one that another compiled into the folder. It is
-written beside its final name and renamed, so processes can race.
+runtime, and of the compiler's version and arguments. A machine without a compiler takes one that another compiled into
+the folder. It is written beside its final name and renamed, so processes can race.
 """
 
 from __future__ import annotations
@@ -32,11 +32,15 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", 
 
 def compiler() -> list[str]:
     """$CXX (with arguments, as in "ccache g++"), g++, c++ or clang++. RuntimeError when there is none."""
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["g++"], ["c++"], ["clang++"]]:
+    named = os.environ.get("CXX", "").strip()
+    try:
+        words = [named] if shutil.which(named) else shlex.split(named)  # a path may hold spaces
+    except ValueError as error:
+        raise RuntimeError(f"CXX={named} cannot be read: {error}") from error
+    for command in [words] if words else [["g++"], ["c++"], ["clang++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
-    raise RuntimeError(f"no C++ compiler ({named[0] if named else 'g++, c++, clang++'}): install g++ or set CXX")
+    raise RuntimeError(f"no C++ compiler ({named or 'g++, c++, clang++'}): install g++ or set CXX")
 
 
 def openmp_runtime() -> str | None:
@@ -104,7 +108,8 @@ def build(op: str, march: str = "native") -> Path:
         if found := sorted(cache_dir().glob(f"{name}-*.so")):
             return found[0]
         raise
-    target = cache_dir() / f"{name}-{hashlib.sha256(version.encode()).hexdigest()[:8]}.so"
+    by = hashlib.sha256("\0".join([*cxx[1:], version]).encode()).hexdigest()
+    target = cache_dir() / f"{name}-{by[:8]}.so"
     if target.exists():
         return target
     try:
@@ -148,7 +153,7 @@ def raise_for(code: int) -> None:
 
 
 def implementation(op: str) -> ModuleType | None:
-    """The op's cpp_impl, or None where it cannot run (no compiler) or KEEPKV_CPU_KERNEL names another kernel.
+    """The op's cpp_impl, or None where it cannot run (no compiler, no library) or KEEPKV_CPU_KERNEL is another.
 
     Then torch computes the same, more slowly. A failure is logged once to the "keepkv" logger.
     """

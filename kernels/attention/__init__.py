@@ -20,11 +20,11 @@ are converted); kv_head = q_head // (Hq / Hkv); head_dim a multiple of 8 up to 2
 
 Differs from the equation: a seq_len of 0 (padding) gives zeros; a log vote of -inf or <= -1e29 masks its
 entry (K and V of a masked entry must be finite, and V of one that a causal query does not see yet); a query with every
-entry masked gets zeros, where Eq. 6 is 0/0. Other log votes must be finite. A NaN in q, or in K or V of an entry that a
-query sees, makes the query's output NaN.
+entry masked gets zeros, where Eq. 6 is 0/0. Other log votes must be finite. A NaN in q, or in K of an entry that a
+query sees, makes the head's output NaN; one in V that component of it.
 
-Errors: ValueError for shapes and dtypes outside this, IndexError for rows or slots outside the pool (out is
-then unspecified).
+Errors: ValueError for shapes and dtypes outside this, IndexError for rows or slots outside the pool, MemoryError
+without room for scratch (out is then unspecified).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def merge_kernel(
     tl.store(out_lv_ptr + cluster + tl.arange(0, 1), tl.log(total_lv) + top_lv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gather_kernel(
     pool_ptr, slots_ptr, out_ptr, n, stride_slot, stride_head,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -161,8 +161,10 @@ def gather_slots(pool: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> 
     """As torch_impl.gather_slots, in one pass. ValueError where a slot's [head, dim] numbers or `out` do not lie in a
     row."""
     n, heads, width = len(slots), pool.shape[1], math.prod(pool.shape[2:])
-    if pool.stride(1) != width or pool.stride()[-1] != 1 or not out.is_contiguous():
+    if pool.stride(1) != width or pool.stride()[-1] != 1:
         raise ValueError(f"a pool needs contiguous [head, dim] rows, got {tuple(pool.shape)}, strides {pool.stride()}")
+    if out.shape != (heads, n, *pool.shape[2:]) or not out.is_contiguous():
+        raise ValueError(f"out {tuple(out.shape)}, strides {out.stride()}: expected [heads, slots, ...], contiguous")
     if n:
         block_w = triton.next_power_of_2(width)
         block_n = max(16, min(512, 2048 // block_w))

@@ -1,7 +1,7 @@
 """What a window of queries sees of a span, in C++ (cpu_score.cpp): denominators, sums per token, attention outputs.
 
-One pass: the logits of 64 queries (8 where vectors are short) at a time are computed once and read while they are in
-the cache, 256 bytes a token. Deterministic: a head's bits do not depend on the
+One pass: the logits of a panel of queries (AVX-512: 64, 256 bytes a token; AVX2: 16; else 8) are computed once and read
+while they are in the cache. Deterministic: a head's bits do not depend on the
 other heads or on the number of threads (torch.get_num_threads() are used).
 """
 

@@ -1,8 +1,8 @@
 // What a window of queries sees of a span, in one pass over packed panels of queries; the contract is cpp_impl.py's.
 //
-// A panel is kVecs * kMaxW query rows, one per lane. Its logits against the whole span stay in the cache between the
-// three steps that need them: softmax denominator, sums over the queries per token, attention outputs. One kv head is one
-// work unit: its bits do not depend on the other heads or on the number of threads.
+// A panel is kVecs * kMaxW query rows, one per lane. Its logits against the whole span are in the cache, if the span is
+// not too long, for the three steps that need them: softmax denominator, sums over the queries per token, attention
+// outputs. One kv head is one work unit: its bits do not depend on the other heads or on the number of threads.
 #include <algorithm>
 #include <omp.h>
 #include <vector>
@@ -55,7 +55,9 @@ struct Denominator {
     for (int c = 0; c < kVecs; ++c) top[c] = splat<W>(kNegInf), sum[c] = vf<W>{};
   }
   vf<W> shift(int c) const { return top[c] > kNegInf ? top[c] : vf<W>{}; }
-  vf<W> log(int c) const { return top[c] > kNegInf ? top[c] + vlog<W>(sum[c]) : splat<W>(kNegInf); }
+  vf<W> log(int c) const {  // nothing seen: -inf; a NaN stays one, also where it is all that is seen
+    return top[c] > kNegInf ? top[c] + vlog<W>(sum[c]) : sum[c] == 0.0f ? splat<W>(kNegInf) : sum[c];
+  }
   void raise(const vf<W>* best) {
     for (int c = 0; c < kVecs; ++c) {
       vf<W> higher = vmax<W>(top[c], best[c]);
@@ -155,7 +157,7 @@ void add_span(const Args& a, int64_t h, Panel& p, Vectors k, Vectors v, Scratch&
       }
       store<W>(at, e);
     }
-  for (int c = 0; c < kVecs; ++c) inverse[c] = p.z.sum[c] > 0.0f ? 1.0f / p.z.sum[c] : vf<W>{};
+  for (int c = 0; c < kVecs; ++c) inverse[c] = p.z.sum[c] > 0.0f ? 1.0f / p.z.sum[c] : p.z.sum[c];  // 0 or NaN
 
   if (a.output) std::fill(w.out.begin(), w.out.end(), 0.0f);
   float* received = a.received + h * n;

@@ -75,3 +75,5 @@ def test_gather_slots_copies_bits(gen, dtype):
             assert got.isnan().equal(wanted.isnan()) and got.nan_to_num(9).equal(wanted.nan_to_num(9))
     with pytest.raises(ValueError, match="contiguous"):
         triton_impl.gather_slots(pool[:, 0].transpose(1, 2), slots, torch.empty(80, 600, 3))
+    with pytest.raises(ValueError, match="expected \\[heads, slots"):
+        triton_impl.gather_slots(votes, slots, torch.empty(600, 3, device=DEVICE).T)
