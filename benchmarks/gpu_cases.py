@@ -6,6 +6,7 @@ One layer of a Llama-3-8B: 32 query heads, 8 kv heads, head_dim 128, bfloat16, p
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,16 @@ from keepkv_sglang.kernels.attention import triton_impl
 HEADS, HEADS_KV, DIM, DTYPE = 32, 8, 128, torch.bfloat16
 SLOT_BYTES = 2 * HEADS_KV * DIM * 2  # K and V of a slot
 KERNELS = ("ours", "sglang", "flashinfer")
+OPTIONAL = ("sglang", "flashinfer")
+
+
+def missing(error: BaseException) -> bool:
+    """Whether one of OPTIONAL is not installed. Any other failed import, of a part of one that is installed or of what
+    one needs, is an error: a skip would hide it."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return False
+    package = error.name.partition(".")[0]
+    return package in OPTIONAL and importlib.util.find_spec(package) is None
 
 
 class Batch:
@@ -36,7 +47,7 @@ class Batch:
         self.device = device
 
     def call(self, kernel: str, votes: bool) -> Callable[[], None]:
-        """A decode into `out` by one of KERNELS. ImportError where what it needs is not installed."""
+        """A decode into `out` by one of KERNELS. ModuleNotFoundError where its package is not there."""
         return {"ours": self.ours, "sglang": self.sglang, "flashinfer": self.flashinfer}[kernel](votes)
 
     def ours(self, votes: bool) -> Callable[[], None]:
@@ -84,7 +95,7 @@ class Batch:
         return {"score_mod": vote_score_mod, "aux_tensors": table.aux(0)}
 
     def flashinfer(self, votes: bool) -> Callable[[], None]:
-        """FlashInfer's decode without tensor cores."""
+        """FlashInfer's decode as SGLang's backend has it at this group of 4: on tensor cores."""
         wrapper = _wrapper(votes)
         last = torch.ones(len(self.lens), dtype=torch.int32, device=self.device)
         kind = {"q_data_type": DTYPE, "kv_data_type": DTYPE}
@@ -99,11 +110,12 @@ def _wrapper(votes: bool) -> Any:
     """One for all cases: with jit_args, making one generates the module's sources and asks ninja each time."""
     import flashinfer
 
-    from keepkv_sglang.kernels.attention.flashinfer_variants import decode_args
+    from keepkv_sglang.kernels.attention.flashinfer_variants import prefill_args
 
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    jit = {"jit_args": decode_args(DTYPE, DIM)} if votes else {}
-    return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", **jit)
+    workspace = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")
+    jit = {"jit_args": prefill_args(DTYPE, DIM)} if votes else {}
+    # fa2 by name: "auto" may choose cuDNN, which has no votes and is not what SGLang runs.
+    return flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2", use_tensor_cores=True, **jit)
 
 
 def small(device: str = "cuda") -> None:
@@ -137,6 +149,8 @@ def small(device: str = "cuda") -> None:
         batch.sglang_extend(9)()
         print("small: SGLang's kernels with votes ran")
     except ImportError as error:
+        if not missing(error):
+            raise
         print(f"small: without SGLang's kernels: {error}")
     if device == "cuda":
         torch.cuda.synchronize()
