@@ -46,6 +46,19 @@ class Batch:
         self.scale = DIM**-0.5
         self.device = device
 
+    def exact(self, request: int, votes: bool, chunk: int = 8192) -> torch.Tensor:
+        """[q heads, D] of one request in float32 by torch, `chunk` slots at a time: K in float32 is twice the pool."""
+        parts = self.table[request].long().split(chunk)
+        q = self.q[request].float().view(HEADS_KV, HEADS // HEADS_KV, DIM) * self.scale
+        logits = torch.cat([torch.einsum("hgd,nhd->hgn", q, self.k[slots].float()) for slots in parts], 2)
+        if votes:
+            logits += self.votes[self.table[request].long()].T[:, None]
+        weights = logits.softmax(2).split(chunk, 2)
+        out = torch.zeros_like(q)
+        for weight, slots in zip(weights, parts, strict=True):
+            out += torch.einsum("hgn,nhd->hgd", weight, self.v[slots].float())
+        return out.reshape(HEADS, DIM)
+
     def call(self, kernel: str, votes: bool) -> Callable[[], None]:
         """A decode into `out` by one of KERNELS. ModuleNotFoundError where its package is not there."""
         return {"ours": self.ours, "sglang": self.sglang, "flashinfer": self.flashinfer}[kernel](votes)

@@ -30,8 +30,8 @@ def specs() -> tuple[list[Any], list[Any]]:
     from flashinfer.jit.quantization import gen_quantization_module
 
     decode, prefill = modules.gen_customize_batch_decode_module, modules.gen_customize_batch_prefill_module
-    # What get_batch_prefill_module compiles for fa2: gen_batch_prefill_module is another module, for unequal strides
-    # too. No position encoding, sliding window, soft cap or 16-bit products: what the wrapper asks for without jit_args.
+    # What get_batch_prefill_module compiles for fa2 (gen_batch_prefill_module is another module, for unequal strides
+    # too): no position encoding, sliding window, soft cap or 16-bit products, as the wrapper asks without jit_args.
     stock = modules._gen_batch_prefill_primary_module(
         "fa2", DTYPE, DTYPE, DTYPE, torch.int32, DIM, DIM, 0, False, False, False
     )

@@ -135,14 +135,16 @@ def bench_lines(measured: dict[str, Any]) -> list[str]:
     ceiling = measured.get("copy_gb_per_s") or float("nan")
     lines = [f"{measured.get('device')}; copy {ceiling:.0f} GB/s."]
     lines += [
-        "Differs: largest difference of the outputs, votes off and on, from the case's first kernel. L2: K and V fit"
+        "Differs: largest difference of the outputs, votes off and on, from the case's first kernel, and from float32."
+        f" L2: K and V are less than three times that cache ({measured.get('l2_bytes', 0) / 1e6:.0f} MB), so GB/s is"
+        " not memory's alone. eager: not a CUDA graph, so Python's launches count.",
+        "",
     ]
-    lines += ["that cache, so GB/s is not memory's. eager: not a CUDA graph, so Python's launches count.", ""]
     lines += ["| kernel | context | batch | budget | us, votes off | on | votes cost | GB/s | of copy | differs | |"]
     lines += ["|---" * 11 + "|"]
     for row in measured.get("rows", []):
         marks = [mark for mark, on in (("L2", row["in_l2"]), ("eager", not row["graph"])) if on]
-        differs = ", ".join(f"{row[key]:.4f}" for key in ("differs_off", "differs_on"))
+        differs = ", ".join(f"{row[key]:.4f}" for key in ("differs_off", "differs_on", "differs_float32"))
         lines.append(
             f"| {row['kernel']} | {row['context']} | {row['batch']} | {row['budget']} | {row['us_off']:.1f}"
             f" | {row['us_on']:.1f} | {row['votes_cost']:+.1%} | {row['gb_per_s']:.0f}"
@@ -152,6 +154,10 @@ def bench_lines(measured: dict[str, Any]) -> list[str]:
     for row in measured.get("compression", []):
         times = (f"{row[name]:.2f}" if name in row else "-" for name in ("torch_ms", "triton_ms"))
         lines.append(f"| {row['tokens']} | {' | '.join(times)} |")
+    why = Counter(
+        f"{row['kernel']}: {row.get('eager_because', '')}" for row in measured.get("rows", []) if not row["graph"]
+    )
+    lines += ["", *(f"- eager, {count} rows: {text}" for text, count in why.items())]
     lines += ["", *(f"- ERROR: {text}" for text in measured.get("errors", []))]
     return lines + [f"- skipped: {text}" for text in measured.get("skipped", [])]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import tarfile
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_report
+from benchmarks import gpu_bench, gpu_cases, gpu_modules, gpu_report
+from keepkv_sglang.kernels.attention import reference
 
 REPO = Path(__file__).resolve().parent.parent
 LOG = """
@@ -30,6 +33,7 @@ XML = """<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">
 ROW = {
     "kernel": "ours", "context": 2048, "batch": 1, "budget": 0.1, "slots": 205, "us_off": 10.0, "us_on": 11.0,
     "votes_cost": 0.1, "gb_per_s": 76.0, "graph": False, "in_l2": True, "differs_off": 0.0, "differs_on": 0.001,
+    "differs_float32": 0.002, "eager_because": "votes on: not captured: RuntimeError: z",
 }  # fmt: skip
 
 
@@ -52,8 +56,9 @@ def test_a_report_names_what_failed_and_why(folder):
     text = gpu_report.report(folder)
     for part in (
         "| triton | 1 | 20 | 2 run, 1 failed, 1 skipped |", "test_two: assert 1 == 2\n", "1 of triton: no SGLang",
-        "no compute-sanitizer", "| 76% | 0.0000, 0.0010 | L2 eager |", "ERROR: sglang: RuntimeError: y",
-        "skipped: x: out of time", "| 2000 | 1.00 | - |", "torch ", "driver",
+        "no compute-sanitizer", "| 76% | 0.0000, 0.0010, 0.0020 | L2 eager |", "ERROR: sglang: RuntimeError: y",
+        "skipped: x: out of time", "eager, 1 rows: ours: votes on: not captured", "| 2000 | 1.00 | - |",
+        "torch ", "driver",
     ):  # fmt: skip
         assert part in text, part
     whole = json.loads((folder / "report.json").read_text())
@@ -82,14 +87,19 @@ def test_nothing_at_all_and_a_crash_without_tests(folder):
     assert "small ended with 139" in gpu_report.report(folder) and "Segmentation fault" in gpu_report.report(folder)
 
 
-def test_only_what_is_missing_or_too_large_is_a_skip(tmp_path):
+def test_only_what_is_missing_or_too_large_is_a_skip(tmp_path, monkeypatch):
     result = gpu_bench.Result(tmp_path)
-    result.note("a", ModuleNotFoundError("no flashinfer"))
+    monkeypatch.setattr(gpu_cases.importlib.util, "find_spec", lambda name: None if name == "flashinfer" else name)
+    result.note("a", ModuleNotFoundError("no flashinfer", name="flashinfer.jit"))
     result.note("b", torch.OutOfMemoryError("8 GiB"))
     result.note("c", RuntimeError("illegal memory access"))
+    result.note("d", ModuleNotFoundError("a part of SGLang that moved", name="sglang.kernels"))
+    result.note("e", ModuleNotFoundError("something that FlashInfer needs", name="tvm_ffi"))
+    result.note("f", ImportError("cannot import name", name="flashinfer"))
     written = json.loads((tmp_path / "bench.json").read_text())
     assert [text[0] for text in written["skipped"]] == ["a", "b"]
-    assert written["errors"] == ["c: RuntimeError: illegal memory access"]
+    assert [text[0] for text in written["errors"]] == ["c", "d", "e", "f"]
+    assert written["errors"][0] == "c: RuntimeError: illegal memory access"
 
 
 def test_outputs_are_compared():
@@ -97,9 +107,107 @@ def test_outputs_are_compared():
     exact = torch.randn(8, 32, 128, generator=gen) / 10
     rounded = exact.to(torch.bfloat16)
     row: dict = {}
-    assert gpu_bench.compare(row, [rounded, rounded], [exact, exact]) == "" and 0 < row["differs_off"] < 0.002
-    assert "with votes" in gpu_bench.compare(row, [rounded, exact.roll(1, 0)], [exact, exact])
+    ends = [exact[[0, -1]]] * 2
+    assert gpu_bench.compare(row, [rounded, rounded], [exact, exact], ends) == "" and 0 < row["differs_off"] < 0.002
+    assert 0 < row["differs_float32"] < 0.002
+    other = exact.roll(1, 0)
+    wrong = gpu_bench.compare(row, [rounded, other], [exact, exact], ends)
+    assert wrong.startswith("votes on: off by") and "votes on, from float32: off by" in wrong
+    # alone: nothing but float32 tells
+    assert gpu_bench.compare(row, [other, rounded], [other, rounded], ends).startswith("votes off, from float32: off")
+    assert row["differs_off"] == 0 and row["differs_float32"] > 0.1
     assert gpu_bench.differs(rounded.fill_(torch.nan), exact) == (float("inf"), True)
+
+
+def test_float32_is_equation_6():
+    torch.manual_seed(0)
+    case = gpu_cases.Batch(3, 70, "cpu")
+    for votes, got in zip((False, True), gpu_bench.exact(case), strict=True):
+        log_votes = case.votes.double() if votes else torch.zeros(210, gpu_cases.HEADS_KV, dtype=torch.float64)
+        wanted = case.q.double()
+        pools = (case.k.double(), case.v.double(), log_votes, case.table, case.rows, case.lens)
+        reference.decode(case.q.double(), *pools, case.scale, wanted)
+        assert (got - wanted[[0, -1]]).abs().max() < 1e-5
+        torch.testing.assert_close(case.exact(1, votes, chunk=16), case.exact(1, votes))
+
+
+class FakeGraphs:
+    """torch.cuda's graphs on the CPU: what is captured runs once more at the replay. fails: a capture that raises."""
+
+    def __init__(self, monkeypatch, *, fails=False):
+        self.fails, self.recorded = fails, 0
+        for name in ("graph", "CUDAGraph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def CUDAGraph(self):
+        return self
+
+    @contextlib.contextmanager
+    def graph(self, graph):
+        yield
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def replay(self):
+        self.after()
+
+
+def test_a_replay_that_computes_something_else_is_an_error_and_a_failed_capture_is_told(monkeypatch):
+    out, count = torch.ones(4), []
+    graphs = FakeGraphs(monkeypatch)
+    graphs.after = lambda: out.fill_(1)
+    replay = gpu_bench.captured(lambda: count.append(1), out)
+    assert replay == (graphs.replay, "", False) and len(count) == gpu_bench.CALLS
+    graphs.after = lambda: None  # the kernel is not in the graph: `out` stays NaN
+    assert gpu_bench.captured(lambda: None, out.fill_(1)) == (None, "the replay is off by inf", True)
+    graphs.after = lambda: out.fill_(1.1)
+    assert gpu_bench.captured(lambda: None, out.fill_(1)).wrong
+    graphs = FakeGraphs(monkeypatch, fails=True)
+    call, why, wrong = gpu_bench.captured(lambda: None, out.fill_(1))
+    assert call is None and why.startswith("not captured: RuntimeError: operation") and not wrong
+
+
+@pytest.mark.parametrize("missing", [(), (0,), (1,), (0, 1)])
+def test_a_row_is_timed_with_graphs_or_without_never_both(missing, monkeypatch):
+    replays = [gpu_bench.Replay(None, "not captured: x") if i in missing else gpu_bench.Replay(print) for i in (0, 1)]
+    timed = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(gpu_bench, "captured", lambda *_: replays.pop(0))
+    monkeypatch.setattr(gpu_bench, "seconds", lambda function, per=1: timed.append((function is print, per)) or 1.0)
+    case = types.SimpleNamespace(out=torch.zeros(2), call=lambda *_: lambda: None)
+    row, _, stale = gpu_bench.measure(case, "ours")
+    assert timed == ([(False, 1)] * 2 if missing else [(True, gpu_bench.CALLS)] * 2)
+    assert row["graph"] == (not missing) and not stale
+    assert row.get("eager_because", "").count("not captured") == len(missing)
+
+
+def test_a_stale_replay_is_an_error_and_its_row_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_bench, "Batch", lambda *_: None)
+    monkeypatch.setattr(gpu_bench, "exact", lambda _: [torch.ones(2)] * 2)
+    monkeypatch.setattr(gpu_bench, "cases", lambda: [(2048, 1, 0.1)])
+    row = {"us_off": 1.0, "us_on": 1.0, "graph": False}
+    monkeypatch.setattr(gpu_bench, "measure", lambda *_: (row, [torch.ones(3)] * 2, ["the replay is off by inf"]))
+    result = gpu_bench.Result(tmp_path)
+    gpu_bench.decodes(result, ["ours"], time.monotonic() + 60)
+    assert result.data["errors"] == ["ours, 2048 x 1 at 0.1: AssertionError: the replay is off by inf"]
+    assert len(result.data["rows"]) == 1 and result.data["rows"][0]["in_l2"]
+
+
+def test_modules_fail_one_by_one_and_only_the_benchmarks_decide_whether_it_may_run(tmp_path, capsys):
+    def spec(name, error=None):
+        def build(**_):
+            if error:
+                raise error
+
+        return types.SimpleNamespace(name=name, is_aot=False, build=build)
+
+    ready, bad = tmp_path / "ready", spec("b", RuntimeError("nvcc"))
+    assert gpu_modules.build_all([spec("a"), bad], [spec("c")], ready) == 1 and not ready.exists()
+    assert gpu_modules.build_all([spec("a")], [bad, spec("c")], ready) == 1 and ready.exists()
+    told = capsys.readouterr().out
+    assert told.count("b: RuntimeError: nvcc") == 2 and told.count("c: built") == 2
+    assert gpu_modules.build_all([spec("a")], [spec("c")], None) == 0
 
 
 def test_cases_grow_and_what_does_not_start_in_time_is_told(tmp_path, monkeypatch):
@@ -113,11 +221,12 @@ def test_cases_grow_and_what_does_not_start_in_time_is_told(tmp_path, monkeypatc
 
 def test_a_kernel_that_fails_is_not_tried_again_and_the_others_count(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_bench, "Batch", lambda *_: None)
+    monkeypatch.setattr(gpu_bench, "exact", lambda _: [torch.ones(2)] * 2)
 
     def measure(_, kernel):
         if kernel == "ours":
             raise RuntimeError("illegal memory access")
-        return {"kernel": kernel, "us_off": 1.0, "us_on": 1.0}, [torch.ones(2), torch.ones(2)]
+        return {"kernel": kernel, "us_off": 1.0, "us_on": 1.0}, [torch.ones(2), torch.ones(2)], []
 
     monkeypatch.setattr(gpu_bench, "measure", measure)
     result = gpu_bench.Result(tmp_path)
