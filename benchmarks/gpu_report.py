@@ -27,6 +27,7 @@ KILLED = {"124", "137"}  # what timeout exits with
 FINE = {"0", "skipped"}
 # A line of pytest -v; the outcome is missing while a test runs. Names may hold spaces: "[(3, 3)-80]".
 TEST_LINE = re.compile(r"^(?P<name>\S+\.py::.*?)(?: (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b.*)?$")
+REASON = "REASON"  # gpu_pytest.py: a line "REASON<TAB>test<TAB>first line" as soon as a test has failed
 TAIL_LINES = 8
 
 
@@ -52,21 +53,25 @@ def read_text(path: Path) -> str:
 
 def tests_of(xml: Path, log: Path) -> dict[str, Any] | None:
     """{"run", "failed": {test: first line}, "skipped": {reason: count}, "running": a test that was cut, or ""} of a
-    pytest step: from its XML, which pytest writes at its end, otherwise from the lines of its -v log. None for a step
-    without tests."""
+    pytest step: from its XML, which pytest writes at its end, otherwise from the lines of its -v log, which alone tells
+    what was running. None for a step without tests."""
+    log_tests = _from_log(read_text(log))
     try:
         cases = list(ET.parse(xml).getroot().iter("testcase"))
     except (OSError, ET.ParseError):
-        return _from_log(read_text(log))
+        return log_tests
     failed, skipped = {}, Counter()
     for case in cases:
         name = f"{case.get('classname', '').replace('.', '/')}::{case.get('name')}".removeprefix("::")
         for kind in ("failure", "error"):
             for found in case.iter(kind):
-                failed[name] = _first_line(found.get("message") or found.text)
+                failed[name] = first_line(found.get("message") or found.text)
         for found in case.iter("skipped"):
-            skipped[_first_line(found.get("message") or found.text)] += 1
-    return {"run": len(cases) - sum(skipped.values()), "failed": failed, "skipped": dict(skipped), "running": ""}
+            skipped[first_line(found.get("message") or found.text)] += 1
+    running = log_tests["running"] if log_tests else ""
+    # A test that SIGINT ended is in the XML as if it had passed.
+    run = sum(not running.endswith(f"::{case.get('name')}") for case in cases) - sum(skipped.values())
+    return {"run": run, "failed": failed, "skipped": dict(skipped), "running": running}
 
 
 def _from_log(log: str) -> dict[str, Any] | None:
@@ -74,14 +79,16 @@ def _from_log(log: str) -> dict[str, Any] | None:
     if not lines:
         return None
     outcomes = [line["outcome"] for line in lines]
-    failed = {m["name"]: "no message: the step was cut" for m in lines if m["outcome"] in ("FAILED", "ERROR")}
+    told = dict(line.split("\t", 2)[1:] for line in log.splitlines() if re.match(f"{REASON}\t.*\t", line))
+    cut = "no message: the step was cut"
+    failed = {m["name"]: told.get(m["name"], cut) for m in lines if m["outcome"] in ("FAILED", "ERROR")}
     skipped = {"no reason: the step was cut": count} if (count := outcomes.count("SKIPPED")) else {}
     running = lines[-1]["name"].strip() if outcomes[-1] is None else ""
     return {"run": sum(o not in (None, "SKIPPED") for o in outcomes), "failed": failed, "skipped": skipped,
             "running": running}  # fmt: skip
 
 
-def _first_line(text: str | None) -> str:
+def first_line(text: str | None) -> str:
     return next((line.strip() for line in (text or "").splitlines() if line.strip()), "")[:300]
 
 
@@ -107,7 +114,7 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
-        found["gpu, driver, memory"] = _first_line(subprocess.check_output(command, text=True, timeout=10))
+        found["gpu, driver, memory"] = first_line(subprocess.check_output(command, text=True, timeout=10))
     except (OSError, subprocess.SubprocessError):
         found["gpu, driver, memory"] = "nvidia-smi failed"
     return found

@@ -1,26 +1,30 @@
 #!/usr/bin/env bash
-# Everything about KeepKV's kernels that only a GPU can tell: one command, under ten minutes.
+# What only a GPU can tell about KeepKV's kernels: one command, under ten minutes. No server is started: not SGLang's own
+# part, and no tensor parallelism.
 #
 #   scripts/gpu_check.sh [OUT]        OUT (default gpu_check): report.md, report.json, bench.json and logs.tar.gz
 #
 # At the same time, each in a process of its own, so that one illegal access spoils one file only:
-# 1. Every Triton kernel of ours compiled and run, in float32, bfloat16 and float16, against float64; SGLang's Triton
-#    kernels with our score_mod, in bfloat16 and float16.
+# 1. Every Triton kernel of ours compiled and run against float64, in float32, bfloat16 and float16 (merging and the
+#    nearest kept key, which take float32 only, in that); SGLang's Triton kernels with our score_mod, in bfloat16 and
+#    float16.
 # 2. CUDA graphs: capture once, change votes, slots and queries, replay.
-# 3. FlashInfer's modules built, then its decode and prefill with our variants, custom masks included.
+# 3. FlashInfer's modules built, then its decode (CUDA and tensor cores) and prefill with our variants and custom masks.
 # 4. compute-sanitizer (memcheck) on a small case of each Triton kernel.
 # Then, alone on the GPU:
 # 5. Benchmark: votes on against off, budgets 0.1, 0.2 and 1, contexts of 2k to 64k, batch 1 to 64, GB/s beside a
 #    measured copy; compression with torch and with our Triton kernels.
 # Needs torch, triton and pytest; what needs SGLang, FlashInfer, nvcc or compute-sanitizer is skipped where they are not
 # installed, and the report says so. Exit status 0 only when nothing failed; a skip is not a failure, a step that runs
-# out of time is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled kernels stay in KEEPKV_CACHE
+# out of time or leaves no status is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled kernels stay in KEEPKV_CACHE
 # (default .cache) and in FlashInfer's own cache: a second run is faster. Never run by us: no GPU was at hand.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 # Seconds since the start at which the first part and the benchmark are over, whatever they have done; the report
 # follows. timeout's -k may add GRACE to each.
-readonly CHECKS_END=350 BENCH_END=560 GRACE=10
+EXPECTED="flashinfer_build flashinfer small sanitizer triton_attention triton_merge triton_score triton_layer
+    sglang_score_mod sglang_backend graphs bench"
+readonly EXPECTED CHECKS_END=350 BENCH_END=540 GRACE=10
 SECONDS=0
 out=$(realpath -m "${1:-gpu_check}")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
@@ -29,7 +33,7 @@ probe='
 import pytest, sys, torch, triton
 if not torch.cuda.is_available(): sys.exit("torch sees no CUDA device")
 print(next((line.split()[-1] for line in open("/proc/self/maps") if "/libcuda.so" in line), ""))'
-if ! driver=$("$python" -c "$probe"); then
+if ! driver=$(timeout -k 5 60 "$python" -c "$probe"); then
     echo "gpu_check: $python sees no CUDA device, or lacks torch, triton or pytest. Nothing was checked." >&2
     exit 2
 fi
@@ -38,7 +42,7 @@ mkdir -p "$logs"
 rm -f "$out"/{report.md,report.json,bench.json,logs.tar.gz} "$logs"/*.{log,xml,txt} # of an earlier run
 : >"$logs/steps.txt"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
-PATH=$(dirname "$("$python" -c 'import sys; print(sys.executable)')"):$PATH # ninja of the pip wheel
+PATH=$(dirname "$(timeout -k 5 60 "$python" -c 'import sys; print(sys.executable)')"):$PATH # ninja of the pip wheel
 export KEEPKV_CACHE=$(realpath -m "${KEEPKV_CACHE:-.cache}")
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$KEEPKV_CACHE/triton_gpu}
 export PYTHONUNBUFFERED=1 # the log of a step that is killed ends where it was
@@ -47,19 +51,23 @@ unset TRITON_INTERPRET KEEPKV_GPU_KERNEL
 note() { printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$logs/steps.txt"; } # NAME STATUS SECONDS REMARK
 
 step() { # NAME LIMIT END COMMAND...: at most LIMIT seconds and not beyond END; its exit status, 0 when skipped
-    local name=$1 limit=$(($2 < $3 - SECONDS ? $2 : $3 - SECONDS)) begun=$SECONDS rc remark= child
+    local name=$1 limit=$(($2 < $3 - SECONDS ? $2 : $3 - SECONDS)) begun=$SECONDS rc remark= child signal=TERM
     shift 3
     if ((limit < 5)); then
         note "$name" 124 0 "no time left"
         return 124
     fi
-    timeout -k "$GRACE" "$limit" "$@" >"$logs/$name.log" 2>&1 &
+    [[ $* == *"-m pytest"* ]] && signal=INT # it then writes its summary and XML
+    timeout -s "$signal" -k "$GRACE" "$limit" "$@" >"$logs/$name.log" 2>&1 &
     child=$!
     trap 'kill "$child"' TERM # timeout passes it on to all that it started
     wait "$child"
     rc=$?
     case $rc in
-        5) [[ $* == *pytest* ]] && rc=skipped ;; # every test of the file was skipped
+        5) # pytest ran no test: right only where a package may be missing
+            remark="no test ran"
+            [[ $name == sglang_* || $name == flashinfer ]] && rc=skipped
+            ;;
         77) rc=skipped remark=$(tail -n 1 "$logs/$name.log") ;;
         124 | 137) remark="out of time" ;;
     esac
@@ -69,8 +77,8 @@ step() { # NAME LIMIT END COMMAND...: at most LIMIT seconds and not beyond END; 
 }
 
 tests() { # NAME LIMIT FILE: one file of tests. -o addopts: without the project's selection, which leaves GPU tests out
-    step "$1" "$2" "$CHECKS_END" "$python" -m pytest -o addopts= -v -rs --import-mode=importlib -p no:cacheprovider \
-        --junit-xml "$logs/$1.xml" "tests/kernels/$3"
+    step "$1" "$2" "$CHECKS_END" "$python" -m pytest -p benchmarks.gpu_pytest -o addopts= -v -rs \
+        --import-mode=importlib -p no:cacheprovider --junit-xml "$logs/$1.xml" "tests/kernels/$3"
 }
 
 toolkit() { # prints a CUDA toolkit. FlashInfer takes the folder above nvcc's: not one where nvcc is a wrapper elsewhere
@@ -86,20 +94,27 @@ toolkit() { # prints a CUDA toolkit. FlashInfer takes the folder above nvcc's: n
 }
 
 flashinfer() {
+    local rc
     if [[ -z ${CUDA_HOME:-} ]]; then
         note flashinfer_build skipped 0 "no nvcc: $(tail -n 1 "$logs/nvcc.log")"
         note flashinfer skipped 0 "no nvcc"
-    elif step flashinfer_build 290 $((CHECKS_END - 40)) "$python" -m benchmarks.gpu_modules; then
-        : >"$logs/flashinfer_ready.txt" # the benchmark must not compile
-        tests flashinfer 120 test_flashinfer_gpu.py
-    else
-        note flashinfer 1 0 "not run: its modules were not built"
+        return
     fi
+    step flashinfer_build 290 $((CHECKS_END - 40)) "$python" -m benchmarks.gpu_modules "$logs/flashinfer_ready.txt"
+    rc=$?
+    if ((rc >= 124)); then # ended from outside; with a module that failed, the tests of the others still count
+        note flashinfer 1 0 "not run: the build was cut"
+        return
+    fi
+    tests flashinfer 120 test_flashinfer_gpu.py
 }
 
 small() { # first without the sanitizer: it compiles
     local sanitizer
-    step small 120 "$CHECKS_END" "$python" -m benchmarks.gpu_bench --small || return
+    step small 120 "$CHECKS_END" "$python" -m benchmarks.gpu_bench --small || {
+        note sanitizer 1 0 "not run: small failed"
+        return
+    }
     sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | head -n 1)
     if [[ -z $sanitizer ]]; then
         note sanitizer skipped 0 "no compute-sanitizer"
@@ -113,12 +128,14 @@ small() { # first without the sanitizer: it compiles
 
 finish() { # the report of whatever has run, in at most 8 files; exits
     trap '' TERM INT
-    local status=0 code
-    if [[ ! -s $logs/steps.txt ]]; then status=1; fi
+    local status=0 code name
+    for name in $EXPECTED; do
+        grep -q "^$name"$'\t' "$logs/steps.txt" || note "$name" "no status" 0 "never ended"
+    done
     while IFS=$'\t' read -r _ code _; do
         [[ $code == 0 || $code == skipped ]] || status=1
     done <"$logs/steps.txt"
-    timeout 20 "$python" -m benchmarks.gpu_report "$out" || { echo "gpu_check: no report" >&2 && status=1; }
+    timeout -k 5 20 "$python" -m benchmarks.gpu_report "$out" || { echo "gpu_check: no report" >&2 && status=1; }
     tar -czf "$out/logs.tar.gz" -C "$out" logs && rm -r "$logs"
     exit $((status | ${1:-0}))
 }
@@ -139,8 +156,8 @@ fi
 # The same for the build and for the benchmark: with other flags FlashInfer would compile again.
 if home=$(toolkit); then
     export CUDA_HOME=$home
-elif home=$("$python" -c 'from keepkv_sglang.kernels.attention import flashinfer_build as b; print(b.cuda_home())' \
-    2>"$logs/nvcc.log"); then # links to the wheels' nvcc, whose headers are older than FlashInfer's CCCL
+elif home=$(timeout -k 5 60 "$python" -c 'from keepkv_sglang.kernels.attention import flashinfer_build as b; print(b.cuda_home())' \
+    2>"$logs/nvcc.log"); then # links to the wheels, whose nvcc and CUDA headers differ in version; CCCL asks for the same
     export CUDA_HOME=$home FLASHINFER_EXTRA_CUDAFLAGS=-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK
 else
     unset CUDA_HOME
@@ -157,9 +174,10 @@ tests graphs 120 test_cuda_graph.py &
 wait
 
 without=()
+# What is not built yet must not compile while time runs.
 [[ -e $logs/flashinfer_ready.txt ]] || without=(--without flashinfer)
 limit=$((BENCH_END - SECONDS))
 step bench "$limit" "$BENCH_END" \
-    "$python" -m benchmarks.gpu_bench --out "$out" --seconds $((limit - 25)) "${without[@]}" &
+    "$python" -m benchmarks.gpu_bench --out "$out" --seconds $((limit - 25)) ${without[@]+"${without[@]}"} &
 wait
 finish

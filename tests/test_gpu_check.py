@@ -239,8 +239,12 @@ case "$*" in
     *cuda.is_available*) echo /lib/libcuda.so.1 ;;
     *sys.executable*) echo "$0" ;;
     *gpu_report*) exec {sys.executable} "$@" ;;
-    *test_cuda_graph*) exit 5 ;;
-    *gpu_modules*) echo "FlashInfer is not installed"; exit 77 ;;
+    *test_backend_triton*) exit 5 ;;
+    *test_cuda_graph*) exit $GRAPHS ;;
+    *gpu_bench*--small*) exit $SMALL ;;
+    *gpu_modules*) echo "FlashInfer is not installed"; exit $MODULES ;;
+    *cuda_home*) echo /fake/cuda ;;
+    *gpu_bench*) echo "$*" ;;
     *test_merge_triton*) echo "$*"; exit $MERGE ;;
     *test_score_triton*) echo $$ >>$PIDS; exec sleep $SLEEP ;;
     *) echo "$*" ;;
@@ -256,9 +260,10 @@ def script(tmp_path):
     fake.chmod(0o755)
     base = {**os.environ, "PYTHON": str(fake), "PIDS": str(tmp_path / "pids"), "KEEPKV_CACHE": str(tmp_path / "cache")}
 
-    def start(merge=0, sleep=0.1):
+    def start(sleep=0.1, **exits):
         command = ["bash", str(REPO / "scripts" / "gpu_check.sh"), str(tmp_path / "out")]
-        environment = {**base, "MERGE": str(merge), "SLEEP": str(sleep)}
+        exits = {"MERGE": 0, "GRAPHS": 0, "SMALL": 0, "MODULES": 77, **exits}
+        environment = {**base, "SLEEP": str(sleep), **{name: str(code) for name, code in exits.items()}}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start
@@ -266,18 +271,38 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("merge", [0, 1])
 def test_the_script_ends_with_1_when_a_step_failed_and_packs_its_logs(merge, script, tmp_path):
-    running = script(merge)
+    running = script(MERGE=merge)
     output, _ = running.communicate(timeout=120)
     assert running.returncode == merge, output
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == ["logs.tar.gz", "report.json", "report.md"]
     steps = json.loads((out / "report.json").read_text())["steps"]
     assert os.readlink(tmp_path / "cache" / "libcuda" / "libcuda.so") == "/lib/libcuda.so.1"
-    assert steps["graphs"]["exit"] == "skipped" and steps["triton_merge"]["exit"] == str(merge)
+    assert steps["sglang_backend"]["exit"] == "skipped" and steps["triton_merge"]["exit"] == str(merge)
     assert steps["flashinfer_build"]["exit"] == "skipped" and steps["flashinfer"]["exit"] == "0"
     assert steps["flashinfer_build"]["remark"] == "FlashInfer is not installed"
     with tarfile.open(out / "logs.tar.gz") as packed:
         assert {"logs/bench.log", "logs/triton_score.log", "logs/steps.txt"} <= set(packed.getnames())
+
+
+def test_what_is_skipped_cut_or_lost_is_told(script, tmp_path):
+    """A file of ours none of whose tests ran; a build that was cut; a sanitizer that was never reached."""
+    running = script(GRAPHS=5, SMALL=3, MODULES=137)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 1, output
+    steps = json.loads((tmp_path / "out" / "report.json").read_text())["steps"]
+    assert (steps["graphs"]["exit"], steps["graphs"]["remark"]) == ("5", "no test ran")
+    assert (steps["sanitizer"]["exit"], steps["sanitizer"]["remark"]) == ("1", "not run: small failed")
+    assert (steps["flashinfer"]["exit"], steps["flashinfer"]["remark"]) == ("1", "not run: the build was cut")
+    assert steps["sglang_backend"]["exit"] == "skipped" and steps["small"]["exit"] == "3"
+
+
+def test_a_module_that_fails_leaves_the_tests_of_the_others(script, tmp_path):
+    running = script(MODULES=1)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 1, output
+    steps = json.loads((tmp_path / "out" / "report.json").read_text())["steps"]
+    assert steps["flashinfer_build"]["exit"] == "1" and steps["flashinfer"]["exit"] == "0"
 
 
 def test_the_script_stopped_from_outside_reports_and_ends_what_it_started(script, tmp_path):
@@ -288,9 +313,37 @@ def test_the_script_stopped_from_outside_reports_and_ends_what_it_started(script
     running.send_signal(signal.SIGTERM)
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 1, output
-    assert "stopped from outside" in (tmp_path / "out" / "report.md").read_text()
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "stopped from outside" in report and "| bench | no status | 0 |  | never ended |" in report
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pids").read_text()), 0)
+
+
+SLOW = """
+import time
+def test_one(): assert 1 == 2, "one is not two"
+def test_two(): time.sleep({})
+"""
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_step_that_is_cut_keeps_the_reasons(hangs, tmp_path):
+    """As the script starts it: in the background, where bash ignores SIGINT. A kernel that hangs ignores it as well."""
+    body = SLOW.format(60)
+    if hangs:
+        body = body.replace("time.sleep", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep")
+    (tmp_path / "test_slow.py").write_text(body)
+    pytest_ = f"{sys.executable} -m pytest -p benchmarks.gpu_pytest -v --junit-xml a.xml -p no:cacheprovider"
+    command = f"trap '' INT; timeout -s INT -k 2 8 {pytest_} test_slow.py >a.log 2>&1 & wait $!"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPO)}, timeout=60
+    )
+    log = (tmp_path / "a.log").read_text()
+    assert done.returncode == (137 if hangs else 124) and (tmp_path / "a.xml").exists() != hangs, log
+    tests = gpu_report.tests_of(tmp_path / "a.xml", tmp_path / "a.log")
+    assert tests["run"] == 1 and tests["running"] == "test_slow.py::test_two", log
+    ((name, why),) = tests["failed"].items()
+    assert name.endswith("::test_one") and "one is not two" in why, log
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")

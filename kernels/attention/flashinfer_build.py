@@ -28,7 +28,7 @@ from keepkv_sglang.kernels.cpu_build import cache_dir
 
 from . import flashinfer_table
 
-# The wheels ship CUDA 13 headers that are older than FlashInfer's vendored CCCL; CCCL refuses the pair by default.
+# nvcc and the CUDA headers come in wheels of different versions; CCCL refuses such a pair by default.
 CUDA_FLAGS = "-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK -Xptxas -v"
 
 
