@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can tell about KeepKV's kernels: one command, under ten minutes. No server is started: not SGLang's own
-# part, and no tensor parallelism.
+# What only a GPU can tell about KeepKV's kernels: one command, under ten minutes. No server is started, and no tensor
+# parallelism is tried.
 #
 #   scripts/gpu_check.sh [OUT]        OUT (default gpu_check): report.md, report.json, bench.json and logs.tar.gz
 #
@@ -16,8 +16,8 @@
 #    measured copy; compression with torch and with our Triton kernels.
 # Needs torch, triton and pytest; what needs SGLang, FlashInfer, nvcc or compute-sanitizer is skipped where they are not
 # installed, and the report says so. Exit status 0 only when nothing failed; a skip is not a failure, a step that runs
-# out of time or leaves no status is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled kernels stay in KEEPKV_CACHE
-# (default .cache) and in FlashInfer's own cache: a second run is faster. Never run by us: no GPU was at hand.
+# out of time or leaves no status is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled kernels
+# stay in KEEPKV_CACHE (default .cache) and in FlashInfer's own cache: a second run is faster. Never run by us: no GPU was at hand.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 # Seconds since the start at which the first part and the benchmark are over, whatever they have done; the report
@@ -156,8 +156,10 @@ fi
 # The same for the build and for the benchmark: with other flags FlashInfer would compile again.
 if home=$(toolkit); then
     export CUDA_HOME=$home
-elif home=$(timeout -k 5 60 "$python" -c 'from keepkv_sglang.kernels.attention import flashinfer_build as b; print(b.cuda_home())' \
-    2>"$logs/nvcc.log"); then # links to the wheels, whose nvcc and CUDA headers differ in version; CCCL asks for the same
+elif home=$(timeout -k 5 60 "$python" -c '
+from keepkv_sglang.kernels.attention import flashinfer_build
+print(flashinfer_build.cuda_home())' 2>"$logs/nvcc.log"); then
+    # Links to the wheels, whose nvcc and CUDA headers differ in version, which CCCL refuses.
     export CUDA_HOME=$home FLASHINFER_EXTRA_CUDAFLAGS=-DCCCL_DISABLE_CTK_COMPATIBILITY_CHECK
 else
     unset CUDA_HOME
