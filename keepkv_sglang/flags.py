@@ -158,10 +158,13 @@ def engine_server_args(server_args_class: Any) -> Any:
 def attach(server_args: Any, config: KeepKVConfig) -> None:
     """Check the combination and store the configuration on ServerArgs. Raises ConfigError."""
     if config.enabled:
+        from sglang.srt.environ import envs
+
         from keepkv_sglang import refuse, seams
 
         seams.require()
         refuse.check_server_args(server_args)
+        refuse.check_environment(envs)
         _check_model(server_args)
     setattr(server_args, ATTRIBUTE, config)
 

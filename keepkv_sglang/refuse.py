@@ -1,4 +1,4 @@
-"""What KeepKV cannot work with, in one table each for flags and for models (DESIGN.md, decision 11).
+"""What KeepKV cannot work with, in one table each for flags, SGLang's environment and models (DESIGN.md, decision 11).
 
 A combination listed here stops the server at start with one line that says what to change. The reason is
 the attachment point that would break (SEAMS.md), not a matter of taste.
@@ -54,6 +54,12 @@ FLAG_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
 )
 
+# (variable that switches something on in SGLang, why not)
+ENVIRONMENT_RULES: tuple[tuple[str, str], ...] = (
+    ("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "it would replay one step's choice of window queries for ever"),
+    ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "votes are allocated with the pool, before its size would be known"),
+)
+
 # (attribute of SGLang's ModelConfig, is it a problem?, what to say)
 MODEL_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("attention_arch", lambda v: v is not None and getattr(v, "name", "MHA") != "MHA", "MLA models keep no per-head keys"),
@@ -71,6 +77,13 @@ def check_server_args(server_args: Any) -> None:
     for field, is_problem, advice in FLAG_RULES:
         if is_problem(getattr(server_args, field, None)):
             raise ConfigError(f"--enable-keepkv cannot be combined with {field}: {advice}")
+
+
+def check_environment(envs: Any) -> None:
+    """Raises ConfigError for the first variable of SGLang's `envs` that is set and does not go with KeepKV."""
+    for name, reason in ENVIRONMENT_RULES:
+        if getattr(envs, name).get():
+            raise ConfigError(f"--enable-keepkv cannot be combined with {name}: {reason}; set it to 0")
 
 
 def check_model(model_config: Any) -> None:

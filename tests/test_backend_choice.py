@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from keepkv_sglang import flags, runtime
-from keepkv_sglang.backend.common import REFUSED, VoteLayers
 from keepkv_sglang.config import ConfigError, KeepKVConfig
 
 
@@ -64,14 +63,6 @@ def test_one_backend_for_prefill_and_decode():
     assert chosen(device="cuda", decode_attention_backend="keepkv_triton") == "keepkv_triton"
     with pytest.raises(ConfigError, match="--decode-attention-backend keepkv_flashinfer beside keepkv_triton"):
         chosen(device="cuda", decode_attention_backend="keepkv_flashinfer")
-
-
-@pytest.mark.parametrize("name", sorted(REFUSED))
-def test_switches_of_sglang_that_do_not_go_with_it_are_refused(name, monkeypatch):
-    monkeypatch.setattr(runtime, "_runtime", runtime.Runtime(KeepKVConfig(enabled=True)))
-    monkeypatch.setenv(name, "1")
-    with pytest.raises(ConfigError, match=f"{name}=1: .* unset it"):
-        VoteLayers(SimpleNamespace(server_args=SimpleNamespace(), device="cpu"))
 
 
 def test_a_quantised_pool_is_refused():

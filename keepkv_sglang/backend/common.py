@@ -5,17 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sglang.srt.environ import envs
 
 from keepkv_sglang import flags, refuse, runtime
-from keepkv_sglang.config import ConfigError
 from keepkv_sglang.kernels import choose
-
-REFUSED = {
-    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "it would replay one step's choice of window queries for ever",
-    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "votes are allocated with the pool, before its size would be known",
-}
-"""Switches of SGLang's environment that KeepKV does not work with."""
 
 
 class VoteLayers:
@@ -24,8 +16,7 @@ class VoteLayers:
     def __init__(self, runner: Any) -> None:
         """Hands SGLang's model runner to the process's Runtime, which allocates votes and the query arena.
 
-        RuntimeError when KeepKV is on and its hook did not run in this process, ConfigError for a switch of SGLang's
-        that does not go with it; what choose.prepare raises.
+        RuntimeError when KeepKV is on and its hook did not run in this process; what choose.prepare raises.
         """
         self.runtime: runtime.Runtime | None = None
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -37,9 +28,6 @@ class VoteLayers:
         if config is None and flags.config_of(runner.server_args).enabled:
             raise RuntimeError("KeepKV's hook on Scheduler.__init__ did not run in this process; see `keepkv check`")
         if config is not None and config.enabled:
-            for name, reason in REFUSED.items():
-                if getattr(envs, name).get():
-                    raise ConfigError(f"--enable-keepkv cannot be combined with {name}=1: {reason}; unset it")
             choose.prepare(torch.device(runner.device))
             self.runtime = runtime.current()
             self.runtime.attach_model_runner(runner)

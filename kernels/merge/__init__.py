@@ -6,8 +6,6 @@ on a GPU.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from keepkv_sglang.kernels import choose
@@ -38,6 +36,6 @@ def merge_segments(
 def gather_slots(pool: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
     """torch_impl.gather_slots by the fastest implementation that runs here."""
     kernel = choose.implementation("merge", pool)
-    row_of_numbers = pool.stride(1) == math.prod(pool.shape[2:]) and pool.stride()[-1] == 1
-    gather = getattr(kernel, "gather_slots", None) if row_of_numbers else None
-    (gather or torch_impl.gather_slots)(pool, slots, out)
+    if kernel is None or not hasattr(kernel, "gather_slots") or not kernel.gathers(pool):
+        kernel = torch_impl
+    kernel.gather_slots(pool, slots, out)

@@ -157,11 +157,15 @@ def merge_segments(
     return out_k, out_v, out_lv
 
 
+def gathers(pool: torch.Tensor) -> bool:
+    """Pools that gather_slots reads: a slot's [head, dim] numbers lie in a row."""
+    return pool.stride(1) == math.prod(pool.shape[2:]) and pool.stride()[-1] == 1
+
+
 def gather_slots(pool: torch.Tensor, slots: torch.Tensor, out: torch.Tensor) -> None:
-    """As torch_impl.gather_slots, in one pass. ValueError where a slot's [head, dim] numbers or `out` do not lie in a
-    row."""
+    """As torch_impl.gather_slots, in one pass. ValueError for a pool that it does not read, or another `out`."""
     n, heads, width = len(slots), pool.shape[1], math.prod(pool.shape[2:])
-    if pool.stride(1) != width or pool.stride()[-1] != 1:
+    if not gathers(pool):
         raise ValueError(f"a pool needs contiguous [head, dim] rows, got {tuple(pool.shape)}, strides {pool.stride()}")
     if out.shape != (heads, n, *pool.shape[2:]) or not out.is_contiguous():
         raise ValueError(f"out {tuple(out.shape)}, strides {out.stride()}: expected [heads, slots, ...], contiguous")

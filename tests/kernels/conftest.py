@@ -13,9 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from keepkv_sglang.kernels import attention
+
 sys.path.insert(0, str(Path(__file__).parent))  # paged.py, under --import-mode=importlib
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*_triton.py"]
+
+
+@pytest.fixture(params=["cpp", "numba", "torch"])
+def kernel(request):
+    """The implementations of attention on a CPU."""
+    return attention.load(request.param)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Paged pools with scattered slots for the Triton tests, on the CPU (interpreter) or a GPU."""
+"""Paged pools with scattered slots for the tests of attention, on the CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WEIGHTS = {d: 0.0 if INTERPRETED else 4 * r for d, r in ROUNDING.items()}
 class Case:
     """Pools with scattered slots; news = None is a decode. Unused pool slots hold NaN: reading one is noticed."""
 
-    def __init__(self, lens, news=None, heads=(9, 3), dim=64, dtype=torch.float32, seed=0, spread=2.0):
+    def __init__(self, lens, news=None, heads=(9, 3), dim=64, dtype=torch.float32, seed=0, spread=2.0, device=DEVICE):
         self.gen = torch.Generator().manual_seed(seed)
         hq, hkv = heads
         used = sum(lens)
@@ -46,10 +46,10 @@ class Case:
             start += n
         q = self.randn(len(lens) if news is None else sum(news), hq, dim).to(dtype)
         self.k, self.v, self.votes, self.table, self.rows, self.q = (
-            x.to(DEVICE) for x in (k, v, votes, table, rows, q)
+            x.to(device) for x in (k, v, votes, table, rows, q)
         )
-        self.lens, self.scale = torch.tensor(lens, device=DEVICE), dim**-0.5
-        self.news = None if news is None else torch.tensor(news, device=DEVICE)
+        self.lens, self.scale = torch.tensor(lens, device=device), dim**-0.5
+        self.news = None if news is None else torch.tensor(news, device=device)
 
     def randn(self, *shape):
         return torch.randn(*shape, generator=self.gen)
@@ -60,7 +60,7 @@ class Case:
     def run(self, impl, causal=True, q=None, out=None, **changes):
         """Runs decode or extend into an `out` of NaN."""
         q = self.q if q is None else q
-        out = torch.full_like(q, float("nan")) if out is None else out
+        out = torch.full(q.shape, float("nan"), dtype=q.dtype, device=q.device) if out is None else out
         names = ("k", "v", "votes", "table", "rows", "lens")
         shared = [changes.get(name, getattr(self, name)) for name in names]
         if self.news is None:

@@ -7,28 +7,16 @@ import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import paged
 import pytest
 import torch
+from paged import ROUNDING, TOLERANCE
 from torch.nn.functional import scaled_dot_product_attention
 
 from keepkv_sglang.kernels import attention
 from keepkv_sglang.kernels.attention import reference
 
-# Logits and sums are float32: up to 2047 terms of size 1 with relative rounding 6e-8 and an exp accurate to
-# 1e-7 give a few 1e-6 on outputs of size 1. A wrong formula is off by more than 1e-3.
-TOLERANCE = 1e-5
-# bfloat16: the oracle reads the same rounded inputs and ours computes in float32 too, so only the rounding of
-# the result comes on top: half a unit in the last of 8 bits, at most 2^-8 of the value.
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
-KERNELS = ["cpp", "numba", "torch"]
 LENGTHS = [1, 63, 500, 0, 2047]
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request):
-    if request.param == "numba":
-        pytest.importorskip("numba")
-    return attention.load(request.param)
 
 
 @pytest.fixture
@@ -44,46 +32,11 @@ def _threads():
     torch.set_num_threads(before)
 
 
-class Case:
-    """Pools with scattered slots. news = None is decode. Unused pool slots hold NaN: reading one is
-    noticed."""
+class Case(paged.Case):
+    """On the CPU, compared with float64 by running a kernel."""
 
-    def __init__(self, lens, news=None, heads=(9, 3), dim=64, dtype=torch.float32, seed=0, spread=2.0):
-        self.gen = torch.Generator().manual_seed(seed)
-        hq, hkv = heads
-        used = sum(lens)
-        slots = torch.randperm(used + 50, generator=self.gen)[:used]
-        self.k, self.v = (torch.full((used + 50, hkv, dim), float("nan"), dtype=dtype) for _ in range(2))
-        for pool in (self.k, self.v):
-            pool[slots] = self.randn(used, hkv, dim).to(dtype)
-        self.votes = torch.full((used + 50, hkv), float("nan"))
-        self.votes[slots] = torch.rand(used, hkv, generator=self.gen) * spread
-        self.table = torch.full((len(lens) + 3, max(lens) + 5), -7, dtype=torch.int32)
-        self.rows = torch.randperm(len(lens) + 3, generator=self.gen)[: len(lens)]
-        start = 0
-        for row, n in zip(self.rows.tolist(), lens, strict=True):
-            self.table[row, :n] = slots[start : start + n].int()
-            start += n
-        self.lens, self.scale = torch.tensor(lens), dim**-0.5
-        self.news = None if news is None else torch.tensor(news)
-        self.q = self.randn(len(lens) if news is None else sum(news), hq, dim).to(dtype)
-
-    def randn(self, *shape):
-        return torch.randn(*shape, generator=self.gen)
-
-    def slots(self, i):
-        return self.table[self.rows[i], : self.lens[i]].long()
-
-    def run(self, impl, causal=True, q=None, out=None, **changes):
-        q = self.q if q is None else q
-        out = torch.full(q.shape, float("nan"), dtype=q.dtype) if out is None else out
-        names = ("k", "v", "votes", "table", "rows", "lens")
-        shared = [changes.get(name, getattr(self, name)) for name in names]
-        if self.news is None:
-            impl.decode(q, *shared, self.scale, out)
-        else:
-            impl.extend(q, *shared, changes.get("news", self.news), self.scale, out, causal)
-        return out
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named, device="cpu")
 
     def error(self, impl, **kwargs):
         """Largest deviation from float64 beyond the rounding of the output's dtype."""
@@ -307,6 +260,6 @@ def test_other_instruction_sets_built_in_a_race(march, builders, tmp_path, monke
     function = cpu_build.load(paths.pop(), "keepkv_attention")
     function.argtypes = cpp_impl._function.argtypes
     monkeypatch.setattr(cpp_impl, "_function", function)
-    for dtype in ROUNDING:
+    for dtype in (torch.float32, torch.bfloat16):
         for case in (Case(LENGTHS, dim=72, dtype=dtype), Case([300, 9], [100, 9], dim=72, dtype=dtype)):
             assert case.error(cpp_impl) < TOLERANCE

@@ -11,20 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepkv_sglang.kernels import attention, cpu_build
+from keepkv_sglang.kernels import cpu_build
 from keepkv_sglang.kernels.merge import cpp_impl as merge
 from keepkv_sglang.kernels.merge.torch_impl import Segments
 from keepkv_sglang.kernels.score import cpp_impl as score
 
 HEADS, GROUP, DIM = 2, 3, 64
-KERNELS = ["cpp", "numba", "torch"]
-
-
-@pytest.fixture(params=KERNELS)
-def kernel(request):
-    if request.param == "numba":
-        pytest.importorskip("numba")
-    return attention.load(request.param)
 
 
 def attend(kernel, n, new=None, bad_key=None, bad_query=None, dim=DIM):

@@ -25,5 +25,7 @@ def test_sinks_and_recent_tokens_are_kept(scorer, bad, token, dtype):
         assert {0, 1, 56, 57, 58, 59} <= set(got.kept[head].tolist())
     assert got.kept[1].equal(sound.kept[1])
     for a, b in ((got.k, sound.k), (got.v, sound.v), (got.lv, sound.lv)):
-        # Not in bits: a sum that overflowed sends all heads the slower, exact way (scoring.base.trusted).
-        torch.testing.assert_close(a[:, 1], b[:, 1], rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-4)
+        # Not in bits: a sum that overflowed sends all heads the slower, exact way (scoring.base.trusted). The fit makes
+        # rounding of 1e-7 (1e-16) some thousand times as large (docs/log.md).
+        bound = 1e-3 if dtype == torch.float32 else 1e-9
+        torch.testing.assert_close(a[:, 1], b[:, 1], rtol=bound, atol=bound)

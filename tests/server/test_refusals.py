@@ -75,6 +75,17 @@ def test_every_flag_rule_refuses_and_says_what_to_do(field):
     refuse.check_server_args(Args(page_size=1, disaggregation_mode="null", kv_cache_dtype="auto"))
 
 
+@pytest.mark.parametrize("name", [rule[0] for rule in refuse.ENVIRONMENT_RULES])
+def test_every_rule_on_sglangs_environment(name, monkeypatch):
+    from sglang.srt.environ import envs
+
+    monkeypatch.setenv(name, "0")
+    refuse.check_environment(envs)
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=f"{name}: .*; set it to 0"):
+        flags.attach(Args(page_size=1, disaggregation_mode="null", kv_cache_dtype="auto"), KeepKVConfig(enabled=True))
+
+
 @pytest.mark.parametrize(
     "model",
     [
