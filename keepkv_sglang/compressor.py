@@ -66,7 +66,14 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: Span, window
             rt.counters["skipped_no_room"] += 1
             return False
         target = torch.cat([private, extra])
-    _merge_layers(rt, req, state, span, window, row, target)
+    try:
+        _merge_layers(rt, req, state, span, window, row, target)
+    except Exception:
+        if len(private) < span.m:
+            rt.allocator.free(extra)
+        raise  # the caller fails the request: its own slots may be half merged
+    if rt.slot_tokens is not None:
+        rt.slot_tokens.forget(target)
     tail = row[stop:]
     new_row = torch.cat([target, tail]).to(torch.int32)
     rt.req_to_token_pool.write((kv.req_pool_idx, slice(span.start, span.start + len(new_row))), new_row)

@@ -13,114 +13,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from keepkv_sglang import policies, protect
+from keepkv_sglang import bounds, policies, protect, values
+from keepkv_sglang.bounds import MERGE_RULES, SCORERS
+from keepkv_sglang.values import ConfigError, shown
 
-MERGE_RULES = policies.MERGE_RULES.names
-SCORERS = tuple(name for name in policies.SCORERS.names if name not in policies.OFFLINE_SCORERS)
+__all__ = ["HELP", "PARSERS", "REQUEST_KEYS", "ConfigError", "KeepKVConfig"]
+
 PRESSURE_MODES = ("off", "merge")
-SERVER_ONLY = ("pressure", "pressure_free", "pressure_tokens")  # no request may choose these for its neighbours
+# No request may choose these for its neighbours.
+SERVER_ONLY = ("pressure", "pressure_free", "pressure_tokens", "step_tokens", "configurations", "request_keys")
 MAX_WINDOW = 256
 MAX_REFERENCES = 1024
-MAX_SLOTS = 1 << 30
 MIN_SPAN_TOKENS = 64
 MAX_CHUNK = 1024
 KEYED_BY_TOKEN = ("protect", "fair")  # part of a span's tokens instead: protect.py
 # Bump when scoring, selection or merging change in a way that makes old entries mean something else.
 ALGORITHM_VERSION = 3
-
-
-class ConfigError(ValueError):
-    """A flag or request value that cannot work; the message says what to do."""
-
-
-def parse_budget(value: Any) -> float | int:
-    """A fraction in (0, 1] or a whole number of slots from 2 up (DESIGN.md, decision 6).
-
-    ``1`` and ``1.0`` both mean 100 %, that is no compression. Accepts int, float or their text.
-    """
-    hint = "use a fraction in (0, 1], such as 0.2, or a whole number of KV slots from 2 up"
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ConfigError(f"budget {value!r} is not a number; {hint}")
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"budget {value!r} is not a number; {hint}") from None
-    if not math.isfinite(number) or number <= 0:
-        raise ConfigError(f"budget {value!r} is out of range; {hint}")
-    if number <= 1:
-        return number
-    if number > MAX_SLOTS:
-        raise ConfigError(f"budget {value!r} is out of range; {hint} (at most {MAX_SLOTS})")
-    if number != int(number):
-        raise ConfigError(f"budget {value!r} is neither a fraction nor a whole number; {hint}")
-    return int(number)
-
-
-def _whole(name: str, low: int, high: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        if isinstance(value, str) and value.isascii() and value.strip().isdigit():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ConfigError(f"{name} {value!r} is out of range; use a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def _threshold(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not -1 <= number <= 1:
-        raise ConfigError(f"threshold {value!r} is out of range; use a cosine similarity from -1 to 1")
-    return number
-
-
-def _choice(name: str, known: tuple[str, ...]) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if value not in known:
-            raise ConfigError(f"{name} {value!r} is not known; use one of {', '.join(known)}")
-        return value
-
-    return parse
-
-
-def _text(check: Callable[[Any], str]) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        try:
-            return check(value)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    return parse
-
-
-def _policy(registry: policies.Registry) -> Callable[[Any], str]:
-    return _text(lambda value: policies.check(registry, value))
-
-
-def _free_fraction(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not 0 <= number <= 0.9:
-        raise ConfigError(f"pressure_free {value!r} is out of range; use a fraction of the pool from 0 to 0.9")
-    return number
-
-
-def _span_tokens(value: Any) -> int:
-    number = _whole("span_tokens", 0, 1 << 30)(value)
-    if 0 < number < MIN_SPAN_TOKENS:
-        raise ConfigError(f"span_tokens {value!r} is too small; use 0 (turns stay whole) or at least {MIN_SPAN_TOKENS}")
-    return number
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"enabled {value!r} is not a boolean; use true or false")
-    return value
 
 
 @dataclass(frozen=True)
@@ -142,9 +50,12 @@ class KeepKVConfig:
     span_tokens: int = 0
     protect: str = ""
     fair: str = ""
-    pressure: str = "merge"
+    pressure: str = "off"
     pressure_free: float = 0.1
     pressure_tokens: int = 1024
+    step_tokens: int = 2048
+    configurations: int = 64
+    request_keys: str = ""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -170,21 +81,34 @@ class KeepKVConfig:
         if params is None:
             return self
         if not isinstance(params, Mapping):
-            raise ConfigError(f'custom_params["keepkv"] must be an object such as {{"budget": 0.2}}, not {params!r}')
+            raise ConfigError(
+                f'custom_params["keepkv"] must be an object such as {{"budget": 0.2}}, not {shown(params)}'
+            )
         unknown = sorted(str(key) for key in params if key not in PARSERS)
         if unknown:
-            raise ConfigError(f"keepkv: unknown key {', '.join(unknown)}; known keys: {', '.join(REQUEST_KEYS)}")
+            raise ConfigError(f"keepkv: unknown key {values.names(unknown)}; known keys: {', '.join(REQUEST_KEYS)}")
         barred = sorted(key for key in params if key in SERVER_ONLY)
         if barred:
             raise ConfigError(f"keepkv: {', '.join(barred)} is a setting of the server; start it with the flag instead")
-        for key in ("scorer", "merge"):
-            if policies.is_path(str(params.get(key, ""))):
-                raise ConfigError(f"keepkv: {key} is a path, and a request must not import code; start the server with "
-                                  f"--keepkv-{key} {params[key]}, or use a name")  # fmt: skip
-        wanted = {key: PARSERS[key](value) for key, value in params.items()}
+        wanted = {key: self._of_request(key, value) for key, value in params.items()}
         if not self.enabled:
             wanted["enabled"] = False
         return replace(self, **wanted)
+
+    def _of_request(self, key: str, value: Any) -> Any:
+        """One value of a request, checked and within the server's bounds."""
+        registry = {"scorer": policies.SCORERS, "merge": policies.MERGE_RULES}.get(key)
+        if registry is None or not isinstance(value, str):
+            value = PARSERS[key](value)
+        elif policies.is_path(value):
+            raise ConfigError(
+                f"keepkv: {key} is a path, and a request must not import code; start the server with "
+                f"--keepkv-{key}, or use a name"
+            )
+        elif value != getattr(self, key) and value not in (known := registry.known()):
+            raise ConfigError(f"keepkv: unknown {registry.kind} {shown(value)}; use one of {', '.join(known)}")
+        bounds.check(key, value, getattr(self, key), self.request_keys)
+        return value
 
     @property
     def compresses(self) -> bool:
@@ -212,25 +136,35 @@ class KeepKVConfig:
 
 
 PARSERS: dict[str, Callable[[Any], Any]] = {
-    "enabled": _flag,
-    "budget": parse_budget,
-    "merge": _policy(policies.MERGE_RULES),
-    "scorer": _policy(policies.SCORERS),
-    "chunk": _whole("chunk", 1, MAX_CHUNK),
-    "window": _whole("window", 1, MAX_WINDOW),
-    "references": _whole("references", 0, MAX_REFERENCES),
-    "recent": _whole("recent", 0, 1 << 20),
-    "sinks": _whole("sinks", 0, 1 << 20),
-    "threshold": _threshold,
-    "interval": _whole("interval", 2, 1 << 20),
-    "min_tokens": _whole("min_tokens", 2, 1 << 30),
-    "span_tokens": _span_tokens,
-    "protect": _text(protect.parse_protect),
-    "fair": _text(protect.parse_fair),
-    "pressure": _choice("pressure", PRESSURE_MODES),
-    "pressure_free": _free_fraction,
-    "pressure_tokens": _whole("pressure_tokens", 64, 1 << 30),
+    "enabled": values.flag("enabled"),
+    "budget": values.budget,
+    "merge": values.text(lambda value: policies.check(policies.MERGE_RULES, value)),
+    "scorer": values.text(lambda value: policies.check(policies.SCORERS, value)),
+    "chunk": values.whole("chunk", 1, MAX_CHUNK),
+    "window": values.whole("window", 1, MAX_WINDOW),
+    "references": values.whole("references", 0, MAX_REFERENCES),
+    "recent": values.whole("recent", 0, 1 << 20),
+    "sinks": values.whole("sinks", 0, 1 << 20),
+    "threshold": values.real("threshold", -1, 1, "a cosine similarity"),
+    "interval": values.whole("interval", 2, 1 << 20),
+    "min_tokens": values.whole("min_tokens", 2, 1 << 30),
+    "span_tokens": values.zero_or_at_least("span_tokens", MIN_SPAN_TOKENS, "turns stay whole"),
+    "protect": values.text(protect.parse_protect),
+    "fair": values.text(protect.parse_fair),
+    "pressure": values.choice("pressure", PRESSURE_MODES),
+    "pressure_free": values.real("pressure_free", 0, 0.9, "a fraction of the pool"),
+    "pressure_tokens": values.whole("pressure_tokens", 64, 1 << 30),
+    "step_tokens": values.whole("step_tokens", 64, 1 << 30),
+    "configurations": values.whole("configurations", 1, 1 << 16),
+    "request_keys": values.text(bounds.parse_opened),
 }
+
+
+def from_text(field: str, text: str) -> Any:
+    """One setting from the command line, where numbers are text. Raises ConfigError."""
+    numeric = not isinstance(getattr(KeepKVConfig, field), str | bool)
+    return PARSERS[field](values.number_from_text(text) if numeric else text)
+
 
 REQUEST_KEYS = tuple(key for key in PARSERS if key not in SERVER_ONLY)
 
@@ -263,4 +197,10 @@ HELP: dict[str, str] = {
     "between steps before anything is evicted; off: they are evicted.",
     "pressure_free": "Free part of the pool below which cold prefixes are merged (fraction of all KV slots).",
     "pressure_tokens": "Most tokens merged under pressure per scheduler step.",
+    "step_tokens": "KV slots that a scheduler step compresses before the other requests that are due wait for the next "
+    "one; the first is never put off.",
+    "configurations": "Most different settings that requests may use at the same time, cached ones included; a request "
+    "with further ones is refused.",
+    "request_keys": "Keys that a request may set beyond the server's own values: all, or some of "
+    f"{', '.join(bounds.BOUNDS)}. Empty: window and references at most the server's, interval and min_tokens at least.",
 }

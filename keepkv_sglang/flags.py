@@ -10,10 +10,10 @@ import argparse
 import logging
 import sys
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 from keepkv_sglang.calibrate import WARMUP
-from keepkv_sglang.config import HELP, PARSERS, PRESSURE_MODES, ConfigError, KeepKVConfig
+from keepkv_sglang.config import HELP, PRESSURE_MODES, ConfigError, KeepKVConfig, from_text
 
 logger = logging.getLogger("keepkv")
 
@@ -46,7 +46,7 @@ def has_flags(server_args: Any) -> bool:
 def _argparse_type(field: str) -> Any:
     def parse(text: str) -> Any:
         try:
-            return PARSERS[field](text)
+            return from_text(field, text)
         except ConfigError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -67,6 +67,19 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
         extra: dict[str, Any] = {"choices": CHOICES[field]} if field in CHOICES else {}
         shown = "none" if default == "" else default
         group.add_argument(name, type=_argparse_type(field), default=default, help=f"{text} Default: {shown}.", **extra)
+    _explain_switch(parser)
+
+
+def _explain_switch(parser: argparse.ArgumentParser) -> None:
+    """argparse's message for `--enable-keepkv=true` does not say what to write instead."""
+    original = parser.error
+
+    def error(message: str) -> NoReturn:
+        if "--enable-keepkv" in message and "explicit argument" in message:
+            message += "; it is a switch: write --enable-keepkv alone, or leave it out"
+        original(message)
+
+    parser.error = error  # type: ignore[method-assign]
 
 
 def _choose_backends(values: dict[str, Any]) -> None:
@@ -100,6 +113,26 @@ def _choose_backends(values: dict[str, Any]) -> None:
         values["warmups"] = ",".join(filter(None, [values.get("warmups"), WARMUP]))
 
 
+def _check_off(values: dict[str, Any]) -> None:
+    """Without --enable-keepkv: ConfigError for our backends, which would do nothing."""
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "radix_cache_backend"):
+        if values.get(field) in (*BACKEND_DEVICES, RADIX_BACKEND):
+            flag = "--" + field.replace("_", "-")
+            raise ConfigError(f"{flag} {values[field]} works with KeepKV only: add --enable-keepkv, or leave it out")
+
+
+def _warn_off(config: KeepKVConfig) -> None:
+    """One line where flags were given that do nothing."""
+    defaults = KeepKVConfig()
+    idle = [flag_name(field) for field in HELP if getattr(config, field) != getattr(defaults, field)]
+    if idle:
+        print(
+            f"keepkv: {', '.join(idle)} without enable_keepkv: KeepKV is off and nothing is compressed; "
+            "add --enable-keepkv (Engine: enable_keepkv=True)",
+            file=sys.stderr,
+        )
+
+
 def _check_backend(name: str, device: str) -> None:
     """ConfigError for a backend that knows no votes or cannot run on this device."""
     usable = " or ".join(known for known, needs in BACKEND_DEVICES.items() if needs == device)
@@ -125,17 +158,19 @@ def default_device() -> str:
 
 def before_from_cli_args(cls: Any, args: argparse.Namespace) -> None:
     """BEFORE hook on ServerArgs.from_cli_args: choose our backends while they are still plain values."""
-    if getattr(args, "enable_keepkv", False):
-        values = vars(args)
-        with _ExitOnConfigError():
+    values = vars(args)
+    with _ExitOnConfigError():
+        if values.get("enable_keepkv"):
             _choose_backends(values)
+        else:
+            _check_off(values)
 
 
 def after_from_cli_args(server_args: Any, _cls: Any, args: argparse.Namespace) -> Any:
     """AFTER hook on ServerArgs.from_cli_args: attach the configuration, refuse what cannot work."""
     defaults = KeepKVConfig()
-    config = KeepKVConfig(**{f: getattr(args, flag_name(f), getattr(defaults, f)) for f in HELP})
     with _ExitOnConfigError():
+        config = KeepKVConfig(**{f: getattr(args, flag_name(f), getattr(defaults, f)) for f in HELP})
         attach(server_args, config)
     return server_args
 
@@ -148,6 +183,8 @@ def engine_server_args(server_args_class: Any) -> Any:
         config = KeepKVConfig(**taken)
         if config.enabled:
             _choose_backends(kwargs)
+        else:
+            _check_off(kwargs)
         server_args = server_args_class(**kwargs)
         attach(server_args, config)
         return server_args
@@ -157,15 +194,22 @@ def engine_server_args(server_args_class: Any) -> Any:
 
 def attach(server_args: Any, config: KeepKVConfig) -> None:
     """Check the combination and store the configuration on ServerArgs. Raises ConfigError."""
+    from keepkv_sglang import platform, refuse
+
+    if platform.decide().active:
+        refuse.check_cpu(server_args)
     if config.enabled:
         from sglang.srt.environ import envs
 
-        from keepkv_sglang import refuse, seams
+        from keepkv_sglang import seams
 
         seams.require()
         refuse.check_server_args(server_args)
         refuse.check_environment(envs)
+        refuse.check_preferred(server_args, config)
         _check_model(server_args)
+    else:
+        _warn_off(config)
     setattr(server_args, ATTRIBUTE, config)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import PlatformCapabilities, SRTPlatform
+
+logger = logging.getLogger("keepkv")
 
 # SGLang fills the KV pool with zeros at start, about 3 s per GB on two cores, and all of it stays resident.
 KV_POOL_BYTES = 4 << 30
@@ -18,6 +22,7 @@ MEM_FRACTION_STATIC = 0.8
 CHUNKED_PREFILL_TOKENS = 2048
 # SGLang's own rule gives thousands, each with a row of context_length slot numbers.
 MAX_RUNNING_REQUESTS = 256
+BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 class KeepKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
@@ -49,6 +54,7 @@ class KeepKVCpuPlatform(CpuDeviceMixin, SRTPlatform):
         """
         for name, value in cpu_defaults(server_args).items():
             setattr(server_args, name, value)
+        bind_ranks(server_args.tp_size * server_args.dp_size * server_args.pp_size)
 
 
 def cpu_defaults(server_args: Any) -> dict[str, Any]:
@@ -75,6 +81,17 @@ def cpu_defaults(server_args: Any) -> dict[str, Any]:
     # The idle scheduler otherwise spins on a core that the model, or another server, could use.
     defaults["sleep_on_idle"] = True
     return defaults
+
+
+def bind_ranks(ranks: int) -> None:
+    """Shares this process's cores among `ranks` schedulers, where the user did not: SGLang wants a NUMA node for each,
+    and ends in an assertion after loading the model where there are fewer. Sets BIND for the child processes."""
+    if ranks <= 1 or os.environ.get(BIND):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    shares = [cores[rank::ranks] or [cores[rank % len(cores)]] for rank in range(ranks)]
+    os.environ[BIND] = "|".join(",".join(map(str, share)) for share in shares)
+    logger.info("%d ranks share %d cores: %s=%s", ranks, len(cores), BIND, os.environ[BIND])
 
 
 def kv_elements_per_token(config: dict[str, Any]) -> int:

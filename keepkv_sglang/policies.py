@@ -17,6 +17,8 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
+from keepkv_sglang.values import shown
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -92,7 +94,7 @@ def is_path(name: str) -> bool:
 def check(registry: Registry, name: Any) -> str:
     """`name` if a server can run it; ValueError otherwise. Imports and tries what is not built in."""
     if not isinstance(name, str):
-        raise ValueError(f"{registry.kind} {name!r} is not a name; {_hint(registry)}")
+        raise ValueError(f"{registry.kind} {shown(name)} is not a name; {_hint(registry)}")
     if name in OFFLINE_SCORERS:
         raise ValueError(f"scorer {name!r} needs the attention of every query of the span, and a server keeps the last "
                          f"ones only; {_hint(registry)}")  # fmt: skip
@@ -114,7 +116,7 @@ def _get(registry: Registry, name: str) -> Callable[..., Any]:
     elif name in _entry_points(registry.group):
         policy = _imported(registry, name, _entry_points(registry.group)[name])
     else:
-        raise ValueError(f"unknown {registry.kind} {name!r}: {_hint(registry)}")
+        raise ValueError(f"unknown {registry.kind} {shown(name)}: {_hint(registry)}")
     try:
         _attribute(registry.trial)(policy)
     except Exception as error:

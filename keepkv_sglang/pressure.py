@@ -130,7 +130,7 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int | None:
         return 0
     if cut > start:
         tree.split_node(node_id, cut)
-    merge_unused(rt, config, tree.path_device_indices(node_id), cut, end, target)
+    _merge_into(rt, tree.path_device_indices(node_id), cut, end, target)
     tree.replace_node(node_id, (*node.scope, rt.pressure_key), target)
     _count(rt, n, began)
     return n
@@ -167,10 +167,20 @@ def _merge_raw_span(rt: Runtime, span: Span, most: int) -> int:
         rt.allocator.free(target)
         return 0
     path = tree.path_device_indices(span)
-    merge_unused(rt, config, path, len(path) - n, span.path_tokens, target)
+    _merge_into(rt, path, len(path) - n, span.path_tokens, target)
     rt.allocator.free(tree.spans.replace(span, target, m))
     _count(rt, n, began)
     return n
+
+
+def _merge_into(rt: Runtime, path: Any, start: int, end: int, target: Any) -> None:
+    """compressor.merge_unused at the server's settings. When it raises, `target` is free again and nothing else has
+    changed."""
+    try:
+        merge_unused(rt, rt.config, path, start, end, target)
+    except Exception:
+        rt.allocator.free(target)
+        raise
 
 
 def _count(rt: Runtime, tokens: int, began: float) -> None:

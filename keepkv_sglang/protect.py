@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from keepkv_sglang.anchor import MessageBorder, first_message_end
+from keepkv_sglang.values import shown
 
 SYSTEM = "system"
 MAX_RANGES = 64
@@ -53,7 +54,7 @@ def parse_fair(value: Any) -> str:
 def _read(name: str, value: Any) -> tuple[list[str], list[Range]]:
     if not isinstance(value, str):
         example = f'"{SYSTEM},900-950"' if name == "protect" else '"100-180,180-260"'
-        raise ValueError(f"{name} {str(value)[:60]!r} is not text; use a text such as {example}")
+        raise ValueError(f"{name} {shown(value)} is not text; use a text such as {example}")
     parts = [part.strip() for part in value.split(",")] if value.strip() else []
     if len(parts) > MAX_RANGES:
         raise ValueError(f"{name} names {len(parts)} ranges; use at most {MAX_RANGES}: join neighbours")

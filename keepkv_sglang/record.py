@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Recorder:
     def __init__(self, folder: str, facts: dict[str, Any]) -> None:
         # Tensor-parallel ranks record the same compression, each its own heads: rank 0 under the plain name.
         rank = f"rank{facts['rank']}-" if facts["rank"] else ""
-        self.path = os.path.join(folder, f"{rank}{next(_sequence):05d}-{facts['rid'][:16]}.pt")
+        self.path = os.path.join(folder, f"{rank}{next(_sequence):05d}-{_in_file_name(facts['rid'])}.pt")
         self.facts = facts
         self.kept: list[torch.Tensor] = []
         self.assign: list[torch.Tensor] = []
@@ -37,6 +38,11 @@ class Recorder:
         data = {name: torch.stack(getattr(self, name)) for name in ("kept", "assign", "lv")} | self.facts
         torch.save(data, self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
+
+
+def _in_file_name(rid: str) -> str:
+    """The beginning of a request id, which a client may choose, without what means something to a file system."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", rid[:16])
 
 
 def begin(req: Any, state: Any, span: Any, window: Any, policy: Any, rank: int) -> Recorder | None:

@@ -6,10 +6,12 @@ the attachment point that would break (SEAMS.md), not a matter of taste.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 from keepkv_sglang.config import ConfigError
+from keepkv_sglang.values import shown
 
 # (ServerArgs field, is it a problem?, what to do)
 FLAG_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -46,6 +48,16 @@ FLAG_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("enable_return_routed_experts", bool, "routed experts are read by logical position: leave out --enable-return-routed-experts"),
     ("enable_return_indexer_topk", bool, "indexer results are read by logical position: leave out --enable-return-indexer-topk"),
     ("enable_two_batch_overlap", bool, "two-batch overlap splits a batch behind our metadata: leave out --enable-two-batch-overlap"),
+    (
+        "kv_canary",
+        lambda v: v not in (None, "none"),
+        "the canary takes logical positions for lengths and would end the server at the first compressed row: leave out --kv-canary",
+    ),
+    (
+        "tokenizer_worker_num",
+        lambda v: (v or 1) > 1,
+        "SGLang loads no plugins in several tokenizer workers, so nothing would check requests: use --tokenizer-worker-num 1",
+    ),
     ("enable_pdmux", bool, "PD multiplexing runs prefill beside decode: leave out --enable-pdmux"),
     (
         "kv_cache_dtype",
@@ -54,9 +66,16 @@ FLAG_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
 )
 
+# What our CPU platform cannot run, with KeepKV or without it: (ServerArgs field, is it a problem?, what to do)
+CPU_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("enable_lora", bool, "SGLang's LoRA layers need a GPU driver: leave out --enable-lora and --lora-paths"),
+    ("lora_paths", bool, "SGLang's LoRA layers need a GPU driver: leave out --lora-paths"),
+)
+
 # (variable that switches something on in SGLang, why not)
 ENVIRONMENT_RULES: tuple[tuple[str, str], ...] = (
     ("SGLANG_ENABLE_METADATA_GLUE_GRAPH", "it would replay one step's choice of window queries for ever"),
+    ("SGLANG_RUST_SERVER", "the Rust front end loads no plugins, so nothing would check requests"),
     ("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "votes are allocated with the pool, before its size would be known"),
 )
 
@@ -77,6 +96,32 @@ def check_server_args(server_args: Any) -> None:
     for field, is_problem, advice in FLAG_RULES:
         if is_problem(getattr(server_args, field, None)):
             raise ConfigError(f"--enable-keepkv cannot be combined with {field}: {advice}")
+
+
+def check_cpu(server_args: Any) -> None:
+    """Raises ConfigError for the first flag that cannot work on a CPU without AMX."""
+    for field, is_problem, advice in CPU_RULES:
+        if is_problem(getattr(server_args, field, None)):
+            raise ConfigError(f"this machine has no accelerator, and {field} does not work on its CPU: {advice}")
+
+
+def check_preferred(server_args: Any, config: Any) -> None:
+    """Raises ConfigError where --preferred-sampling-params asks for something that no request may ask for."""
+    preferred = getattr(server_args, "preferred_sampling_params", None)
+    if isinstance(preferred, str):
+        try:
+            preferred = json.loads(preferred)
+        except ValueError:
+            return  # SGLang says what is wrong with it
+    custom = preferred.get("custom_params") if isinstance(preferred, dict) else None
+    if custom is None:
+        return
+    if not isinstance(custom, dict):
+        raise ConfigError(f"--preferred-sampling-params: custom_params must be an object, not {shown(custom)}")
+    try:
+        config.with_request(custom.get("keepkv"))
+    except ConfigError as error:
+        raise ConfigError(f"--preferred-sampling-params: {error}") from None
 
 
 def check_environment(envs: Any) -> None:

@@ -19,12 +19,15 @@ from typing import Any
 from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.protect import MAX_POSITION, UNPROTECTED, Protection
 
+LOST = -1
+
 
 @dataclass
 class Window:
     """Arena rows for the queries of logical `positions`, ascending; the first `filled` have been captured.
 
-    The first `references` of them are reference queries (scoring/references.py), the others the window proper.
+    filled is LOST for good once a query in between was not captured: its arena row holds somebody else's. The first
+    `references` of them are reference queries (scoring/references.py), the others the window proper.
     """
 
     positions: Sequence[int]
@@ -46,7 +49,7 @@ class Planned:
     window: Window | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestState:
     """One request between admission and release. Created by `Runtime.state_of`, reset by retraction."""
 
@@ -65,6 +68,8 @@ class RequestState:
     own: list[tuple[int, int]] = field(default_factory=list)  # private compressed segments: (tokens, slots)
     plan: list[Planned] = field(default_factory=list)
     reply_window: Window | None = None
+    reply_skipped: int = 0  # logical position at which a reply's window was due that found no room, counted once
+    broken: bool = False  # an error of ours: nothing of it is compressed or published any more
     # for meta_info["keepkv"]
     cached_compressed_tokens: int = 0
     logical_tokens: int = 0
@@ -174,6 +179,12 @@ class RequestState:
         if not step or self.config.counts_slots:
             return [end]
         return [*range(start + step, end - self.config.min_tokens + 1, step), end]
+
+    def spoil_windows(self) -> None:
+        """Queries of this step are lost: no window that is open now will be scored with."""
+        for window in [planned.window for planned in self.plan] + [self.reply_window]:
+            if window is not None:
+                window.filled = LOST
 
     def drop_windows(self) -> list[int]:
         """Arena rows of every window still held; the caller gives them back."""

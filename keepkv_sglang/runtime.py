@@ -16,17 +16,21 @@ import torch
 from keepkv_sglang.anchor import MessageBorder, message_border
 from keepkv_sglang.calibrate import Calibration, rotary_of
 from keepkv_sglang.config import ConfigError, KeepKVConfig
+from keepkv_sglang.configurations import Configurations
+from keepkv_sglang.eligibility import NotCompressed, why_not
 from keepkv_sglang.policies import MERGE_RULES, SCORERS
 from keepkv_sglang.protect import Protection, names_system
 from keepkv_sglang.request import RequestState
 from keepkv_sglang.scoring.rotary import Rotary
-from keepkv_sglang.votes import QueryArena, VoteStore
+from keepkv_sglang.values import shown
+from keepkv_sglang.votes import QueryArena, SlotTokens, VoteStore
 
 logger = logging.getLogger("keepkv")
 
 ARENA_WINDOWS = 64  # windows of the default size that fit at once
 ARENA_MAX_BYTES = 512 << 20
-STATE = "keepkv"  # attribute of SGLang's Req
+STATE = "keepkv"  # attribute of SGLang's Req: its RequestState, or None
+OFF = "keepkv_off"  # attribute of SGLang's Req: its NotCompressed, where STATE is None
 REQUEST_KEY = "keepkv"  # key in sampling_params.custom_params
 
 
@@ -45,6 +49,7 @@ class Runtime:
         self.kv_pool: Any = None
         self.votes: VoteStore | None = None
         self.arena: QueryArena | None = None
+        self.slot_tokens: SlotTokens | None = None
         self.offsets: torch.Tensor | None = None  # int64 [rows]: logical - physical
         self.scales: dict[int, float] = {}
         self.first_layer = 0
@@ -61,10 +66,16 @@ class Runtime:
         self.merge_flops = self.prefill_flops = 0.0  # pressure.worth_merging
         # (query rows, arena rows) of the forward about to run; the attention backend takes it
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.configurations = Configurations(config.configurations, config.fingerprint(), self.cached_configurations)
+        self.running = 1  # requests in the batch that is about to run
+        self.adder: Any = None  # SGLang's prefill adder of this round
         self.counters = {
             "compressions": 0,
-            "skipped_no_room": 0,
-            "skipped_no_window": 0,
+            "skipped_no_room": 0,  # no slots beside the span
+            "skipped_no_window": 0,  # no arena rows for a prompt's queries
+            "skipped_reply_window": 0,  # no arena rows for a reply's queries
+            "deferred": 0,  # due, and put off to the next step by step_tokens
+            "parked": 0,  # rounds in which a chunk of a prompt found no slots and nobody was admitted
             "slots_freed": 0,
             "seconds": 0.0,  # of the compressions alone
             "hook_seconds": 0.0,  # of all that runs between steps: looking for due spans, compressing, publishing
@@ -97,6 +108,7 @@ class Runtime:
         self.merge_flops = 2.0 * layers * kv_heads * head_dim
         self.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
         self.votes = VoteStore(layers, slots, kv_heads, keys.device)
+        self.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
         from sglang.srt.runtime_context import get_parallel
 
         self.rank = get_parallel().attn_tp_rank
@@ -144,43 +156,50 @@ class Runtime:
     # -- per request --------------------------------------------------------------------------------------------------
 
     def state_of(self, req: Any) -> RequestState | None:
-        """The request's state, or None when nothing of it is ever merged (KeepKV off, budget 1, no plain tokens)."""
-        if hasattr(req, STATE):
-            return getattr(req, STATE)
-        state: RequestState | None = None
-        if self.config.enabled and self._eligible(req):
-            config = self.request_config(req)
-            if config.compresses:
-                namespace = (req.extra_key, req.cache_salt, req.lora_id, config.fingerprint())
-                protection = self.protection_of(config, req.origin_input_ids)
-                state = RequestState(config, namespace, len(req.origin_input_ids), protection)
-        setattr(req, STATE, state)
+        """The request's state, or None when nothing of it is ever merged; `not_compressed` then says why.
+
+        Resolved once, when the request arrives (hooks/admission.py). Raises ConfigError, that one time, for settings
+        that the front end did not refuse.
+        """
+        if not hasattr(req, STATE):
+            setattr(req, STATE, None)
+            setattr(req, OFF, NotCompressed("settings", self.config.budget))
+            self._resolve(req)
+        state: RequestState | None = getattr(req, STATE)
         return state
 
+    def _resolve(self, req: Any) -> None:
+        config = self.request_config(req)
+        reason = why_not(req, config)
+        if reason is not None:
+            setattr(req, OFF, NotCompressed(reason, config.budget))
+            return
+        namespace = (req.extra_key, req.cache_salt, req.lora_id, config.fingerprint())
+        protection = self.protection_of(config, req.origin_input_ids)
+        state = RequestState(config, namespace, len(req.origin_input_ids), protection)
+        self.configurations.admit(namespace[-1], state)
+        setattr(req, STATE, state)
+
+    @staticmethod
+    def not_compressed(req: Any) -> NotCompressed:
+        """Why this request has no state."""
+        off: NotCompressed = getattr(req, OFF)
+        return off
+
     def request_config(self, req: Any) -> KeepKVConfig:
-        """Flags with the request's own values. A bad value that got past the front end switches KeepKV off for it."""
+        """Flags with the request's own values. Raises ConfigError."""
         params = req.sampling_params.custom_params if req.sampling_params is not None else None
-        try:
-            return self.config.with_request((params or {}).get(REQUEST_KEY))
-        except ValueError as error:
-            logger.warning("request %s runs without KeepKV: %s", req.rid, error)
-            return KeepKVConfig()
+        if params is not None and not isinstance(params, dict):
+            raise ConfigError(f"custom_params must be an object, not {shown(params)}")
+        return self.config.with_request((params or {}).get(REQUEST_KEY))
+
+    def cached_configurations(self) -> set[str]:
+        """Fingerprints that spans of the cache have."""
+        return {namespace[-1] for namespaces in self.tree.namespaces.values() for namespace in namespaces}
 
     def protection_of(self, config: KeepKVConfig, prompt: Any) -> Protection:
         """What this configuration marks in a prompt (array('q') of token ids)."""
         return Protection.of(config.protect, config.fair, prompt, self.border)
-
-    @staticmethod
-    def _eligible(req: Any) -> bool:
-        """Token ids must say what the KV is: no embeddings, no media, no session rows, no beams."""
-        return (
-            req.sampling_params is not None
-            and req.input_embeds is None
-            and req.positional_embed_overrides is None
-            and req.multimodal_inputs is None
-            and req.session is None
-            and getattr(req, "beam_group", None) is None
-        )
 
     def queries_of(self, config: KeepKVConfig) -> int:
         """Most arena rows that a prompt's span takes: its window and its references."""
@@ -190,6 +209,12 @@ class Runtime:
         """Replies may use half of the arena: a prompt has one chance to be scored, a reply one per interval."""
         assert self.arena is not None
         return 2 * self.arena.free_rows > self.arena.rows
+
+    def reply_rows(self, config: KeepKVConfig) -> int:
+        """Arena rows that one reply may hold: its window, and no more than an equal share of the replies' half."""
+        assert self.arena is not None
+        share = self.arena.rows // (2 * max(1, self.running))
+        return max(1, min(config.window, config.interval, share))
 
     @staticmethod
     def chunk_tokens(scheduler: Any) -> int:
@@ -215,11 +240,16 @@ class Runtime:
             return
         if state.offset:
             self.set_offset(req, state, 0)
+        self.drop_plan(state)
+        state.admitted = False
+        state.own, state.merged_tokens = [], 0
+        state.move_tail(0, 0)
+
+    def drop_plan(self, state: RequestState) -> None:
+        """Nothing more of the request is compressed as planned; its arena rows go back."""
         assert self.arena is not None
         self.arena.give_back(state.drop_windows())
-        state.admitted = False
-        state.own, state.plan, state.merged_tokens = [], [], 0
-        state.move_tail(0, 0)
+        state.plan = []
 
     # -- numbers ------------------------------------------------------------------------------------------------------
 
@@ -234,10 +264,12 @@ class Runtime:
         keys = self.kv_pool.get_key_buffer(self.first_layer)
         pool16 = 2 * 2 * keys.numel() * self.kv_pool.layer_num
         calibration = self.calibration.nbytes if self.calibration is not None else 0
-        persistent = self.votes.nbytes + self.offsets.numel() * 8
+        slot_tokens = self.slot_tokens.nbytes if self.slot_tokens is not None else 0
+        persistent = self.votes.nbytes + self.offsets.numel() * 8 + slot_tokens
         return {
             "votes_bytes": self.votes.nbytes,
             "offsets_bytes": self.offsets.numel() * 8,
+            "slot_tokens_bytes": slot_tokens,
             "calibration_bytes": calibration,
             "persistent_share_of_16_bit_pool": persistent / pool16,
             "arena_bytes": self.arena.nbytes,
@@ -253,7 +285,8 @@ class Runtime:
 
         return {
             "config": asdict(self.config),
-            "counters": dict(self.counters),
+            "counters": {**self.counters, "refused_configurations": self.configurations.refused},
+            "configurations": len(self.configurations),
             "memory": self.memory(),
             "entries": len(self.tree.spans),
             "entry_slots": self.tree.spans.evictable_slots + self.tree.spans.protected_slots,

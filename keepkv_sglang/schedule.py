@@ -6,15 +6,20 @@ compresses what is complete, `finish` hands the rest of the row to the prefix ca
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from typing import Any
 
+import torch
+
 from keepkv_sglang.anchor import first_message_end
 from keepkv_sglang.compressor import Span, compress_span, policy_of
-from keepkv_sglang.request import Planned, RequestState, Window, logical_tokens
+from keepkv_sglang.request import LOST, Planned, RequestState, Window, logical_tokens
 from keepkv_sglang.runtime import Runtime
 from keepkv_sglang.scoring.references import reference_positions
 from keepkv_sglang.selection import left_raw
+
+logger = logging.getLogger("keepkv")
 
 
 def on_extend(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
@@ -108,28 +113,50 @@ def capture(rt: Runtime, state: RequestState, start: int, end: int, out: tuple[l
 
 
 def _open_reply_window(rt: Runtime, state: RequestState, start: int, end: int) -> None:
-    """Queries of the last `window` tokens before the next compression of the reply; taken as late as possible."""
-    config = state.config
+    """Queries of the last tokens before the next compression of the reply; taken as late as possible."""
+    if state.reply_window is not None:
+        return
     base = state.plan[-1].end if state.plan else state.interval_start  # where what is new will begin
-    due = base + config.interval
-    count = min(config.window, config.interval)
-    if state.reply_window is None and end > due - count and rt.room_for_replies():
-        assert rt.arena is not None
-        lo = max(start, due - count)
-        rows = rt.arena.take(due - lo if due > lo else count)
-        if rows is None:
-            rt.counters["skipped_no_window"] += 1
-            return
+    due = base + state.config.interval
+    count = rt.reply_rows(state.config)
+    if end <= due - count:
+        return
+    assert rt.arena is not None
+    lo = max(start, due - count)
+    rows = rt.arena.take(due - lo if due > lo else count) if rt.room_for_replies() else None
+    if rows is not None:
         state.reply_window = Window(range(lo, lo + len(rows)), rows)
+    elif state.reply_skipped != due:
+        state.reply_skipped = due
+        rt.counters["skipped_reply_window"] += 1
 
 
 def _capture_window(window: Window, start: int, end: int, out: tuple[list[int], list[int]], at: int) -> None:
     lo, hi = bisect_left(window.positions, start), bisect_left(window.positions, end)
     if lo >= hi:
         return
+    if lo != window.filled:
+        window.filled = LOST
+        return
     out[0].extend(at + position - start for position in window.positions[lo:hi])
     out[1].extend(window.rows[lo:hi])
     window.filled = hi
+
+
+def due_slots(req: Any, state: RequestState) -> int:
+    """Slots of the spans that `compress_due` would compress now; 0: nothing is due."""
+    if state.broken:
+        return 0
+    start = _span_start(state)[0]
+    computed = req.kv.kv_committed_len + state.offset
+    ends = [planned.end for planned in state.plan if planned.end <= computed]
+    if ends:
+        return max(1, ends[-1] - state.offset - start)
+    if state.plan or state.reply_window is None:
+        return 0
+    window = state.reply_window
+    full = window.filled == LOST or window.filled >= len(window.rows)
+    return computed - state.offset - start if full and computed >= state.interval_start + state.config.interval else 0
 
 
 def compress_due(rt: Runtime, req: Any, state: RequestState, *, between_chunks: bool = False) -> bool:
@@ -141,7 +168,7 @@ def compress_due(rt: Runtime, req: Any, state: RequestState, *, between_chunks: 
     allocated beyond it (SEAMS.md, "When it is safe to compress").
     """
     before = req.kv.kv_committed_len
-    if between_chunks and not rt.too_long(req):
+    if state.broken or (between_chunks and not rt.too_long(req)):
         return False
     _compress_plan(rt, req, state)
     if not state.plan and state.reply_window is not None:
@@ -170,7 +197,7 @@ def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Plann
     window = planned.window
     if short and state.carried:
         _publish_raw(rt, req, state, planned.end)  # the tail stays open: the reply's first interval takes it in
-    elif short or m >= slots or window is None or window.filled == 0:
+    elif short or m >= slots or window is None or window.filled <= 0:
         _close_raw(rt, req, state, planned.end)
     else:
         computed = req.kv.kv_committed_len + state.offset
@@ -238,6 +265,9 @@ def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
     assert window is not None
     length = req.kv.kv_committed_len
     end = length + state.offset
+    if window.filled == LOST:
+        _drop_reply_window(rt, state)
+        return
     if end < state.interval_start + state.config.interval or window.filled < len(window.rows):
         return
     start_slots, start_tokens = _span_start(state)
@@ -253,8 +283,12 @@ def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
         _keep_raw(req, state, length, end)
     elif not state.own:
         state.tail_tokens = end  # still within the budget in slots: look again after one interval
-    assert rt.arena is not None
-    rt.arena.give_back(window.rows)
+    _drop_reply_window(rt, state)
+
+
+def _drop_reply_window(rt: Runtime, state: RequestState) -> None:
+    assert rt.arena is not None and state.reply_window is not None
+    rt.arena.give_back(state.reply_window.rows)
     state.reply_window = None
 
 
@@ -272,8 +306,39 @@ def _publish_raw(rt: Runtime, req: Any, state: RequestState, end: int) -> None:
         return
     first = prot + state.offset
     tokens = logical_tokens(req)[first:end]
-    if len(tokens) == end - first:
+    if len(tokens) == end - first and _holds(rt, req, prot, tokens):
         rt.tree.publish_span(req, state.namespace, tokens, first, prot, end - first, raw=True)
+
+
+def _holds(rt: Runtime, req: Any, start: int, tokens: Any) -> bool:
+    """Whether row slots from `start` on are known to hold other tokens than these; then nothing is published."""
+    if rt.slot_tokens is None:
+        return True
+    row = rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, start : start + len(tokens)].to(torch.int64)
+    return rt.slot_tokens.hold(row, tokens) or _mispublished(rt, req, "its slots hold other tokens")
+
+
+def _mispublished(rt: Runtime, req: Any, why: str) -> bool:
+    """False, counted and logged: what would have been published does not agree with what SGLang says."""
+    rt.counters["mispublished"] += 1
+    logger.error("nothing of request %s is published: %s", req.rid, why)
+    return False
+
+
+def counts_agree(rt: Runtime, req: Any, state: RequestState) -> bool:
+    """Whether the row stands for exactly the tokens that SGLang has for the request.
+
+    Every token but the last sampled one is computed, and one more for each step whose result is still to come. A prompt
+    in the middle of its prefill has sampled nothing.
+    """
+    computed = req.kv.kv_committed_len + state.offset
+    if computed < state.prefill_tokens:
+        return True
+    in_flight = sum(req in batch.reqs for batch, _ in getattr(rt.scheduler, "result_queue", ()))
+    known = len(req.origin_input_ids) + len(req.output_ids)
+    if computed == known - 1 + in_flight:
+        return True
+    return _mispublished(rt, req, f"{computed} tokens computed, {known} known, {in_flight} steps in flight")
 
 
 def finish(rt: Runtime, req: Any, state: RequestState, publish: bool, retracted: bool) -> None:
@@ -282,6 +347,7 @@ def finish(rt: Runtime, req: Any, state: RequestState, publish: bool, retracted:
     publish is False for requests that SGLang bars from the cache; what is left unpublished is freed by SGLang. The raw
     tail of a retracted request is not published: computing it again gives its next compression a full window.
     """
+    publish = publish and not state.broken and counts_agree(rt, req, state)
     if publish:
         _compress_plan(rt, req, state)  # a request that ends at prefill; the reply is not worth it any more
     length = req.kv.kv_committed_len

@@ -52,15 +52,16 @@ HOOKS: tuple[Seam, ...] = (
     Seam("sglang.srt.managers.scheduler.Scheduler.get_output_streamer_class", ("self",), "AFTER", f"{_H}.scheduler:after_get_output_streamer_class"),
     Seam("sglang.srt.managers.scheduler.Scheduler.on_idle", ("self",), "AFTER", f"{_H}.scheduler:after_on_idle"),
     Seam("sglang.srt.managers.scheduler.Scheduler.init_req_max_new_tokens", ("self", "req"), "AROUND", f"{_H}.admission:around_init_req_max_new_tokens"),
-    Seam("sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class", ("self",), "AFTER", f"{_H}.admission:after_get_prefill_adder_class"),
-    Seam("sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill", ("self", "running_batch"), "BEFORE", f"{_H}.admission:before_get_new_batch_prefill"),
+    Seam("sglang.srt.managers.scheduler.Scheduler.get_prefill_adder_class", ("self",), "AFTER", f"{_H}.adder:after_get_prefill_adder_class"),
+    Seam("sglang.srt.managers.scheduler.Scheduler.get_new_batch_prefill", ("self", "running_batch"), "AROUND", f"{_H}.admission:around_get_new_batch_prefill"),
     Seam("sglang.srt.mem_cache.allocation._prefix_kv_indices", ("batch", "req"), "AROUND", f"{_H}.extend:around_prefix_kv_indices"),
     Seam("sglang.srt.mem_cache.allocation.alloc_for_extend", ("batch",), "AROUND", f"{_H}.extend:around_alloc_for_extend"),
     Seam("sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_extend", ("self",), "AFTER", f"{_H}.extend:after_prepare_for_extend"),
     Seam("sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new", ("cls", "batch"), "AFTER", f"{_H}.extend:after_init_new"),
-    Seam("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object", ("self", "obj"), "BEFORE", f"{_H}.frontend:before_create_tokenized_object"),
-    Seam("sglang.srt.managers.tokenizer_manager.TokenizerManager._wait_one_response", ("self",), "AROUND", f"{_H}.frontend:around_wait_one_response"),
+    Seam("sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object", ("self", "obj", "input_text", "input_ids"), "BEFORE", f"{_H}.frontend:before_create_tokenized_object"),
+    Seam("sglang.srt.managers.tokenizer_manager.TokenizerManager.update_request_meta_info", ("self", "meta_info", "state", "customized_info", "index"), "AROUND", f"{_H}.frontend:around_update_request_meta_info"),
     Seam("sglang.srt.entrypoints.http_server.serve_generate_request", ("obj", "request"), "AROUND", f"{_H}.frontend:around_serve_generate_request"),
+    Seam("sglang.srt.entrypoints.http_server._setup_and_run_http_server", ("server_args",), "BEFORE", f"{_H}.endpoints:before_run_http_server"),
 )
 # Registered only where KEEPKV_STEP_TIMES=1 asks for it (step_times.py).
 MEASURING: tuple[Seam, ...] = (
@@ -142,6 +143,15 @@ USES: tuple[Seam, ...] = (
     Seam("sglang.srt.managers.schedule_policy.PrefillAdder._update_prefill_budget", ("self", "prefix_len", "extend_input_len", "max_new_tokens")),
     Seam("sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset", ("self", "req")),
     Seam("sglang.srt.managers.schedule_policy.PrefillAdder.add_chunked_req", ("self", "req")),
+    Seam("sglang.srt.managers.schedule_policy.PrefillAdder.budget_state", ("self",)),
+    Seam("sglang.srt.mem_cache.prefill_budget.PrefillBudget.available_chunk_tokens", ("self", "chunk_limit")),
+    Seam("sglang.srt.managers.schedule_batch.FINISH_ABORT"),
+    Seam("sglang.srt.managers.schedule_batch.NextBatchPlan"),
+    Seam("sglang.srt.managers.schedule_batch.Req.set_finish_with_abort", ("self", "error_msg", "status_code", "err_type")),
+    Seam("sglang.srt.managers.scheduler._make_abort_req", ("req", "finished_reason")),
+    Seam("sglang.srt.managers.scheduler.Scheduler._release_aborted_request", ("self", "req")),
+    Seam("sglang.srt.managers.scheduler.Scheduler.send_abort_output", ("self", "abort_req", "req")),
+    Seam("sglang.srt.disaggregation.utils.prepare_abort", ("req", "error_message", "status_code")),
 )
 
 

@@ -1,4 +1,4 @@
-"""hooks/admission.py inside SGLang's own PrefillAdder: what a round takes now, and what it promises for later."""
+"""hooks/adder.py inside SGLang's own PrefillAdder: what a round takes now, and what it promises for later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.hooks import admission
+from keepkv_sglang.hooks import adder as adders
 from keepkv_sglang.request import RequestState
 
 TENTH = KeepKVConfig(enabled=True, budget=0.1)
@@ -43,7 +43,7 @@ def round_of(pool: int, chunk: int | None = 8192, promised: int = 0, arena: int 
         border=None,
         too_long=lambda req: len(req.origin_input_ids) >= 10 * pool,
     )
-    adder = object.__new__(admission._adder_class(PrefillAdder, None))
+    adder = object.__new__(adders.adder_class(PrefillAdder))
     adder._compressed = lambda req: None if req.state is None else (rt, req.state)
     allocator = SimpleNamespace(page_size=PAGE, available_size=lambda: pool)
     tree = SimpleNamespace(evictable_size=lambda: 0, supports_mamba=lambda: False)

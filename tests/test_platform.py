@@ -112,6 +112,8 @@ def _args(folder: Path, **changes: object) -> types.SimpleNamespace:
         chunked_prefill_size=None,
         max_running_requests=None,
         tp_size=1,
+        dp_size=1,
+        pp_size=1,
     )
     return types.SimpleNamespace(**{**values, **changes})
 
@@ -248,3 +250,20 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path, seconds: flo
         except OSError:
             time.sleep(1)
     raise AssertionError(f"no answer in {seconds:.0f} s:\n{log.read_text()[-3000:]}")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cores", "shares"),
+    [(1, {0, 1}, None), (2, {0, 1}, "0|1"), (2, {0, 1, 4, 5}, "0,4|1,5"), (3, {2, 3}, "2|3|2")],
+)
+def test_ranks_share_the_cores_of_this_process(monkeypatch, ranks, cores, shares) -> None:
+    """SGLang itself wants a NUMA node for each, and says so a minute later."""
+    from keepkv_sglang import platform_cpu
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: cores)
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    platform_cpu.bind_ranks(ranks)
+    assert (os.environ["SGLANG_CPU_OMP_THREADS_BIND"] or None) == shares
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "7|8|9|10")
+    platform_cpu.bind_ranks(ranks)
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "7|8|9|10", "the user's choice stays"

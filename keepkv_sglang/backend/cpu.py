@@ -1,7 +1,7 @@
 """SGLang attention backend for the CPU: our vote-weighted kernels over the paged pool.
 
 Cached queries are never recomputed: a request that extends a cached prefix of 3,000 tokens by one computes one query.
-(SGLang's torch_native recomputes all of them.) It also works without --enable-keepkv, as a plain CPU backend.
+(SGLang's torch_native recomputes all of them.)
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class KeepKVCpuBackend(AttentionBackend):
         if not forward_batch.forward_mode.is_decode_or_idle():
             self.extend_lens = forward_batch.extend_seq_lens.to(torch.int64)
         self.layers.begin()
+        if self.layers.runtime is not None and self.layers.runtime.slot_tokens is not None:
+            self.layers.runtime.slot_tokens.write(forward_batch.out_cache_loc, forward_batch.input_ids)
 
     def _before(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> Any:
         """Writes K and V (a rewritten slot stands for one token again) and keeps window queries. Returns log votes."""

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from keepkv_sglang import model
-    from keepkv_sglang.config import parse_budget
+    from keepkv_sglang.values import budget_from_text
 
     from . import measure, report, servers, serving
     from .workloads import AllAtOnce
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     names, pools = server_names(args), sorted(set(args.pool or [POOL[args.workload]]), reverse=True)
     if args.repeat < 1:
         raise ValueError(f"--repeat {args.repeat} must be at least 1")
-    parse_budget(args.budget)
+    budget_from_text(args.budget)
     workload = workload_of(args)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a folder")

@@ -5,24 +5,23 @@ one raw interval. SGLang's own estimate (prompt + max_new_tokens) is lowered to 
 computed in one chunk is compressed before the next decode step, so the replies of those that run may count on what
 it gives back: it must fit what is free now, and its budget what others leave.
 
-A prompt longer than the pool is compressed between chunks and never needs all its slots. SGLang refuses such prompts at
-four places, all counting logical tokens. We raise the scheduler's limits to the context length, and refuse here what
-would not fit even compressed.
+The adder that counts so is in adder.py. A prompt longer than the pool is compressed between chunks and never needs
+all its slots. SGLang refuses such prompts at four places, all counting logical tokens. We raise the scheduler's
+limits to the context length, and refuse here what would not fit even compressed.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 from typing import Any
 
-from keepkv_sglang import pressure, runtime
+from keepkv_sglang import guard, pressure, runtime
 from keepkv_sglang.anchor import first_message_end
+from keepkv_sglang.config import ConfigError
+from keepkv_sglang.eligibility import REASONS
+from keepkv_sglang.guard import guarded, guarded_around
+from keepkv_sglang.hooks import failing
 from keepkv_sglang.hooks.scheduler import compress_batch
-from keepkv_sglang.radix.span import Span
 from keepkv_sglang.request import RequestState
-
-logger = logging.getLogger("keepkv")
 
 
 def raise_limits(rt: runtime.Runtime, scheduler: Any) -> None:
@@ -82,27 +81,68 @@ def later_slots(
     return max(0, later) if config.span_tokens or req.output_ids else later
 
 
-def before_get_new_batch_prefill(self: Any, running_batch: Any) -> None:
-    """BEFORE Scheduler.get_new_batch_prefill: what compression gives back counts in this round's admission."""
+def around_get_new_batch_prefill(original: Any, self: Any, running_batch: Any) -> Any:
+    """AROUND Scheduler.get_new_batch_prefill: what compression gives back counts in this round's admission; a batch
+    that we could not complete fails alone."""
     rt = runtime.active()
-    if rt is not None:
-        compress_batch(running_batch)
-        if pressure.relieve(rt):
-            running_batch.batch_is_full = False
+    if rt is None:
+        return original(self, running_batch)
+    before_admission(rt, running_batch)
+    rt.adder = None
+    try:
+        return original(self, running_batch)
+    except guard.BatchError as error:
+        from sglang.srt.managers.schedule_batch import NextBatchPlan
+
+        assert rt.adder is not None
+        failing.drop_batch(self, rt.adder.can_run_list, error)
+        for req in rt.adder.can_run_list:
+            rt.forget_row(req)  # of those that never got a row: windows that were reserved
+        return NextBatchPlan(batch_to_run=None, running_batch=running_batch)
+    finally:
+        rt.adder = None
 
 
+@guarded()
+def before_admission(rt: runtime.Runtime, running_batch: Any) -> None:
+    """Compresses what is due, then, when memory runs low, what nobody uses."""
+    compress_batch(running_batch)
+    if pressure.relieve(rt):
+        running_batch.batch_is_full = False
+
+
+def _refuse_settings(error: Exception, self: Any, req: Any) -> None:
+    """This request fails: its settings are bad (400), or we are (500)."""
+    if req.to_finish is None and not req.finished():
+        if isinstance(error, ConfigError):
+            req.set_finish_with_abort(str(error))
+        else:
+            message = f"KeepKV failed on this request ({type(error).__name__}); the server goes on"
+            req.set_finish_with_abort(message, 500, "InternalServerError")
+
+
+@guarded_around(_refuse_settings)
 def around_init_req_max_new_tokens(original: Any, self: Any, req: Any) -> None:
-    """AROUND Scheduler.init_req_max_new_tokens: a prompt longer than the pool needs KeepKV, or is refused."""
+    """AROUND Scheduler.init_req_max_new_tokens: every request passes here first. Its settings are resolved; a prompt
+    longer than the pool needs KeepKV, or is refused."""
     rt = runtime.active()
-    tokens = len(req.origin_input_ids)
-    if rt is None or tokens < rt.pool_limit or req.finished() or req.to_finish is not None:
+    if rt is None or req.finished() or req.to_finish is not None:
         original(self, req)
         return
-    state = rt.state_of(req)
+    try:
+        state = rt.state_of(req)
+    except ConfigError as error:
+        _refuse_settings(error, self, req)
+        original(self, req)
+        return
+    tokens = len(req.origin_input_ids)
+    if tokens < rt.pool_limit:
+        original(self, req)
+        return
     # SGLang's admission wants one slot more than is used, on both sides.
     room = rt.capacity - peak_slots(rt, self, state, req, tokens) - 2 if state is not None else 0
     if room < 1:
-        _refuse(rt, req, state)
+        refuse_length(rt, req, state)
         original(self, req)
         return
     params = req.sampling_params
@@ -115,125 +155,14 @@ def around_init_req_max_new_tokens(original: Any, self: Any, req: Any) -> None:
     params.min_new_tokens = min(at_least, params.max_new_tokens)
 
 
-def _refuse(rt: runtime.Runtime, req: Any, state: RequestState | None) -> None:
+def refuse_length(rt: runtime.Runtime, req: Any, state: RequestState | None) -> None:
+    """The request ends with an HTTP 400 that says what would let it in."""
     advice = (
         "it does not fit even compressed; use a smaller budget, a smaller --chunked-prefill-size or a larger pool"
         if state is not None
-        else "KeepKV is off for it; a smaller budget would let it in"
+        else REASONS[rt.not_compressed(req).reason]
     )
     req.set_finish_with_abort(
         f"Input length ({len(req.origin_input_ids)} tokens) exceeds the maximum allowed length "
         f"({rt.pool_limit} tokens) of this server's KV pool: {advice}."
     )
-
-
-def after_get_prefill_adder_class(cls: Any, self: Any) -> Any:
-    """AFTER Scheduler.get_prefill_adder_class: requests count with the slots they will really hold."""
-    config = runtime.configured()
-    if config is None or not config.enabled:
-        return cls
-    if cls not in _adders:
-        _adders[cls] = _adder_class(cls, self)
-    return _adders[cls]
-
-
-def _left_behind(req: Any, state: RequestState) -> int:
-    """Slots that the next compression takes beside those it reads: recent tokens in a cached span that others use, such
-    as parallel samples, are not given back."""
-    node = req.last_node
-    cached = req.kv.holds_kv and req.kv.cache_protected_len > state.tail_slots
-    return state.carried if cached and isinstance(node, Span) and node.lock_ref > 1 else 0
-
-
-_adders: dict[Any, Any] = {}
-
-
-def _adder_class(cls: Any, scheduler: Any) -> Any:
-    class KeepKVPrefillAdder(cls):
-        _arena_rows = 0  # promised to prompts of this round, which take them when they run
-
-        def _compressed(self, req: Any) -> tuple[runtime.Runtime, RequestState] | None:
-            rt = runtime.active()
-            state = rt.state_of(req) if rt is not None else None
-            return (rt, state) if rt is not None and state is not None else None
-
-        def _get_running_request_total_token_offset(self, req: Any) -> float:
-            tokens = super()._get_running_request_total_token_offset(req)
-            found = self._compressed(req)
-            if found is None or tokens <= 0:
-                return tokens
-            rt, state = found
-            if state.reply_window is None and not rt.room_for_replies():
-                return tokens  # no room for its queries: its reply will stay as it is
-            return min(tokens, state.reply_growth(math.ceil(tokens)) + _left_behind(req, state))
-
-        def _update_prefill_budget(
-            self, prefix_len: int, extend_input_len: int, max_new_tokens: int, *args: Any, **kwargs: Any
-        ) -> None:
-            req = self.can_run_list[-1]  # SGLang appends first, then charges
-            found = self._compressed(req)
-            if found is not None:
-                later = self._later(*found, req, extend_input_len, max_new_tokens)
-                ends = req.extend_end >= len(req.full_untruncated_fill_ids)
-                # A chunk gives nothing back before the last one.
-                max_new_tokens = min(max_new_tokens, later if ends else max(0, later))
-                if not found[1].admitted:
-                    self._arena_rows += found[0].queries_of(found[1].config)
-            super()._update_prefill_budget(prefix_len, extend_input_len, max_new_tokens, *args, **kwargs)
-
-        def _later(self, rt: runtime.Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
-            return later_slots(rt, state, req, extend, new_tokens, self._arena_rows)
-
-        def _others_run(self, req: Any) -> bool:
-            running = self.running_batch.reqs if self.running_batch is not None else ()
-            return any(other is not req and not other.finished() for other in [*running, *self.can_run_list])
-
-        def _check_prefill_budget(self, req: Any, *, extend_input_len: int, total_tokens: int, **kwargs: Any) -> Any:
-            limit, found = kwargs.get("chunk_limit"), self._compressed(req)
-            chunk = extend_input_len if limit is None else min(extend_input_len, limit)
-            # SGLang looks at what is promised only, which can now be less than what this round takes.
-            if chunk + self.per_req_token_overhead >= self.cur_rem_tokens:
-                return False, None
-            if found is not None and found[0].too_long(req):
-                total_tokens = self._too_long_total(*found, req, extend_input_len, total_tokens)
-            elif found is not None:
-                wanted = total_tokens - extend_input_len
-                later = self._later(*found, req, extend_input_len, wanted)
-                if chunk < extend_input_len:
-                    later = max(0, later)  # it must be in the pool whole before it gives anything back
-                total_tokens = extend_input_len + min(wanted, later + self.per_req_token_overhead)
-            return super()._check_prefill_budget(
-                req, extend_input_len=extend_input_len, total_tokens=total_tokens, **kwargs
-            )
-
-        def _too_long_total(self, rt: runtime.Runtime, state: RequestState, req: Any, extend: int, total: int) -> int:
-            peak = peak_slots(rt, scheduler, state, req, extend)
-            total = min(total, total - extend + peak)
-            if not self._others_run(req) and total >= self.rem_total_tokens:
-                # Alone in the server: what it may generate is cut by the pool anyway.
-                total = peak + 1
-                if total >= self.rem_total_tokens:
-                    logger.warning("request %s can never be admitted: a cached prefix leaves no room", req.rid)
-                    _refuse(rt, req, state)
-            return total
-
-        def add_chunked_req(self, req: Any) -> Any:
-            """A chunk that finds no slots waits for others to finish, or fails alone; SGLang would stop the server."""
-            found = self._compressed(req)
-            if found is not None:
-                rt, _ = found
-                missing = len(req.full_untruncated_fill_ids) - req.prefix_len
-                chunk = min(missing, self.rem_chunk_tokens or missing)
-                if rt.allocator.available_size() + rt.tree.evictable_size() < chunk:
-                    if not self._others_run(req):
-                        from sglang.srt.managers.schedule_batch import FINISH_ABORT
-
-                        req.discard_output_reason = FINISH_ABORT(
-                            "The KV pool is full in the middle of this prompt; use a smaller budget, a smaller "
-                            "--chunked-prefill-size or a larger pool.",
-                        )
-                        scheduler._pending_chunked_abort_req = req
-                    return req
-            return super().add_chunked_req(req)
-
-    return KeepKVPrefillAdder

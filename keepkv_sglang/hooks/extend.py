@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang import runtime, schedule
+from keepkv_sglang import guard, runtime, schedule
+from keepkv_sglang.guard import fail_batch, guarded, guarded_around
+from keepkv_sglang.hooks import failing
 from keepkv_sglang.hooks.scheduler import device_lengths
 from keepkv_sglang.radix.span import Span
+from keepkv_sglang.request import RequestState
 
 
+@guarded_around(fail_batch)
 def around_prefix_kv_indices(original: Any, batch: Any, req: Any) -> torch.Tensor:
     """AROUND allocation._prefix_kv_indices: a continued row has fewer slots than logical tokens."""
     state = getattr(req, runtime.STATE, None)
@@ -24,6 +28,7 @@ def around_prefix_kv_indices(original: Any, batch: Any, req: Any) -> torch.Tenso
     return batch.tree_cache.prefix_device_indices(req)
 
 
+@guarded_around(fail_batch)
 def around_alloc_for_extend(original: Any, batch: Any) -> Any:
     """AROUND allocation.alloc_for_extend: start rows of new requests, hand physical lengths to the allocation."""
     rt = runtime.active()
@@ -38,8 +43,8 @@ def around_alloc_for_extend(original: Any, batch: Any) -> Any:
             entry = req.last_node if isinstance(req.last_node, Span) and req.prefix_len else None
             schedule.on_extend(rt, req, state, entry)
             rt.active_rows += state.offset != 0
-        if state is not None and state.admitted:
-            schedule.on_chunk(rt, req, state)
+        if state is not None and state.admitted and not state.broken:
+            _plan_chunk(rt, req, state)
         states.append(state)
     offsets = [state.offset if state is not None else 0 for state in states]
     if any(offsets):
@@ -52,6 +57,16 @@ def around_alloc_for_extend(original: Any, batch: Any) -> Any:
     return result
 
 
+def _plan_chunk(rt: runtime.Runtime, req: Any, state: RequestState) -> None:
+    """Without a plan the request runs uncompressed behind what it matched."""
+    try:
+        schedule.on_chunk(rt, req, state)
+    except Exception as error:
+        guard.note("on_chunk", error)
+        rt.drop_plan(state)
+
+
+@guarded(fail_batch)
 def after_prepare_for_extend(_result: Any, self: Any) -> None:
     """AFTER ScheduleBatch.prepare_for_extend: it summed the logical lengths."""
     rt = runtime.active()
@@ -59,6 +74,17 @@ def after_prepare_for_extend(_result: Any, self: Any) -> None:
         self.seq_lens_sum = int(self.seq_lens_cpu.sum())
 
 
+def _fail_compressed(error: Exception, _forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> None:
+    """Positions of compressed rows are unknown in this step: their requests fail. The others have no offset."""
+    scheduler = runtime.current().scheduler
+    for req in batch.reqs:
+        state = getattr(req, runtime.STATE, None)
+        if state is not None:
+            state.broken = True
+            failing.fail(scheduler, req, "positions", error)
+
+
+@guarded(_fail_compressed)
 def after_init_new(forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> Any:
     """AFTER ForwardBatch.init_new: logical positions, and which window queries this forward keeps."""
     rt = runtime.active()
@@ -74,7 +100,14 @@ def after_init_new(forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kw
             )
         forward_batch.positions = forward_batch.positions + offset
     # Not on the forward batch: SGLang may run a copy of it, made from its declared fields.
-    rt.capture = _capture(rt, batch, forward_batch, decode)
+    rt.capture = None
+    try:
+        rt.capture = _capture(rt, batch, forward_batch, decode)
+    except Exception as error:
+        guard.note("capture", error)
+        for req in batch.reqs:
+            if (state := getattr(req, runtime.STATE, None)) is not None:
+                state.spoil_windows()
     return forward_batch
 
 

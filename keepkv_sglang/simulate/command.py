@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from keepkv_sglang.config import PRESSURE_MODES, KeepKVConfig, parse_budget
+from keepkv_sglang.config import PRESSURE_MODES, KeepKVConfig
+from keepkv_sglang.values import budget_from_text
 
 
 def pool_size(text: str) -> int:
@@ -26,7 +27,7 @@ def pool_size(text: str) -> int:
 
 def _budget(text: str) -> float | int:
     try:
-        return parse_budget(text)
+        return budget_from_text(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--policy", choices=("stock", "keepkv", "both"), default="both", help="default: both")
     add("--span-tokens", type=int, action="append", metavar="S",
         help="length of cache entries, 0: whole turns; repeat (default: 0)")  # fmt: skip
-    add("--pressure", choices=PRESSURE_MODES, default="merge", help="what happens to cold uncompressed prefixes when "
+    add("--pressure", choices=PRESSURE_MODES, default="off", help="what happens to cold uncompressed prefixes when "
         "slots run low (default: merge)")  # fmt: skip
     add("--scale", type=int, default=16, metavar="T", help="T real tokens are simulated as one (default: 16)")
     add("--limit", type=int, default=0, metavar="REQUESTS", help="only the first so many requests")

@@ -54,8 +54,8 @@ def generate(server: ServerProcess, ids: list[int], new: int, keepkv: Any = None
     return Answer(data)
 
 
-def numbers(server: ServerProcess) -> dict[str, Any]:
-    """KeepKV's part of /server_info; asserts the accounting of an idle server."""
+def numbers(server: ServerProcess, faults: bool = False) -> dict[str, Any]:
+    """KeepKV's part of /server_info; asserts the accounting of an idle server. faults: errors of ours are expected."""
     status, info = server.get_json("/server_info")
     assert status == 200
     state = info["internal_states"][0]["keepkv"]
@@ -63,6 +63,7 @@ def numbers(server: ServerProcess) -> dict[str, Any]:
     assert sum(slots) == state["total_slots"], state
     assert state["active_rows"] == 0 and state["memory"]["arena_free_rows"] == state["memory"]["arena_rows"], state
     assert state["counters"]["mispublished"] == 0
+    assert faults or not state["errors"], state["errors"]
     return state
 
 
@@ -109,9 +110,9 @@ class Router:
         return len(ids)
 
 
-def flush(server: ServerProcess) -> None:
-    """Empties the prefix cache; every slot must be free afterwards."""
+def flush(server: ServerProcess, faults: bool = False) -> None:
+    """Empties the prefix cache; every slot must be free afterwards. faults: as in numbers()."""
     status, _ = server.post_json("/flush_cache", {})
     assert status == 200
-    state = numbers(server)
+    state = numbers(server, faults)
     assert state["available_slots"] == state["total_slots"] and state["entries"] == 0

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from keepkv_sglang import flags, refuse
-from keepkv_sglang.config import HELP, ConfigError, KeepKVConfig, parse_budget
+from keepkv_sglang.config import HELP, ConfigError, KeepKVConfig, from_text
+from keepkv_sglang.values import SHOWN, budget
 
 CASES = [
     (("--page-size", "16"), "--page-size 1"),
@@ -19,6 +20,14 @@ CASES = [
     (("--keepkv-budget", "1.5"), "budget"),
     (("--keepkv-merge", "sum"), "use one of least_squares"),
     (("--keepkv-window", "0"), "window"),
+    (("--keepkv-fair", "0-10", "--keepkv-budget", "100"), "fair needs a budget that is a fraction"),
+    (("--keepkv-span-tokens", "100", "--keepkv-min-tokens", "200"), "below min_tokens"),
+    (("--kv-canary", "log"), "leave out --kv-canary"),
+    (("--tokenizer-worker-num", "2"), "--tokenizer-worker-num 1"),
+    (("--keepkv-request-keys", "budget"), "request_keys"),
+    (("--preferred-sampling-params", '{"custom_params": {"keepkv": {"bugdet": 0.05}}}'), "unknown key bugdet"),
+    (("--preferred-sampling-params", '{"custom_params": "keepkv"}'), "custom_params must be an object"),
+    (("--enable-keepkv=true",), "write --enable-keepkv alone"),
     (("--json-model-override-args", '{"layer_types": ["linear_attention"]}'), "linear_attention layers"),
 ]
 
@@ -59,6 +68,10 @@ print(json.dumps(out))
     assert results[-1][0] == 0, results[-1]
 
 
+def str_of(value):
+    return str(value)[:20] if not isinstance(value, int) or value < 1 << 60 else "huge"
+
+
 class Args:
     """A stand-in with ServerArgs' defaults of the fields that matter."""
 
@@ -69,10 +82,13 @@ class Args:
 @pytest.mark.parametrize("field", [rule[0] for rule in refuse.FLAG_RULES])
 def test_every_flag_rule_refuses_and_says_what_to_do(field):
     bad = {"page_size": 16, "speculative_algorithm": "EAGLE", "disaggregation_mode": "prefill", "pp_size": 2,
+           "tokenizer_worker_num": 2, "kv_canary": "raise",
            "dcp_size": 2, "attn_cp_size": 2, "kv_cache_dtype": "fp8_e5m2", "dllm_algorithm": "x"}  # fmt: skip
     with pytest.raises(ConfigError, match=r"use --|leave out --"):
         refuse.check_server_args(Args(**{field: bad.get(field, True)}))
-    refuse.check_server_args(Args(page_size=1, disaggregation_mode="null", kv_cache_dtype="auto"))
+    refuse.check_server_args(
+        Args(page_size=1, disaggregation_mode="null", kv_cache_dtype="auto", kv_canary="none", tokenizer_worker_num=1)
+    )
 
 
 @pytest.mark.parametrize("name", [rule[0] for rule in refuse.ENVIRONMENT_RULES])
@@ -103,16 +119,28 @@ def test_models_that_cannot_work(model):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("0.2", 0.2), (1, 1.0), ("1", 1.0), (1.0, 1.0), (2, 2), ("150", 150), (1e-3, 1e-3)], ids=str
+    ("text", "value"), [("0.2", 0.2), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("150", 150), ("1e-3", 1e-3)]
 )
 def test_budget_values(text, value):
-    assert parse_budget(text) == value and isinstance(parse_budget(text), type(value))
+    """Numbers from requests and Engine, their text from the command line."""
+    assert from_text("budget", text) == value and isinstance(from_text("budget", text), type(value))
+    assert budget(value) == value and isinstance(budget(value), type(value))
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.5, "x", None, True, float("nan"), float("inf"), 2.5, [1]], ids=str)
+@pytest.mark.parametrize(
+    "bad", [0, -1, 1.5, "x", "0.2", " 0.2 ", None, True, float("nan"), float("inf"), 2.5, [1], 10**5000], ids=str_of
+)
 def test_budget_values_refused(bad):
     with pytest.raises(ConfigError, match=r"fraction in \(0, 1\]"):
-        parse_budget(bad)
+        budget(bad)
+
+
+@pytest.mark.parametrize("text", ["", " 0.2", "1_0", "٣", "nan", "inf", "0x1", "1" * 400])
+def test_no_number_on_the_command_line(text):
+    with pytest.raises(ConfigError, match=r"not a number|out of range"):
+        from_text("budget", text)
+    with pytest.raises(ConfigError, match=r"not a whole number|out of range"):
+        from_text("window", text)
 
 
 def test_config_is_one_record():
@@ -135,3 +163,63 @@ def test_kept_slots_adds_up(budget):
         assert config.kept_slots(0, n) == max(1, math.ceil(budget * n - 1e-9))
         pieces = [config.kept_slots(i, min(i + 64, n)) for i in range(0, n, 64)]
         assert math.ceil(budget * n - 1e-9) <= sum(pieces) <= math.ceil(budget * n - 1e-9) + len(pieces)
+
+
+HUGE = 10**5000
+BAD_REQUESTS = [
+    ("keepkv", "must be an object"),
+    (["x"], "must be an object"),
+    (5, "must be an object"),
+    ({"bugdet": 0.1}, "unknown key bugdet; known keys: enabled, budget"),
+    ({f"k{i}": 1 for i in range(100_000)}, "and 99995 more"),
+    ({"x" * 10_000: 1}, "unknown key x"),
+    ({"window": "9" * 5000}, "not a whole number"),
+    ({"window": "32"}, "not a whole number"),
+    ({"window": 32.0}, "not a whole number"),
+    ({"min_tokens": HUGE}, "out of range"),
+    ({"budget": "0.2"}, "not a number"),
+    ({"budget": HUGE}, "out of range"),
+    ({"budget": {"a": HUGE}}, "an object is not a number"),
+    ({"threshold": "0.5"}, "not a number"),
+    ({"threshold": True}, "not a number"),
+    ({"enabled": 1}, "not a boolean"),
+    ({"protect": HUGE}, "not text"),
+    ({"protect": "x" * 100_000}, "not a range"),
+    ({"merge": "a.b:c"}, "must not import code"),
+    ({"merge": "sum"}, "unknown merge rule 'sum'; use one of least_squares"),
+    ({"scorer": ["snapkv"]}, "not a name"),
+    ({"step_tokens": 5}, "setting of the server"),
+    ({"window": 33}, "use at most 32"),
+    ({"references": 257}, "use at most 256"),
+    ({"interval": 2}, "use at least 128"),
+    ({"min_tokens": 2}, "use at least 64"),
+    ({"span_tokens": 64}, "use 0"),
+    ({"chunk": 3}, "use one of 1, 2, 4"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "said"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
+def test_a_bad_request_value_is_a_short_message(wanted, said):
+    with pytest.raises(ConfigError, match=said) as found:
+        KeepKVConfig(enabled=True).with_request(wanted)
+    assert len(str(found.value)) < 300 + SHOWN
+    assert "package.module" not in str(found.value), "requests may not name paths"
+
+
+def test_what_the_server_was_started_with_bounds_a_request():
+    """Cheaper is always allowed, dearer only where the server opens the key."""
+    config = KeepKVConfig(enabled=True, window=16, interval=64, chunk=3)
+    cheaper = {"window": 8, "references": 0, "interval": 256, "min_tokens": 100, "span_tokens": 0, "chunk": 3}
+    assert config.with_request(cheaper).window == 8
+    with pytest.raises(ConfigError, match="--keepkv-request-keys window"):
+        config.with_request({"window": 17})
+    assert KeepKVConfig(enabled=True, request_keys="window, chunk").request_keys == "window,chunk"
+    opened = KeepKVConfig(enabled=True, window=16, request_keys="window")
+    assert opened.with_request({"window": 256}).window == 256
+    with pytest.raises(ConfigError, match="use at least 128"):
+        opened.with_request({"interval": 127})
+    assert KeepKVConfig(enabled=True, request_keys="all").with_request({"interval": 2, "chunk": 5}).interval == 2
+    pieces = KeepKVConfig(enabled=True, span_tokens=512)
+    assert pieces.with_request({"span_tokens": 1024}).span_tokens == 1024
+    with pytest.raises(ConfigError, match="use 0 or at least 512"):
+        pieces.with_request({"span_tokens": 256})

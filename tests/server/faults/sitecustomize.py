@@ -1,0 +1,76 @@
+"""Put first on PYTHONPATH by test_faults.py: one function of KeepKV, named in the file KEEPKV_FAULT, raises.
+
+A scheduler is a process of its own, started by SGLang: this is how a test reaches into it.
+"""
+
+import importlib.abc
+import importlib.util
+import os
+import sys
+
+FUNCTIONS = (
+    "schedule.on_extend",
+    "schedule.on_chunk",
+    "schedule.capture",
+    "schedule.compress_due",
+    "schedule.finish",
+    "pressure.relieve",
+)
+
+
+def wanted() -> str:
+    try:
+        with open(os.environ["KEEPKV_FAULT"]) as file:
+            return file.read().strip()
+    except (KeyError, OSError):
+        return ""
+
+
+def faulty(name, function):
+    def call(*args, **kwargs):
+        if wanted() == name:
+            raise RuntimeError(f"injected into {name}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def inject() -> None:
+    """Wraps every guarded hook and the functions they call."""
+    from keepkv_sglang import guard, pressure, schedule  # noqa: F401
+    from keepkv_sglang.hooks import adder, admission, extend, scheduler  # noqa: F401
+
+    for name, hook in guard.GUARDED.items():
+        hook.inner = faulty(name, hook.inner)
+    for name in FUNCTIONS:
+        module, function = name.split(".")
+        module = sys.modules[f"keepkv_sglang.{module}"]
+        setattr(module, function, faulty(name, getattr(module, function)))
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """After keepkv_sglang.plugin is imported, its register() also injects."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "keepkv_sglang.plugin":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        run = spec.loader.exec_module
+
+        def exec_module(module):
+            run(module)
+            register = module.register
+
+            def both():
+                register()
+                inject()
+
+            module.register = both
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if os.environ.get("KEEPKV_FAULT"):
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,108 @@
+"""An error of ours on the scheduler's thread fails a request or skips a round: the server lives and leaks nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from client import body, flush, generate, numbers, tokens
+
+pytestmark = pytest.mark.server
+LIVES = 200  # the request does not notice
+FAILS = 500  # it alone fails
+OUTCOMES = {
+    "before_update_running_batch": LIVES,
+    "before_prepare_for_decode": LIVES,
+    "before_admission": LIVES,
+    "pressure.relieve": LIVES,
+    "after_stash_chunked_request": FAILS,
+    "schedule.compress_due": FAILS,
+    "around_release": LIVES,
+    "schedule.finish": LIVES,
+    "around_init_req_max_new_tokens": FAILS,
+    "around_prefix_kv_indices": FAILS,
+    "around_alloc_for_extend": FAILS,
+    "schedule.on_extend": FAILS,
+    "schedule.on_chunk": LIVES,
+    "after_prepare_for_extend": FAILS,
+    "after_init_new": FAILS,
+    "schedule.capture": LIVES,
+    "_will_hold": LIVES,
+    "_charge": LIVES,
+    "_total": FAILS,
+    "_waits": LIVES,
+    "_info": LIVES,
+    "after_get_internal_state": LIVES,
+}
+
+
+@pytest.fixture(scope="module")
+def fault(tmp_path_factory):
+    return tmp_path_factory.mktemp("fault") / "name"
+
+
+@pytest.fixture(scope="module")
+def server(launch, fault):
+    faults = str(Path(__file__).parent / "faults")
+    path = os.pathsep.join(filter(None, [faults, os.environ.get("PYTHONPATH")]))
+    return launch(
+        *("--enable-keepkv", "--keepkv-interval", "16", "--max-total-tokens", "600", "--chunked-prefill-size", "128"),
+        *("--keepkv-pressure", "merge", "--keepkv-references", "32"),
+        env={"KEEPKV_FAULT": str(fault), "PYTHONPATH": path},
+    )
+
+
+def post(server, ids, new, keepkv=None):
+    status, data = server.post_json("/generate", body(ids, new, keepkv))
+    return status, data
+
+
+def test_every_guarded_hook_is_listed():
+    """A new hook on the scheduler's thread needs an outcome here."""
+    from keepkv_sglang import guard
+    from keepkv_sglang.hooks import adder, admission, extend, scheduler  # noqa: F401
+
+    assert set(guard.GUARDED) <= set(OUTCOMES)
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_an_injected_error_does_not_take_the_server_down(server, fault, name):
+    flush(server, faults=True)
+    prompt, shared = tokens(150, 1), tokens(120, 2)
+    quiet = generate(server, tokens(60, 3), 12, {"enabled": False}).ids
+    generate(server, shared, 8)  # a compressed prefix that the next turn hits
+    results = {}
+
+    def run(key, ids, new, keepkv=None):
+        results[key] = post(server, ids, new, keepkv)
+
+    fault.write_text(name)
+    calls = [
+        ("new", prompt, 24),
+        ("next turn", shared + tokens(80, 4), 8),
+        ("too long for the pool", tokens(700, 5), 4, {"budget": 0.1}),
+        ("off", tokens(60, 3), 12, {"enabled": False}),
+    ]
+    threads = [threading.Thread(target=run, args=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    server.get_json("/server_info")
+    for thread in threads:
+        thread.join()
+    fault.write_text("")
+    statuses = {key: status for key, (status, _) in results.items()}
+    assert set(statuses.values()) <= {200, OUTCOMES[name]}, (statuses, results)
+    if OUTCOMES[name] == FAILS:
+        assert FAILS in statuses.values(), "nothing was injected"
+        failed = [data for status, data in results.values() if status == FAILS]
+        assert all("KeepKV failed" in str(data) for data in failed), failed
+    # What follows is as if nothing had happened.
+    assert generate(server, prompt, 24).keepkv["compressions"] >= 1
+    assert generate(server, tokens(60, 3), 12, {"enabled": False}).ids == quiet
+    flush(server, faults=True)
+    errors = numbers(server, faults=True)["errors"]
+    known = name.split(".")[-1].replace("compress_due", "compression").replace("relieve", "before_admission")
+    known = known.replace("on_extend", "around_alloc_for_extend")
+    assert any(key.startswith(known) for key in errors), (name, errors)

@@ -1,0 +1,208 @@
+"""Bad input at every endpoint: a clear HTTP 400 for that request alone; what is not compressed says so and why."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+
+import pytest
+from client import body, flush, generate, numbers, tokens
+
+pytestmark = pytest.mark.server
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return tmp_path_factory.mktemp("record")
+
+
+@pytest.fixture(scope="module")
+def server(launch, record):
+    return launch(
+        *("--enable-keepkv", "--max-total-tokens", "1200", "--keepkv-configurations", "4", "--keepkv-references", "32"),
+        *("--incremental-streaming-output", "--chunked-prefill-size", "256"),
+        env={"KEEPKV_RECORD": str(record)},
+    )
+
+
+@pytest.fixture(autouse=True)
+def clean(server):
+    flush(server)
+    yield
+    numbers(server)
+
+
+def refused(server, path, request, said):
+    status, answer = server.post_json(path, request)
+    assert status == 400 and said in str(answer), (path, status, answer)
+    assert len(str(answer)) < 1000
+
+
+def stream(server, path, request):
+    """(HTTP status, data of its events) of a streaming request."""
+    call = urllib.request.Request(
+        f"{server.base_url}{path}",
+        json.dumps({**request, "stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(call, timeout=120) as answer:
+            lines = [line.decode().strip() for line in answer if line.startswith(b"data: ")]
+    except urllib.error.HTTPError as error:
+        return error.code, [error.read().decode()]
+    return 200, [json.loads(line[6:]) for line in lines if line != "data: [DONE]"]
+
+
+BAD_CUSTOM = ["keepkv", ["x"], 5, True]
+BAD_KEEPKV = [
+    5, ["x"], {"bugdet": 1}, {"window": "9" * 5000}, {"budget": "0.2"}, {"budget": " 0.2 "}, {"budget": "1_0"},
+    {"budget": "\u0660.\u0662"}, {"window": "32"}, {"min_tokens": 10**300}, {"merge": "x"}, {"window": 256},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD_CUSTOM, ids=str)
+def test_custom_params_that_are_no_object(server, bad):
+    """Smallest input that ended the scheduler: /generate with custom_params "keepkv"."""
+    request = {"text": "Hello", "sampling_params": {"max_new_tokens": 2, "custom_params": bad}}
+    refused(server, "/generate", request, "custom_params must be an object")
+    assert stream(server, "/generate", request)[0] == 400
+    refused(server, "/generate", {**request, "sampling_params": [request["sampling_params"]], "text": ["a"]}, "object")
+    for path, chat in (("/v1/completions", {"prompt": "Hello"}), ("/v1/chat/completions", {"messages": HELLO})):
+        status, _ = server.post_json(path, {"model": "m", "max_tokens": 2, "custom_params": bad, **chat})
+        assert status == 400
+    for path, request in OTHERS:
+        refused(server, path, {**request, "custom_params": bad}, "custom_params must be an object")
+
+
+@pytest.mark.parametrize("bad", BAD_KEEPKV, ids=range(len(BAD_KEEPKV)))
+def test_bad_keepkv_values(server, bad):
+    custom = {"custom_params": {"keepkv": bad}}
+    request = {"text": "Hello", "sampling_params": {"max_new_tokens": 2, **custom}}
+    refused(server, "/generate", request, "")
+    assert stream(server, "/generate", request)[0] == 400
+    chat = {"model": "m", "messages": HELLO, "max_tokens": 2, **custom}
+    refused(server, "/v1/chat/completions", chat, "")
+    assert stream(server, "/v1/chat/completions", chat)[0] == 400
+    refused(server, "/v1/completions", {"model": "m", "prompt": "Hello", "max_tokens": 2, **custom}, "")
+
+
+OTHERS = [
+    ("/v1/messages", {"model": "m", "max_tokens": 2, "messages": HELLO}),
+    ("/api/chat", {"model": "m", "stream": False, "messages": HELLO, "options": {"num_predict": 2}}),
+    ("/api/generate", {"model": "m", "stream": False, "prompt": "Hello", "options": {"num_predict": 2}}),
+    ("/v1/score", {"model": "m", "query": "Hello", "items": [" you"], "label_token_ids": [9, 10]}),
+    ("/v1/responses", {"model": "m", "input": "Hello", "max_output_tokens": 2}),
+]
+
+
+@pytest.mark.parametrize(("path", "request_"), OTHERS, ids=[path for path, _ in OTHERS])
+def test_endpoints_whose_parsers_drop_custom_params(server, path, request_):
+    refused(server, path, {**request_, "custom_params": {"keepkv": {"budget": -1}}}, "budget -1")
+    assert server.post_json(path, request_)[0] == 200
+    assert server.post_json(path, {**request_, "custom_params": {"keepkv": {"budget": 0.5}}})[0] == 200
+    text = "custom_params is a word in this prompt. "
+    assert server.post_json(path, {**request_, **long_text(path, text)})[0] == 200, "only the key means something"
+
+
+def long_text(path, text):
+    if path in ("/v1/messages", "/api/chat"):
+        return {"messages": [{"role": "user", "content": text}]}
+    return {{"/api/generate": "prompt", "/v1/score": "query"}.get(path, "input"): text}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/api/chat", "/api/generate"])
+def test_they_reach_the_request(server, path):
+    """The same long prompt is compressed by default, and not where its custom_params switch it off."""
+    request_ = dict(OTHERS)[path] | long_text(path, "The quick brown fox jumps over the lazy dog. " * 30)
+    before = numbers(server)["counters"]["compressions"]
+    assert server.post_json(path, {**request_, "custom_params": {"keepkv": {"enabled": False}}})[0] == 200
+    assert numbers(server)["counters"]["compressions"] == before
+    flush(server)
+    assert server.post_json(path, request_)[0] == 200
+    assert numbers(server)["counters"]["compressions"] == before + 1
+
+
+def test_ollama_options_may_hold_them(server):
+    path, request_ = OTHERS[1]
+    options = {"num_predict": 2, "custom_params": {"keepkv": {"budget": 7.5}}}
+    refused(server, path, {**request_, "options": options}, "neither a fraction nor a whole number")
+
+
+@pytest.mark.parametrize("bad", [[49152], [-1], [5, 1 << 40], [5, -(1 << 62)]], ids=str)
+def test_tokens_that_the_model_does_not_have(server, bad):
+    """On a CPU they end the model's embedding, stock SGLang's too."""
+    request = {"input_ids": bad, "sampling_params": {"max_new_tokens": 2}}
+    refused(server, "/generate", request, "is no token of this model; use whole numbers from 0 to 49151")
+    assert stream(server, "/generate", request)[0] == 400
+    refused(server, "/generate", {**request, "input_ids": [[5, 6], bad]}, "no token")
+    status, _ = server.post_json("/v1/completions", {"model": "m", "prompt": bad, "max_tokens": 2})
+    assert status == 400
+    assert server.get_json("/health")[0] == 200
+
+
+def test_what_is_not_compressed_says_so_and_why(server):
+    ids = tokens(100, 1)
+    on = generate(server, ids, 2).keepkv
+    assert on["enabled"] and "reason" not in on and on["protected_tokens"] == 0
+    for wanted, reason in (({"enabled": False}, "request"), ({"budget": 1}, "budget 1"), ({"budget": 1.0}, "budget 1")):
+        info = generate(server, ids, 2, wanted).keepkv
+        assert set(info) - {"reason"} == set(on)
+        assert (info["enabled"], info["reason"], info["slots_held"]) == (False, reason, info["logical_tokens"])
+    status, session = server.post_json("/open_session", {"capacity_of_str_len": 1000})
+    assert status == 200
+    request = body(ids, 2, {"budget": 0.1}) | {"session_params": {"id": session}}
+    status, answer = server.post_json("/generate", request)
+    info = answer["meta_info"]["keepkv"]
+    assert status == 200 and (info["enabled"], info["reason"], info["budget"]) == (False, "session", 0.1)
+    too_long = body(tokens(2000, 2), 2, {"budget": 0.1})
+    refused(server, "/generate", too_long | {"session_params": {"id": session}}, "without the session")
+    server.post_json("/close_session", {"session_id": session})
+    refused(server, "/generate", body(tokens(2000, 2), 2, {"enabled": False}), "enabled")
+    refused(server, "/generate", body(tokens(2000, 2), 2, {"budget": 1}), "a smaller budget would let it in")
+
+
+def test_reports_by_request_id(server):
+    """OpenAI answers carry no meta_info in streams and completions: their id does."""
+    prompt = "The quick brown fox jumps over the lazy dog. " * 20
+    custom = {"custom_params": {"keepkv": {"budget": 0.3}}}
+    _, answer = server.post_json("/v1/completions", {"model": "m", "prompt": prompt, "max_tokens": 2, **custom})
+    status, info = server.get_json(f"/keepkv/requests/{answer['id']}")
+    assert status == 200 and info["budget"] == 0.3 and info["compressions"] == 1
+    chat = {"model": "m", "messages": [{"role": "user", "content": prompt}], "max_tokens": 3, **custom}
+    status, events = stream(server, "/v1/chat/completions", chat)
+    assert status == 200
+    status, info = server.get_json(f"/keepkv/requests/{events[0]['id']}")
+    assert status == 200 and info["enabled"] and info["slots_held"] < info["logical_tokens"]
+    assert server.get_json("/keepkv/requests/nobody")[0] == 404
+
+
+def test_the_last_chunk_of_an_incremental_stream_says_it(server):
+    status, events = stream(server, "/generate", body(tokens(200, 3), 5))
+    assert status == 200 and len(events) >= 3
+    assert all("keepkv" not in event["meta_info"] for event in events[:-1])
+    assert events[-1]["meta_info"]["keepkv"]["enabled"]
+
+
+def test_settings_beyond_the_bound_are_refused_and_counted(server):
+    """Four settings at once; those without requests and without cached spans make room."""
+    ids = tokens(100, 4)
+    refused_before = numbers(server)["counters"]["refused_configurations"]
+    for index in range(3):
+        generate(server, ids, 1, {"budget": 0.3 + index / 100})
+    generate(server, ids, 1)  # the server's own
+    refused(server, "/generate", body(ids, 1, {"budget": 0.5}), "4 different settings are in use")
+    assert generate(server, ids, 1, {"budget": 0.3}).keepkv["cached_compressed_tokens"] > 0, "those in use go on"
+    assert generate(server, ids, 1, {"enabled": False}).keepkv["reason"] == "request"
+    assert numbers(server)["counters"]["refused_configurations"] == refused_before + 1
+    flush(server)
+    assert generate(server, ids, 1, {"budget": 0.5}).keepkv["enabled"]
+
+
+@pytest.mark.parametrize("rid", ["a/b/../c", "nul\0byte", "/etc/x"], ids=["slash", "nul", "absolute"])
+def test_request_ids_are_no_paths(server, record, rid):
+    before = {path.name for path in record.iterdir()}
+    assert generate(server, tokens(150, 5), 2, rid=rid + "0" * 20).keepkv["compressions"] == 1
+    (name,) = {path.name for path in record.iterdir()} - before
+    assert name.endswith(".pt") and not set(name) & {"/", "\0", ".."}
