@@ -2,7 +2,7 @@
 
 PYTHONPATH=examples python -m sglang.launch_server --model-path MODEL --enable-keepkv --keepkv-scorer new_policy:unusual
 Installed with the entry point `unusual = "new_policy:unusual"` in the group keepkv_sglang.scorers, it has a name, which
-requests can ask for as well. Merge rules work alike (--keepkv-merge, keepkv_sglang.merge_rules).
+--keepkv-request-keys scorer opens to requests. Merge rules work alike (--keepkv-merge, keepkv_sglang.merge_rules).
 """
 
 import torch

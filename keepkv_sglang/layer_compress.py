@@ -64,8 +64,9 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
 
     `scratch_bytes` bounds what holds window logits [heads, Q, tokens], Q = w * Hq / Hkv: kv heads are
     processed in groups (at least heads_at_once), and a context, or a span too long for one head at a time, in blocks of
-    tokens. On top come float copies of the group's keys and values and a few [heads, m, Q] tensors; of the C++ the
-    logits of 64 queries per thread. Grouping changes results by rounding only.
+    tokens. On top come float copies of the group's keys and values; of a rule that fits values to the queries a few
+    times merging/ridge.HELD_BYTES, or 256 slots of one head by the queries if that is more; of the C++ the logits of 64
+    queries per thread. Grouping changes results by rounding only.
     """
     _check(x, p)
     scorer, matching = get_scorer(p.scorer), p.merge != "evict"

@@ -19,10 +19,11 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from keepkv_sglang import runtime
 from keepkv_sglang.radix.events import SpanEvents
-from keepkv_sglang.radix.growth import SpanGrowth
+from keepkv_sglang.radix.growth import MOST_NAMESPACES, SpanGrowth
 from keepkv_sglang.radix.invariants import check_slots, check_tree
+from keepkv_sglang.radix.keyhash import as_tokens
 from keepkv_sglang.radix.nodes import NodeBook, Scope
-from keepkv_sglang.radix.span import Span, as_tokens
+from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.request import RequestState, logical_tokens
 
@@ -54,7 +55,7 @@ class KeepKVRadixCache(SpanGrowth):
 
     def reset(self) -> None:
         # Called by the parent's __init__ too, so the fields are made here.
-        self.spans = SpanTree(self._params.eviction_policy)
+        self.spans = SpanTree(self._params.eviction_policy, group_of=tenant_of, on_split=self.was_cut)
         self.nodes = NodeBook()  # of SGLang's tree: ages for one eviction order over both trees, tokens, locks
         # Dictionaries, not sets: tensor-parallel ranks must walk them in the same order.
         self.namespaces: dict[Scope, dict[tuple[Any, ...], int]] = {}  # how many spans each has
@@ -81,9 +82,8 @@ class KeepKVRadixCache(SpanGrowth):
         state = rt.state_of(params.req) if params.req is not None else None
         entry = None
         if state is not None and len(self.spans):
-            anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
             keyed = state.protection.keyed(as_tokens(key.token_ids))
-            entry = self.spans.match(anchors, state.namespace, keyed, len(key), touch=False)
+            entry = self.spans.match(self.anchors_of(path), state.namespace, keyed, len(key), touch=False)
             if entry is not None and entry.path_tokens <= result.device_prefix_len:
                 entry = None
             if entry is not None:
@@ -101,15 +101,17 @@ class KeepKVRadixCache(SpanGrowth):
 
     def touch_prefix(self, key: RadixKey) -> None:
         """SGLang keeps what waiting requests will need from being evicted: the spans among it too."""
-        super().touch_prefix(key)
         if self.disable or runtime.active() is None:
+            super().touch_prefix(key)
             return
-        found = super().match_prefix(MatchPrefixParams(key=key))
+        found = super().match_prefix(MatchPrefixParams(key=key))  # touches what touch_prefix does, and tells the path
         path = self.path_of(found.last_device_node) if found.device_prefix_len else ()
-        anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
-        for scope, namespaces in self.namespaces.items():
-            for namespace in namespaces if scope[:2] == (key.extra_key, key.cache_salt) else ():
-                self.spans.match(anchors, namespace, key.token_ids, len(key) - 1)
+        if len(self.spans):
+            anchors, tokens, tenant = self.anchors_of(path), as_tokens(key.token_ids), (key.extra_key, key.cache_salt)
+            for namespace in self.spans.namespaces(anchors, tenant, tokens, MOST_NAMESPACES):
+                entry = self.spans.match(anchors, namespace, tokens, len(key) - 1, touch=False)
+                if entry is not None:
+                    self.spans.touch(entry)  # no hit: it comes by every round
         self._touch(path, key.token_ids, (key.extra_key, key.cache_salt, None))
 
     def _touch(self, path: tuple[Any, ...], tokens: Any, scope: Scope, state: RequestState | None = None) -> None:
@@ -241,6 +243,11 @@ class KeepKVRadixCache(SpanGrowth):
         keyed = state.protection.keyed(logical_tokens(req)[: end + lookahead])
         prompt, behind = keyed[:end], keyed[end:]
         assert len(behind) == lookahead, (len(keyed), end, lookahead)
+        if raw and parent is not None and self.join_span(parent, prompt, len(tokens), slots):
+            kv.cache_protected_len = start + m  # under the lock that the request has
+            self._touch_of(req)
+            self._count_published()
+            return True
         span, created = self.insert_span(parent, anchor, anchor_len, namespace, prompt, len(tokens), slots, raw, behind)
         if not created:
             if (span.n, span.m) != (len(tokens), m):
@@ -249,10 +256,14 @@ class KeepKVRadixCache(SpanGrowth):
             self.token_to_kv_pool_allocator.free(slots)
         self._move_lock(req, span, start + m)
         self._touch_of(req)
+        if created:
+            self._count_published()
+        return True
+
+    def _count_published(self) -> None:
         rt = runtime.active()
         if rt is not None:
-            rt.counters["published"] += created
-        return True
+            rt.counters["published"] += 1
 
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
         """Stock for requests that are never compressed; of the others only the anchor is published uncompressed.
@@ -320,6 +331,11 @@ class KeepKVRadixCache(SpanGrowth):
         }
         check_slots(int(allocator.size), {**owners, "running requests": running or ()})
         assert running is not None or not (self.nodes.any_locked() or self.spans.protected_slots), "I2: locked at idle"
+
+
+def tenant_of(namespace: Any) -> tuple[str | None, str | None]:
+    """extra_key and cache_salt: what of a namespace a waiting request's key tells."""
+    return namespace[:2]
 
 
 def _scope(req: Any, key: Any) -> Scope:

@@ -80,12 +80,24 @@ class SpanEvents:
         self._recorder.record_store(span.meta)
         self._take(self._recorder.take())
 
+    def joined(self, span: Span, n: int) -> None:
+        """The last n tokens of a span were appended to it."""
+        node, tokens = span.meta, plain(span.tokens[-n:])
+        extra_key, salt = node.key.extra_key, node.key.cache_salt
+        hashes = token_hashes(tokens, node.hash_value[-1])
+        self._pull()
+        self._recorder.record_store(EventNode(node, RadixKey(tokens, extra_key, cache_salt=salt), hashes))
+        self._take(self._recorder.take())
+        node.key = RadixKey(plain(span.tokens), extra_key, cache_salt=salt)
+        node.hash_value = node.hash_value + hashes
+
     def split(self, upper: Span, lower: Span) -> None:
         """A span was cut: no block changes, but each part must know its own. Children hold on to the lower's node."""
         node, at = lower.meta, upper.n
         extra_key, salt = node.key.extra_key, node.key.cache_salt
-        upper.meta = EventNode(node.parent, RadixKey(upper.tokens, extra_key, cache_salt=salt), node.hash_value[:at])
-        node.parent, node.key = upper.meta, RadixKey(lower.tokens, extra_key, cache_salt=salt)
+        key = RadixKey(plain(upper.tokens), extra_key, cache_salt=salt)
+        upper.meta = EventNode(node.parent, key, node.hash_value[:at])
+        node.parent, node.key = upper.meta, RadixKey(plain(lower.tokens), extra_key, cache_salt=salt)
         node.hash_value = node.hash_value[at:]
 
     def removed(self, span: Span) -> None:

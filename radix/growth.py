@@ -13,8 +13,12 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from keepkv_sglang import runtime
 from keepkv_sglang.protect import marked, plain
 from keepkv_sglang.radix.eviction import FULL, JointEviction
+from keepkv_sglang.radix.keyhash import as_tokens
 from keepkv_sglang.radix.nodes import Scope
-from keepkv_sglang.radix.span import Span, as_tokens
+from keepkv_sglang.radix.span import Span
+
+MOST_NAMESPACES = 4
+"""Configurations that are looked at for one text: those that cached it last."""
 
 
 class SpanGrowth(JointEviction):
@@ -47,28 +51,60 @@ class SpanGrowth(JointEviction):
             raw=raw,
             lookahead=lookahead,
         )
-        scope: Scope = namespace[:3]
         if not created:
             return span, False
         self.count_span(namespace, 1)
-        rt = runtime.active()
         # What a compression left raw belongs to the next one, not to pressure.
-        left = parent is not None and n <= parent.lookahead
-        if raw and not left and rt is not None and namespace[-1] == rt.pressure_key and not marked(span.tokens):
-            self.raw_spans[span.serial] = span
+        if raw and not (parent is not None and n <= parent.lookahead):
+            self._note_raw(span)
         if self.events is not None:
-            self.events.stored(span, plain(prompt), *scope[:2])
-        below = self._match_core(plain(prompt), scope)
-        if below.device_prefix_len > anchor_len:
-            self._find_covered(self.path_of(below.last_device_node), as_tokens([*prompt, *lookahead]), scope)
+            self.events.stored(span, plain(prompt), *namespace[:2])
+        self._note_covered(span, prompt, lookahead)
         return span, True
+
+    def join_span(self, span: Span, prompt: array, n: int, slots: torch.Tensor) -> bool:
+        """Appends the last n tokens of `prompt`, raw in `slots`, to the span that ends where they begin and that only
+        the caller may hold; False where they need a span of their own: see SpanTree.can_join and join."""
+        own = prompt[len(prompt) - n :]
+        if not self.spans.can_join(span, n) or marked(own) != marked(span.tokens):
+            return False
+        if not self.spans.join(span, own, torch.cat([span.slots, slots])):
+            return False
+        self._note_raw(span)
+        if self.events is not None:
+            self.events.joined(span, n)
+        self._note_covered(span, prompt)
+        return True
+
+    def _note_raw(self, span: Span) -> None:
+        """A raw span that pressure may merge."""
+        rt = runtime.active()
+        if rt is not None and span.namespace[-1] == rt.pressure_key and not marked(span.tokens):  # type: ignore[index]
+            self.raw_spans[span.serial] = span
+
+    def _note_covered(self, span: Span, prompt: array, lookahead: Sequence[int] = ()) -> None:
+        """Looks for uncompressed copies of what a span that has grown or is new holds."""
+        scope: Scope = span.namespace[:3]  # type: ignore[index]
+        below = self._match_core(plain(prompt), scope)
+        if below.device_prefix_len > span.anchor_len:
+            tokens = prompt + array("q", lookahead) if lookahead else prompt
+            self._find_covered(self.path_of(below.last_device_node), tokens, scope)
+
+    def anchors_of(self, path: tuple[Any, ...]) -> list[tuple[int | None, int]]:
+        """(anchor, its length) of everything on a path of SGLang's tree that spans may hang below."""
+        return [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
 
     def _find_covered(self, path: tuple[Any, ...], tokens: Any, scope: Scope) -> None:
         """Notes nodes of the path whose tokens are also in spans: they are young, but the first to be given up."""
-        for namespace in self.namespaces.get(scope, ()):
-            anchors = [(None, 0)] + [(n.node_id, n.path_end) for n in path if self.spans.has_anchor(n.node_id)]
+        wanted = [info for info in path if (known := self.covered.get(info.node_id)) is None or known.dead]
+        if not wanted or not len(self.spans):
+            return
+        anchors, tokens = self.anchors_of(path), as_tokens(tokens)
+        for namespace in self.spans.namespaces(anchors, scope[:2], tokens, MOST_NAMESPACES):
+            if namespace[:3] != scope:  # type: ignore[index]
+                continue
             entry = self.spans.match(anchors, namespace, tokens, touch=False)
-            for info in path:  # from the top down: popitem() then gives the lowest first
+            for info in wanted:  # from the top down: popitem() then gives the lowest first
                 if entry is not None and entry.anchor_len <= info.path_start and info.path_end <= entry.path_tokens:
                     known = self.covered.get(info.node_id)
                     if known is None or known.dead:
@@ -92,10 +128,16 @@ class SpanGrowth(JointEviction):
         if parts is None:
             return False
         self.raw_spans[parts[0].serial] = parts[0]
-        self.count_span(span.namespace, 1)
-        if self.events is not None:
-            self.events.split(*parts)
+        self.was_cut(*parts)
         return True
+
+    def was_cut(self, upper: Span, lower: Span) -> None:
+        """A raw span is two now."""
+        self.count_span(upper.namespace, 1)
+        if lower.serial in self.raw_spans:
+            self.raw_spans[upper.serial] = upper
+        if self.events is not None:
+            self.events.split(upper, lower)
 
     def known_path(self, node_id: int) -> bool:
         """Whether all tokens up to the end of this node are known; learns what SGLang split by itself."""

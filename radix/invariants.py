@@ -6,7 +6,9 @@ from array import array
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from .children import WORD
 from .span import Span
+from .tops import Tops
 from .tree import SpanTree
 
 SlotsOf = Callable[[Any], Iterable[int]]
@@ -64,7 +66,7 @@ def i3_no_slot_twice(tree: SpanTree, slots_of: SlotsOf) -> None:
 def i4_no_dangling(tree: SpanTree) -> None:
     """I4: what is listed below anchors and spans is the live spans, each once, below its own parent."""
     reached: dict[int, Span] = {}
-    for anchor, namespaces in tree._tops.items():
+    for anchor, namespaces in tree._tops._indexes.items():
         _require(bool(namespaces), f"I4: anchor {anchor!r} is kept without spans")
         for namespace, tops in namespaces.items():
             _require(len(tops) > 0, f"I4: anchor {anchor!r} keeps namespace {namespace!r} without spans")
@@ -83,7 +85,12 @@ def i4_no_dangling(tree: SpanTree) -> None:
                     _require(child.parent is span, "I4: listed below a stranger", child)
                 stack.extend(children)
     _require(reached == tree._live, f"I4: {len(reached)} spans are listed, {len(tree._live)} are live")
-    _require(tree._tops.keys() == tree._anchor_lens.keys(), "I4: lengths are kept of other anchors")
+    _require(tree._tops._indexes.keys() == tree._tops._lengths.keys(), "I4: lengths are kept of other anchors")
+    fresh = Tops(tree._group_of)
+    for span in tree.spans():
+        if span.parent is None:
+            fresh.add(span)
+    _require(tree._tops.listed() == fresh.listed(), "I4: other namespaces are listed by what spans begin with")
 
 
 def i5_path_sums(tree: SpanTree) -> None:
@@ -94,6 +101,9 @@ def i5_path_sums(tree: SpanTree) -> None:
         _require(not span.raw or span.m == span.n, "I5: a raw span keeps every token", span)
         _require(span.path_tokens == span.anchor_len + sum(link.n for link in chain), "I5: path_tokens", span)
         _require(span.path_slots == span.anchor_len + sum(link.m for link in chain), "I5: path_slots", span)
+        _require(all(link.reach >= span.path_tokens for link in chain), "I5: reaches further", span)
+        inside = span.borders == sorted(set(span.borders)) and all(0 < at < span.n for at in span.borders)
+        _require(inside and (span.raw or not span.borders), f"I5: borders {span.borders}", span)
         for link in chain:
             _require(_place(link) == _place(span), f"I5: another anchor or namespace at {link!r}", span)
 
@@ -126,19 +136,26 @@ def i6_evictable_is_queued(tree: SpanTree) -> None:
 def i7_found_by_its_path(tree: SpanTree) -> None:
     """I7: matching what a live span's path has seen finds it or what follows it; its parent's index finds itself."""
     for span in tree.spans():
-        siblings = tree._tops[span.anchor][span.namespace] if span.parent is None else span.parent.children
-        indexed = siblings is not None and siblings.exact(span.seen) is span
+        siblings = tree._siblings(span)
+        indexed = siblings is not None and siblings.exact(span.data) is span
         _require(indexed, "I7: not in the index", span)
+        for at in span.borders:
+            part = span.data[: at * WORD]
+            indexed = siblings is not None and siblings.joined(part) is span and siblings.exact(part) is None
+            _require(indexed, f"I7: border {at} not in the index", span)
         tokens = array("q", bytes(8 * span.anchor_len))  # the anchor's own tokens are not compared
         for link in span.path():
             start = link.path_tokens - link.n
-            known = tokens[start : start + len(link.seen)]
-            _require(known == link.seen[: len(known)], f"I7: {link!r} does not follow what was seen above it", span)
-            tokens.extend(link.seen[len(known) :])
+            seen = link.seen
+            known = tokens[start : start + len(seen)]
+            _require(known == seen[: len(known)], f"I7: {link!r} does not follow what was seen above it", span)
+            tokens.extend(seen[len(known) :])
         found = tree.match([(span.anchor, span.anchor_len)], span.namespace, tokens, touch=False)
         assert found is not None, f"I7: not found by its path: {span!r}"
         _require(found.path_tokens >= span.path_tokens, f"I7: found {found!r} instead", span)
-        _require(found.follows(tokens), f"I7: {found!r} has other tokens", span)
+        for link in found.chain():
+            start, seen = link.path_tokens - link.n, link.seen
+            _require(tokens[start : start + len(seen)] == seen, f"I7: {found!r} has other tokens", span)
 
 
 def check_slots(total: int, owners: dict[str, Iterable[int]]) -> None:

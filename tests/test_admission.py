@@ -146,3 +146,26 @@ def test_no_round_takes_or_promises_more_than_there_is(pool, chunk, promised, re
         kept = req.state.slots_for(0, prompt - 1) + 1 if compressed else prompt
         later += min(kept, prompt) + (reply if config is None else req.state.reply_growth(reply))
         assert later <= pool
+
+
+def test_a_round_with_a_parked_chunk_admits_nobody(monkeypatch):
+    """SGLang would count one unfinished chunk too many, and drop the first token of the parked request's reply."""
+    adder, long = round_of(100, chunk=128), request(2500, 8)
+    other = request(20, 100, config=None)
+    other.finished = lambda: False
+    adder.running_batch = SimpleNamespace(reqs=[other])
+    scheduler = SimpleNamespace(_pending_chunked_abort_req=None)
+    rt = SimpleNamespace(
+        allocator=SimpleNamespace(available_size=lambda: 100),
+        tree=SimpleNamespace(evictable_size=lambda: 0),
+        scheduler=scheduler,
+        counters={"parked": 0},
+    )
+    monkeypatch.setattr(adders.runtime, "active", lambda: rt)
+    assert adder.budget_state() == AddReqResult.CONTINUE
+    assert adder.add_chunked_req(long) is long and not adder.can_run_list
+    assert adder.budget_state() == AddReqResult.OTHER, "SGLang asks before it looks at anybody"
+    assert rt.counters["parked"] == 1 and scheduler._pending_chunked_abort_req is None
+    adder.running_batch = None  # nobody will ever give slots back
+    assert adder.add_chunked_req(long) is long
+    assert scheduler._pending_chunked_abort_req is long and "KV pool is full" in long.discard_output_reason.message

@@ -122,7 +122,7 @@ def test_a_request_imports_nothing(monkeypatch):
         ("merge", "sum", "unknown merge rule 'sum': use one of least_squares, tangent"),
         ("merge", "policies_of_a_test:not_merged", "must return merging.base.Merged, not Tensor"),
         ("chunk", 0, "chunk 0 is out of range"),
-        ("chunk", "x", "chunk 'x' is out of range"),
+        ("chunk", "x", "chunk 'x' is not a whole number"),
     ],
 )
 def test_what_cannot_work_stops_the_start(field, value, message):
@@ -137,7 +137,8 @@ from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.layer_compress import LayerInput, compress_layer
 from keepkv_sglang.selection import SpanPolicy
 import sys
-config = KeepKVConfig(enabled=True).with_request({"scorer": sys.argv[1]}) if sys.argv[2:] else None
+config = KeepKVConfig(enabled=True, request_keys="scorer")
+config = config.with_request({"scorer": sys.argv[1]}) if sys.argv[2:] else None
 config = config or KeepKVConfig(enabled=True, scorer=sys.argv[1])
 k = torch.randn(40, 2, 8, generator=torch.Generator().manual_seed(0))
 v = torch.zeros_like(k)
@@ -161,7 +162,7 @@ def test_the_example_by_path():
 
 
 def test_the_example_as_an_installed_entry_point(tmp_path):
-    """An installed package gives it a name, and a name may come from a request."""
+    """An installed package gives it a name, and a name may come from a request where the server opens the key."""
     (tmp_path / "new_policy.py").write_text((EXAMPLES / "new_policy.py").read_text())
     info = tmp_path / "new_policy-1.0.dist-info"
     info.mkdir()

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 
 from keepkv_sglang.kernels import choose
+from keepkv_sglang.merging import ridge
 from keepkv_sglang.merging.base import Clusters, Merged
 from keepkv_sglang.scoring.base import Window
 
@@ -39,9 +40,10 @@ def attention_matching(c: Clusters) -> Merged:
     V_r = V + (A A^T + lambda I)^-1 A R,  R_q = sqrt(g_q) sum_{i seen by q} a_qi v_i - sum_c A_cq V_c,
     lambda = 0.03 x mean diagonal of A^T A + 0.001.
 
-    What was dropped is thus spread over all slots. One Cholesky per head, of the smaller of [Q, Q] and [m, m]. A head
-    whose factorisation fails or gives values that are not finite keeps V. Wants many queries that look at
-    different things: with references (scoring/references.py), not with the last few queries alone.
+    What was dropped is thus spread over all slots. One Cholesky per head, of the smaller of [Q, Q] and [m, m], up to
+    1,024 rows; where both are larger, blocks of slots one after the other (ridge.solve). A head whose factorisation
+    fails or gives values that are not finite keeps V. Wants many queries that look at different things: with references
+    (scoring/references.py), not with the last few queries alone.
 
     Measured (SmolLM2-135M, 1,536 tokens, 20 held-out documents, window_references, 256 references, docs/quality.md):
     KL to the full cache over that of SnapKV with eviction .57 at 10 % and .44 at 20 % kept, over that of the released
@@ -57,7 +59,7 @@ def attention_matching(c: Clusters) -> Merged:
     usable = k.isfinite().all(dim=2) & v.isfinite().all(dim=2)
     k, v = (x.masked_fill(~usable[..., None], 0.0) for x in (k, v))
     kernel = choose.implementation("merge", k) if c.window.sums is not None else None
-    if kernel is not None and hasattr(kernel, "fit") and k.shape[1] <= c.window.q.shape[1]:
+    if kernel is not None and hasattr(kernel, "fit") and k.shape[1] <= min(c.window.q.shape[1], ridge.LARGEST):
         votes, delta, solved = _fit_in_one_pass(kernel, c, k, v, start, first, usable)
     else:
         votes, delta, solved = _fit(c, k, v, start, first, usable)
@@ -77,19 +79,34 @@ def _fit(
 ) -> Fitted:
     """k, v [H, m, D]: means of the clusters; start [H, m]: log of their summed votes; first [H, m]: their first tokens;
     usable [H, m]: the means are finite."""
-    window = c.window
-    hidden = first[..., None] > window.position.repeat_interleave(window.group)
-    e = torch.bmm(k, window.q.transpose(1, 2)).sub_(window.log_z[:, None, :]).clamp_(max=MAX_LOG_MASS).exp_()
-    e.masked_fill_(hidden | ~usable[..., None], 0.0)
-    outside = (window.log_z_ctx - window.log_z).exp_()
-    weight = _weight(window)
-    votes, mass = _votes(e, (1 - outside).clamp_(min=0.0), weight, start, c.fixed)
-    attention = e.mul_(votes.exp()[..., None]).div_((outside + mass).clamp(min=1e-30)[:, None])
-    residual = _output(c) - attention.transpose(1, 2) @ v
+    window, output, weight = c.window, c.outputs(), _weight(c.window)
+    position = window.position.repeat_interleave(window.group)
     root = weight.sqrt()
-    attention, residual = attention.mul_(root), residual.mul_(root[:, None])
-    attention[:, : c.fixed] = 0.0  # their part is in the residual
-    return votes, *_ridge(attention, residual)
+
+    def fit(h: slice) -> Fitted:
+        q, log_z, outside = window.q[h], window.log_z[h], (window.log_z_ctx[h] - window.log_z[h]).exp_()
+
+        def masses(slots: slice) -> torch.Tensor:
+            """e [H, b, Q]"""
+            e = torch.bmm(k[h, slots], q.transpose(1, 2)).sub_(log_z[:, None, :]).clamp_(max=MAX_LOG_MASS).exp_()
+            hidden = first[h, slots, None] > position
+            return e.masked_fill_(hidden | ~usable[h, slots, None], 0.0)
+
+        refit = ridge.Refit(masses, len(weight), v[h])
+        votes, mass = _votes(refit, (1 - outside).clamp_(min=0.0), weight, start[h], c.fixed)
+        total, u = (outside + mass).clamp(min=1e-30)[:, None], votes.exp()[..., None]
+
+        def attention(e: torch.Tensor, slots: slice) -> torch.Tensor:
+            return e.mul_(u[:, slots]).div_(total)
+
+        def free(a: torch.Tensor, slots: slice) -> torch.Tensor:
+            a.mul_(root)[:, : max(0, c.fixed - slots.start)] = 0.0
+            return a
+
+        return votes, *refit.solve(attention, free, v[h], output[h], root, RIDGE, MIN_RIDGE)
+
+    votes, delta, solved = ridge.by_heads(fit, len(weight), v)
+    return votes, delta, solved
 
 
 def _fit_in_one_pass(
@@ -101,7 +118,8 @@ def _fit_in_one_pass(
     first: torch.Tensor,
     usable: torch.Tensor,
 ) -> Fitted:
-    """The same on a CPU, where kernels/score and kernels/merge have their C++, for no more slots than queries."""
+    """The same on a CPU, where kernels/score and kernels/merge have their C++, for no more slots than queries
+    and than ridge.LARGEST."""
     window = c.window
     found = kernel.fit(
         k,
@@ -112,7 +130,7 @@ def _fit_in_one_pass(
         window.position.repeat_interleave(window.group),
         window.log_z,
         window.log_z_ctx,
-        _output(c),
+        c.outputs(),
         _weight(window),
         fixed=c.fixed,
         steps=VOTE_STEPS,
@@ -121,7 +139,7 @@ def _fit_in_one_pass(
         ridge=RIDGE,
         min_ridge=MIN_RIDGE,
     )
-    return found.votes, *_solve(found.gram, found.rhs)
+    return found.votes, *ridge.solve_gram(found.gram, found.rhs)
 
 
 def _weight(window: Window) -> torch.Tensor:
@@ -133,53 +151,24 @@ def _weight(window: Window) -> torch.Tensor:
 
 
 def _votes(
-    e: torch.Tensor, share: torch.Tensor, weight: torch.Tensor, start: torch.Tensor, fixed: int
+    e: ridge.Refit, share: torch.Tensor, weight: torch.Tensor, start: torch.Tensor, fixed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """e [H, m, Q], share [H, Q], weight [Q], start [H, m] -> log votes [H, m] and the mass [H, Q] that they give."""
+    """e of all slots, share [H, Q], weight [Q], start [H, m] -> log votes [H, m] and the mass [H, Q] that
+    they give. One pass over e a step, and one before."""
     tiny = 1e-30
-    total, lv = e @ weight, start
-    mass = (lv.exp()[:, None] @ e)[:, 0]
+    pieces, totals, mass = [start[:, part] for part in e.parts], [], torch.zeros_like(share)
+    for part, lv in zip(e.parts, pieces, strict=True):
+        x = e.rows(part)
+        totals.append(x @ weight)
+        mass = mass + (lv.exp()[:, None] @ x)[:, 0]
     for _ in range(VOTE_STEPS):
-        factor = (e @ (weight * share / mass.clamp(min=tiny))[..., None])[..., 0] / total.clamp(min=tiny)
-        change = torch.where(total > tiny, factor.clamp(min=tiny).log_(), 0.0)  # nobody looks: as it was
-        change[:, :fixed] = 0.0
-        lv = (lv - start + change).clamp_(-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION) + start
-        mass = (lv.exp()[:, None] @ e)[:, 0]
-    return lv, mass
-
-
-def _output(c: Clusters) -> torch.Tensor:
-    """[H, Q, D]: the span's part of the queries' attention outputs."""
-    if c.window.sums is not None and c.window.sums.output is not None:
-        return c.window.sums.output
-    first_hidden = int(c.window.position.min()) + 1
-    output = c.v.new_zeros(())
-    for block in c.window.blocks():
-        attention = c.window.attention(block)
-        seen = min(max(first_hidden - block.start, 0), attention.shape[1])
-        output = output + attention[:, :seen].transpose(1, 2) @ c.v[:, block][:, :seen]
-        if seen < attention.shape[1]:
-            hidden = c.window.hidden(slice(block.start + seen, block.stop))
-            late = attention[:, seen:].masked_fill(hidden, 0.0)
-            output = output + late.transpose(1, 2) @ c.v[:, block][:, seen:]
-    return output
-
-
-def _ridge(a: torch.Tensor, r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """delta [H, m, D] = (A A^T + lambda I)^-1 A R = A (A^T A + lambda I)^-1 R, a [H, m, Q], r [H, Q, D]; solved [H]."""
-    m, queries = a.shape[1:]
-    power = a.square().sum(dim=(1, 2)) / queries
-    gram = a @ a.transpose(1, 2) if m <= queries else a.transpose(1, 2) @ a
-    gram.diagonal(dim1=1, dim2=2).add_((RIDGE * power + MIN_RIDGE)[:, None])
-    if m <= queries:
-        return _solve(gram, a @ r)
-    delta, solved = _solve(gram, r)
-    delta = a @ delta
-    return delta, solved & delta.isfinite().flatten(1).all(dim=1)
-
-
-def _solve(gram: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gram^-1 right, solved [H] bool: gram could be factorised and the result is finite)."""
-    factor, info = torch.linalg.cholesky_ex(gram)
-    delta = torch.cholesky_solve(right, factor)
-    return delta, (info == 0) & delta.isfinite().flatten(1).all(dim=1)
+        wanted, mass = (weight * share / mass.clamp(min=tiny))[..., None], torch.zeros_like(share)
+        for i, (part, total) in enumerate(zip(e.parts, totals, strict=True)):
+            x, base = e.rows(part), start[:, part]
+            factor = (x @ wanted)[..., 0] / total.clamp(min=tiny)
+            change = torch.where(total > tiny, factor.clamp(min=tiny).log_(), 0.0)  # nobody looks: as it was
+            change[:, : max(0, fixed - part.start)] = 0.0
+            correction = (pieces[i] - base + change).clamp_(-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION)
+            pieces[i] = correction + base
+            mass = mass + (pieces[i].exp()[:, None] @ x)[:, 0]
+    return torch.cat(pieces, dim=1), mass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from keepkv_sglang.merging.base import Clusters, Merged
+from keepkv_sglang.merging.base import Clusters, Merged, by_slots
 
 RIDGE = 0.3
 """lambda as a fraction of the mean diagonal of Q Q^T."""
 MAX_LOG_VOTE_CORRECTION = 4.0
 
 
+@by_slots
 def least_squares(c: Clusters) -> Merged:
     """From tangent's k_bar, with Q the scaled window queries [Q, D] and P = sum_{i in C} p_i:
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from keepkv_sglang.merging.base import Clusters, Merged
+from keepkv_sglang.merging.base import Clusters, Merged, by_slots
 
 
+@by_slots
 def tangent(c: Clusters) -> Merged:
     """k_r, v_r = means weighted by w = p s_hat;
     log p_r = mean over Q of [log sum_{i in C} p_i exp(l_qi) - q.k_r], weighted by the cluster's attention

@@ -160,8 +160,12 @@ class Window:
 
         Differs from the paper: softmax-normalised per query (so that exp cannot overflow; Eq. 8 takes the
         raw exp); and the numerator ignores the causal mask, so that the last tokens, which few window
-        queries may see, do not weigh zero in a merge. Without queries s_hat_i = 1: w_i = p_i.
+        queries may see, do not weigh zero in a merge. Without queries s_hat_i = 1: w_i = p_i. Read-only.
         """
+        return self._log_weight
+
+    @cached_property
+    def _log_weight(self) -> torch.Tensor:
         if self.q.shape[1] == 0:
             return self.lv
         if self.sums is not None:

@@ -295,18 +295,22 @@ class World:
 
     def abort(self, req: Any) -> None:
         """Releases a request in the middle of its prompt."""
-        self._end(req, FINISH_ABORT("the pool is full in the middle of this prompt"))
+        self._end(req, FINISH_ABORT("the pool is full in the middle of this prompt"), checkpoint=False)
 
-    def _end(self, req: Any, reason: Any) -> None:
+    def retract(self, req: Any) -> None:
+        """Takes a running request's row away; what the cache can keep of it is published."""
+        self._end(req, None, checkpoint=False)
+
+    def _end(self, req: Any, reason: Any, checkpoint: bool = True) -> None:
         req.finished_reason = reason
         self.reserved -= self.promised.pop(req)
         if not req.kv.holds_kv:  # nothing was allocated yet
             self.tree.unlock(req.lock)
             req.lock = None
         elif self.rt is not None:
-            scheduler_hooks.around_release(self._release, req, self.tree, checkpoint=True)
+            scheduler_hooks.around_release(self._release, req, self.tree, checkpoint=checkpoint)
         else:
-            self._release(req, self.tree, checkpoint=True)
+            self._release(req, self.tree, checkpoint=checkpoint)
 
     def _decode(self, req: Any, count: int) -> None:
         kv = req.kv

@@ -45,6 +45,21 @@ class Segments:
         offsets = counts.cumsum(0) - counts
         return Segments(rows[:members], ordered[:members], offsets, counts, heads, m)
 
+    @staticmethod
+    def sorted(cluster: torch.Tensor, rows: torch.Tensor, heads: int, m: int) -> Segments:
+        """From members in order: cluster [T] flat cluster numbers, ascending, and rows [T]."""
+        counts = torch.bincount(cluster, minlength=heads * m)
+        return Segments(rows, cluster, counts.cumsum(0) - counts, counts, heads, m)
+
+    def slots(self, part: torch.Tensor) -> Segments:
+        """Clusters `part` [P] int64, ascending, of every head, numbered from 0."""
+        number = part.new_full((self.m,), -1)
+        number[part] = torch.arange(len(part), device=part.device)
+        number = number[self.cluster % self.m]
+        inside = number >= 0
+        cluster = torch.div(self.cluster, self.m, rounding_mode="floor") * len(part) + number
+        return Segments.sorted(cluster[inside], self.rows[inside], self.heads, len(part))
+
 
 def segment_sum(
     table: torch.Tensor, seg: Segments, weights: torch.Tensor | None = None, index: torch.Tensor | None = None

@@ -18,7 +18,7 @@ from keepkv_sglang.simulate.world import World
 @pytest.fixture
 def server(request) -> Iterator[Server]:
     values = {"budget": 0.25, "window": 4, "recent": 2, "sinks": 1, "interval": 16, "min_tokens": 8}
-    config = KeepKVConfig(enabled=True, **values, pressure_free=0.5, **getattr(request, "param", {}))
+    config = KeepKVConfig(enabled=True, **values, pressure="merge", pressure_free=0.5, **getattr(request, "param", {}))
     world = World(config, slots=600, scale=1, longest=2000, rows=4)
     with world.running():
         yield Server(world)
@@ -169,6 +169,23 @@ def test_a_raw_span_with_protected_tokens_stays_raw(server, monkeypatch):
     marks = [span for span in server.tree.spans.spans() if span.raw and max(span.tokens) > 1 << 32]
     assert marks and all(span.serial not in server.tree.raw_spans for span in marks)
     assert server.tree.raw_spans, "the other's is queued"
+
+
+def test_turns_of_one_token_do_not_grow_a_chain(server):
+    """Each is too short to be compressed; what a request that parts at any of them finds is as before."""
+    prompt = [*SYSTEM, *text(200, 20), BORDER, 5]
+    ends = []
+    for turn in range(40):
+        assert server.run(prompt, reply=2) == (ends[-1] if ends else 0)
+        ends.append(len(prompt) + 1)
+        prompt = [*prompt, 9000, 2000 + turn]
+    last = max(server.tree.spans.spans(), key=lambda span: span.path_tokens)
+    assert len(last.path()) == 4 and last.borders, "the compressed turn, what it left raw, two joined spans"
+    assert len(server.tree.raw_spans) <= 3
+    for end in ends[::-3]:
+        assert server.cached([*prompt[:end], 7, 7]) == end
+        assert server.run([*prompt[:end], 8, 8], reply=2) == end
+    assert server.cached(prompt) == ends[-1]
 
 
 def test_check_slots_notices_every_kind_of_damage():

@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang import compressor, pressure
-from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.config import ConfigError, KeepKVConfig
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.selection import check_ranges, left_raw, select
 from keepkv_sglang.simulate.traces import BORDER
@@ -68,7 +68,7 @@ class CacheMachine(RuleBasedStateMachine):
         config = KeepKVConfig(
             enabled=True,
             **{"budget": 0.3, "window": 4, "recent": 2, "sinks": 1, "interval": 8, "min_tokens": 6}
-            | {"pressure_free": 0.4, "pressure_tokens": 64}
+            | {"pressure": "merge", "request_keys": "all", "pressure_free": 0.4, "pressure_tokens": 64}
             | self.CONFIG,
         )
         self.world = World(
@@ -174,6 +174,19 @@ class CacheMachine(RuleBasedStateMachine):
             self.computed(len(self.fresh) - 1)
             self.finish(len(self.decoding) - 1)
 
+    @rule(history=st.integers(1, 4), turns=st.integers(1, 6), token=st.integers(0, 1))
+    def short_turns(self, history: int, turns: int, token: int) -> None:
+        """A token or two at a time: raw spans that are joined, and parted where another goes on otherwise."""
+        for _ in range(turns):
+            if history > len(self.finished):
+                return
+            req = self.start(history, [(token,)], None, None, 1)
+            if req is None:
+                return
+            self.computed(len(self.fresh) - 1)
+            self.finish(len(self.decoding) - 1)
+            history = 1
+
     @rule(**REQUEST)
     def arrive(self, **values: Any) -> None:
         self.start(**values)
@@ -188,7 +201,10 @@ class CacheMachine(RuleBasedStateMachine):
         req = Req(f"r{next(self.rids)}", "", array("q", prompt), sampling, extra_key=extra_key)
         tokens = array("q", prompt)
         req.origin_input_ids = tokens
-        state = self.rt.state_of(req)
+        try:
+            state = self.rt.state_of(req)
+        except ConfigError:
+            return None  # such as fair ranges with a budget in slots
         if len(prompt) >= SLOTS - reply - 2 and (state is None or len(prompt) > 900):
             return None  # refused by the server
         same = reply // 2  # replies begin alike and part: SGLang's tree splits there

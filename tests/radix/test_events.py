@@ -102,6 +102,27 @@ def test_a_split_span_takes_back_each_half_with_its_half():
         assert removed(world.events.take()) == [hashes(PROMPT)[i] for i in expected]
 
 
+def test_a_joined_span_announces_what_is_new_and_takes_back_what_its_parts_are():
+    world = World()
+    span = world.span(world.span(None, "anchor", 8, 20), "anchor", 8, 23)
+    world.events.take()
+    for end in (25, 33):
+        assert world.tree.join(span, PROMPT[span.path_tokens : end], list(range(end - 20)))
+        world.events.joined(span, end - 20 - span.borders[-1])
+    events = world.events.take()
+    assert stored(events) == hashes(PROMPT)[23:33]
+    assert events[0].parent_block_hash == hashes(PROMPT)[22]
+    assert [token for event in events for token in event.token_ids] == list(PROMPT[23:33])
+    world.tree._on_split = world.events.split
+    upper = world.tree.match([("anchor", 8)], None, [*PROMPT[:25], 1])
+    assert upper is span.parent and upper.path_tokens == 25
+    below = world.span(span, "anchor", 8, 40)
+    assert stored(world.events.take()) == hashes(PROMPT)[33:40]
+    for gone, expected in ((below, range(33, 40)), (span, range(25, 33)), (upper, range(20, 25))):
+        world.remove(gone)
+        assert removed(world.events.take()) == [hashes(PROMPT)[i] for i in expected]
+
+
 def test_a_block_is_removed_with_its_last_copy():
     block = hashes(PROMPT)[0]
     from_core = BlockStored(

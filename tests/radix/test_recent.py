@@ -22,7 +22,7 @@ RECENT = 6
 @pytest.fixture
 def server(request) -> Iterator[Server]:
     values = {"budget": 0.25, "window": 4, "recent": RECENT, "sinks": 1, "interval": 16, "min_tokens": 8}
-    values |= {"references": 0, "pressure_free": 0.5}
+    values |= {"references": 0, "pressure": "merge", "pressure_free": 0.5}
     config = KeepKVConfig(enabled=True, **values | getattr(request, "param", {}))
     world = World(config, slots=600, scale=1, longest=2000, rows=4)
     with world.running():
@@ -118,12 +118,13 @@ def test_a_retracted_reply_is_found_with_its_recent_tokens(server):
     req = server.admit(prompt, 40)
     assert server.world.prefill(req)
     server.world.prefilled(req)
+    req.output_ids.append(9000)
     while req.kv.kv_committed_len + server.world._state(req).offset < len(prompt) - 1 + 20:
         server.world._decode(req, 1)
         req.output_ids.append(9000 + len(req.output_ids))
         server.world._compress(req)
     assert server.world._state(req).counted_tokens == len(prompt) - 1 + 16
-    server.world.abort(req)
+    server.world.retract(req)
     assert server.cached([*prompt, *text(9000, 40)]) >= len(prompt) - 1 + 16
     assert array("q", prompt) == req.origin_input_ids
 

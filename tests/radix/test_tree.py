@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from spans import NO_ANCHOR, add
 
+from keepkv_sglang.radix import children
+from keepkv_sglang.radix.children import HEAD_TOKENS
 from keepkv_sglang.radix.invariants import check_tree
-from keepkv_sglang.radix.span import HEAD_TOKENS, KeyHash
+from keepkv_sglang.radix.keyhash import KeyHash
 from keepkv_sglang.radix.tree import SpanTree
 
 # -- matching ------------------------------------------------------------------------------------------------
@@ -159,6 +161,7 @@ def test_hash_collisions_never_show_another_span(
     tree: SpanTree, monkeypatch: pytest.MonkeyPatch, constant_bits: int
 ) -> None:
     """With 1, 2 or 8 hash values in all, every answer stays exact."""
+    monkeypatch.setattr(children, "FEW", 0)
     true_hash = KeyHash.of
     monkeypatch.setattr(KeyHash, "of", lambda self, a, n: true_hash(self, a, n) & (2**constant_bits - 1))
     keys = [list(bits) for bits in product((0, 1), repeat=5)] + [[*range(HEAD_TOKENS + 8), x] for x in range(20)]

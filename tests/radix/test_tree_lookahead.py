@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepkv_sglang.radix.children import HEAD_TOKENS
 from keepkv_sglang.radix.invariants import check_tree
-from keepkv_sglang.radix.span import HEAD_TOKENS, Span
+from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 
 ROOT = [(None, 0)]

@@ -1,25 +1,25 @@
 """Random operations on SpanTree against a dictionary that does everything by brute force.
 
-Over 400 lines, since a state machine of hypothesis is one class: its model and every rule that is checked against it.
+The dictionary is tree_model.py's; here are the operations, each on both.
 KEEPKV_SOAK=1 runs 2,000 longer examples of each machine instead of 100 (fewer for what is not plain lru).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tree_model import ANCHORS, NAMESPACES, ORDERS, PICK, SHORT, TOKENS, Entry, Key, TreeModel
 
+from keepkv_sglang.radix import children
+from keepkv_sglang.radix.children import HEAD_TOKENS
 from keepkv_sglang.radix.invariants import check_tree
+from keepkv_sglang.radix.keyhash import KeyHash
 from keepkv_sglang.radix.order import Usage
-from keepkv_sglang.radix.span import HEAD_TOKENS, KeyHash, Span
-from keepkv_sglang.radix.tree import SpanTree
+from keepkv_sglang.radix.span import JOINED_TOKENS
 
 SOAK = os.environ.get("KEEPKV_SOAK") == "1"
 
@@ -33,104 +33,8 @@ def at_most(examples: int) -> settings:
     )
 
 
-# Anchors by their content. Few tokens and few lengths, so that branches overlap all the time; the long runs
-# are there to cross HEAD_TOKENS.
-ANCHORS: dict[Any, tuple[int, ...]] = {None: (), "p": (0,), "pq": (0, 0, 1), "r": (1,)}
-LONG = st.sampled_from([(0,) * (HEAD_TOKENS + d) for d in (-1, 0, 1, 9)])
-SHORT = st.lists(st.integers(0, 1), min_size=1, max_size=4).map(tuple)
-TOKENS = st.one_of(SHORT, SHORT, LONG, st.builds(tuple.__add__, LONG, SHORT))
-NAMESPACES = st.sampled_from(["a", "b"])
-PICK = st.integers(0, 10**6)
-
-# The orders once more, in the model's words.
-ORDERS: dict[str, Callable[[Entry], Any]] = {
-    "lru": lambda entry: entry.used,
-    "mru": lambda entry: -entry.used,
-    "fifo": lambda entry: entry.created,
-    "filo": lambda entry: -entry.created,
-    "lfu": lambda entry: (entry.hits, entry.used),
-    "slru": lambda entry: (min(entry.hits, 2), entry.used),
-}
-
-Key = tuple[Any, str, tuple[tuple[int, ...], ...]]  # anchor, namespace, the chain's tokens from the top
-
-
-@dataclass
-class Entry:
-    """What the model knows of one span."""
-
-    span: Span
-    m: int
-    raw: bool
-    created: int
-    used: int
-    hits: int = 1
-    locks: int = 0
-
-
-class TreeMachine(RuleBasedStateMachine):
+class TreeMachine(TreeModel, RuleBasedStateMachine):
     """One rule per operation; after each the tree must equal the model and keep I1 to I7."""
-
-    policy = "lru"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tree = SpanTree(self.policy)
-        self.model: dict[Key, Entry] = {}
-        self.held: list[Key] = []  # one element per lock not yet undone
-        self.clock = 0
-        self.slot_ids = count()
-
-    # -- the model ---------------------------------------------------------------------------------------
-
-    def chain(self, key: Key) -> list[Key]:
-        anchor, namespace, path = key
-        return [(anchor, namespace, path[:depth]) for depth in range(len(path), 0, -1)]
-
-    def below(self, key: Key) -> list[Key]:
-        depth = len(key[2])
-        return [other for other in self.model if other[:2] == key[:2] and other[2][:depth] == key[2]]
-
-    def free_leaves(self) -> list[Key]:
-        return [key for key, entry in self.model.items() if not entry.locks and len(self.below(key)) == 1]
-
-    def text(self, key: Key) -> tuple[int, ...]:
-        return sum(key[2], ANCHORS[key[0]])
-
-    def rank(self, key: Key) -> tuple[int, int, int, int]:
-        slots = sum(self.model[link].m for link in self.chain(key))
-        anchor_len = len(ANCHORS[key[0]])
-        return len(self.text(key)), anchor_len, anchor_len + slots, -self.model[key].span.serial
-
-    def use(self, key: Key, hit: bool) -> None:
-        self.clock += 1
-        for link in self.chain(key):
-            self.model[link].used = self.clock
-            self.model[link].hits += hit
-
-    def rename(self, key: Key, new: Key) -> None:
-        """A span hangs elsewhere now, and all below it."""
-        for old in self.below(key):
-            renamed = (*new[:2], new[2] + old[2][len(key[2]) :])
-            self.model[renamed] = entry = self.model.pop(old)
-            entry.span.meta = renamed
-
-    def fresh_slots(self, m: int) -> list[int]:
-        return [next(self.slot_ids) for _ in range(m)]
-
-    def pick(self, keys: list[Key], index: int) -> Key:
-        return keys[index % len(keys)]
-
-    def forget(self, keys: list[Key], removed: list[Span]) -> None:
-        """The tree must have removed exactly these, each after its children, and marked them dead."""
-        assert {span.serial for span in removed} == {self.model[key].span.serial for key in keys}
-        assert len(removed) == len(keys) and all(span.dead for span in removed)
-        order = {span.serial: place for place, span in enumerate(removed)}
-        for span in removed:
-            if span.parent is not None and span.parent.serial in order:
-                assert order[span.serial] < order[span.parent.serial]
-        for key in keys:
-            del self.model[key]
 
     # -- the rules ---------------------------------------------------------------------------------------
 
@@ -138,6 +42,7 @@ class TreeMachine(RuleBasedStateMachine):
         anchor, namespace, path = key
         tokens = path[-1]
         m = len(tokens) if raw else min(m, len(tokens))
+        joined = self.joined(key)
         span, new = self.tree.insert(
             parent=self.model[parent].span if parent else None,
             anchor=anchor,
@@ -149,6 +54,7 @@ class TreeMachine(RuleBasedStateMachine):
             raw=raw,
             meta=key,
         )
+        assert self.settle() == ([joined] if joined is not None else [])
         assert new == (key not in self.model)
         if new:
             self.model[key] = Entry(span, m, raw, created=self.clock + 1, used=0)
@@ -174,20 +80,38 @@ class TreeMachine(RuleBasedStateMachine):
     def match(self, namespace: str, text: tuple[int, ...], limit: int | None, touch: bool) -> None:
         anchors = [(a, len(content)) for a, content in ANCHORS.items() if text[: len(content)] == content]
         key = text if limit is None else text[: max(limit, 0)]
+        below = [other for other in self.model if (other[0], len(ANCHORS[other[0]])) in anchors]
         hits = [
-            other
-            for other in self.model
-            if (other[0], len(ANCHORS[other[0]])) in anchors
-            and other[1] == namespace
-            and key[: len(self.text(other))] == self.text(other)
+            part
+            for other in below
+            if other[1] == namespace
+            for part in self.parts(other)
+            if key[: len(self.text_of(part))] == self.text_of(part)
         ]
+        heads = {
+            part[0][1]: None
+            for other in below
+            if len(other[2]) == 1
+            for part in self.parts(other)
+            if text[: len(ANCHORS[other[0]]) + HEAD_TOKENS][: len(self.text_of(part))]
+            == self.text_of(part)[: len(ANCHORS[other[0]]) + HEAD_TOKENS]
+        }
+        known = self.tree.namespaces(anchors, "all", text, 9)
+        assert len(known) == len(heads) and heads.keys() == set(known)
+        assert self.tree.namespaces(anchors, "others", text, 9) == []
+        assert len(self.tree.namespaces(anchors, "all", text, 1)) <= 1
         found = self.tree.match(anchors, namespace, text, limit=limit, touch=touch)
         if not hits:
-            assert found is None
+            assert found is None and not self.cuts
             return
-        best = max(hits, key=self.rank)
-        assert found is self.model[best].span
-        assert (found.path_tokens, found.path_slots) == (len(self.text(best)), self.rank(best)[2])
+        part = max(hits, key=self.rank)
+        rank = self.rank(part)
+        assert self.settle() == ([part] if part[1] else [])
+        assert found is not None
+        best = found.meta
+        assert (found.path_tokens, found.path_slots) == (rank[0], rank[2])
+        assert found is self.model[best].span and self.text(best) == key[: rank[0]]
+        assert part[1] or best == part[0]
         if touch:
             self.use(best, hit=True)
 
@@ -242,9 +166,29 @@ class TreeMachine(RuleBasedStateMachine):
         key = self.pick([key for key, entry in self.model.items() if not entry.locks and entry.m > 1], index)
         entry = self.model[key]
         old, old_m = entry.span.slots, entry.m
-        entry.m, entry.raw = 1 + m % (old_m - 1), False
+        entry.m, entry.raw, entry.borders = 1 + m % (old_m - 1), False, []
         assert self.tree.replace(entry.span, self.fresh_slots(entry.m), entry.m) is old
         assert len(old) == old_m
+
+    @precondition(lambda self: any(entry.raw for entry in self.model.values()))
+    @rule(index=PICK, tokens=TOKENS)
+    def join(self, index: int, tokens: tuple[int, ...]) -> None:
+        key = self.pick([key for key, entry in self.model.items() if entry.raw], index)
+        entry, old = self.model[key], key[2][-1]
+        can = len(self.below(key)) == 1 and entry.locks <= 1 and len(old) + len(tokens) <= JOINED_TOKENS
+        assert self.tree.can_join(entry.span, len(tokens)) == can
+        if not can:
+            return
+        new = (*key[:2], (*key[2][:-1], old + tokens))
+        slots = [*entry.span.slots, *self.fresh_slots(len(tokens))]
+        done = self.tree.join(entry.span, tokens, slots)
+        assert done == (new not in self.model and self.joined(new) is None)
+        if not done:
+            return
+        self.rename(key, new)
+        entry.borders.append(len(old))
+        entry.m, entry.created = len(slots), self.clock + 1
+        self.use(new, hit=False)
 
     def splittable(self) -> list[Key]:
         return [key for key, entry in self.model.items() if entry.raw and not entry.locks and entry.m > 1]
@@ -258,16 +202,13 @@ class TreeMachine(RuleBasedStateMachine):
         slots = entry.span.slots
         pair = self.tree.split(entry.span, at, slots[:at], slots[at:])
         upper_key = (*key[:2], (*key[2][:-1], tokens[:at]))
-        if upper_key in self.model:
+        if upper_key in self.model or self.joined(upper_key) not in (None, (key, at)):
             assert pair is None
             return
         assert pair is not None
         upper, lower = pair
         assert lower is entry.span and upper.meta is None
-        upper.meta = upper_key
-        self.rename(key, (*upper_key[:2], (*upper_key[2], tokens[at:])))
-        self.model[upper_key] = replace(entry, span=upper, m=at)
-        entry.m -= at
+        self.cut(upper, lower, at)
 
     @rule(anchor=st.sampled_from(["p", "pq", "r"]), namespace=NAMESPACES, index=PICK, m=PICK, twin=st.booleans())
     def adopt(self, anchor: Any, namespace: str, index: int, m: int, twin: bool) -> None:
@@ -285,10 +226,15 @@ class TreeMachine(RuleBasedStateMachine):
             except AssertionError:
                 return  # and the invariants see that nothing has moved
             raise AssertionError("adopted a locked span")
+        parts = [part for key in [*tops, *(key for key in self.below(home) if key[2][:-1] == home[2])]
+                 for part in self.parts(key)[1:]]  # fmt: skip
+        removed = self.tree.adopt(anchor, namespace, self.model[home].span)
+        assert len(self.settle()) == (len(parts) if tops else 0)
+        tops = [key for key in self.model if key[:2] == (anchor, namespace) and len(key[2]) == 1]
         new_keys = {top: (*home[:2], home[2] + top[2]) for top in tops}
         twins = [top for top, new in new_keys.items() if new in self.model]
         gone = [key for twin in twins for key in self.below(twin)]
-        self.forget(gone, self.tree.adopt(anchor, namespace, self.model[home].span))
+        self.forget(gone, removed)
         for top, new in new_keys.items():
             if top not in twins:
                 self.rename(top, new)
@@ -358,6 +304,7 @@ class TreeMachine(RuleBasedStateMachine):
         for entry in self.model.values():
             span = entry.span
             assert (span.lock_ref, span.m, span.raw) == (entry.locks, entry.m, entry.raw)
+            assert span.borders == entry.borders and tuple(span.tokens) == span.meta[2][-1]
             assert (span.created, span.last_access, span.hits) == (entry.created, entry.used, entry.hits)
         assert self.tree.evictable_slots == sum(entry.m for entry in self.model.values() if not entry.locks)
         assert self.tree.protected_slots == sum(entry.m for entry in self.model.values() if entry.locks)
@@ -372,8 +319,23 @@ class TreeMachine(RuleBasedStateMachine):
         assert self.tree.oldest() is (expected.span if expected else None)
 
 
-class CollidingTreeMachine(TreeMachine):
+class IndexedTreeMachine(TreeMachine):
+    """The same where children are found by their index from so many on."""
+
+    FEW = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, children.FEW = children.FEW, self.FEW
+
+    def teardown(self) -> None:
+        children.FEW = self.few
+
+
+class CollidingTreeMachine(IndexedTreeMachine):
     """The same with two hash values in all: nothing may depend on hashes being distinct."""
+
+    FEW = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -381,6 +343,7 @@ class CollidingTreeMachine(TreeMachine):
         KeyHash.of = lambda key, start, n: true_hash(key, start, n) & 1  # type: ignore[method-assign]
 
     def teardown(self) -> None:
+        super().teardown()
         KeyHash.of = self.true_hash  # type: ignore[method-assign]
 
 
@@ -395,6 +358,7 @@ def ordered_by(policy: str) -> Any:
 
 
 TestTree = case(TreeMachine, 100)
+TestIndexedTree = case(IndexedTreeMachine, 60)
 TestCollidingTree = case(CollidingTreeMachine, 60)
 TestLfuTree = ordered_by("lfu")
 TestFifoTree = ordered_by("fifo")

@@ -9,6 +9,8 @@ import urllib.request
 import pytest
 from client import body, flush, generate, numbers, tokens
 
+from keepkv_sglang.hooks.endpoints import ENDPOINTS
+
 pytestmark = pytest.mark.server
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -93,7 +95,6 @@ OTHERS = [
     ("/api/chat", {"model": "m", "stream": False, "messages": HELLO, "options": {"num_predict": 2}}),
     ("/api/generate", {"model": "m", "stream": False, "prompt": "Hello", "options": {"num_predict": 2}}),
     ("/v1/score", {"model": "m", "query": "Hello", "items": [" you"], "label_token_ids": [9, 10]}),
-    ("/v1/responses", {"model": "m", "input": "Hello", "max_output_tokens": 2}),
 ]
 
 
@@ -109,7 +110,13 @@ def test_endpoints_whose_parsers_drop_custom_params(server, path, request_):
 def long_text(path, text):
     if path in ("/v1/messages", "/api/chat"):
         return {"messages": [{"role": "user", "content": text}]}
-    return {{"/api/generate": "prompt", "/v1/score": "query"}.get(path, "input"): text}
+    return {{"/api/generate": "prompt", "/v1/score": "query"}[path]: text}
+
+
+@pytest.mark.parametrize("path", sorted(ENDPOINTS))
+def test_each_endpoint_refuses_them_before_it_parses(server, path):
+    """Also those that this machine cannot serve, such as /v1/responses without its vocabulary."""
+    refused(server, path, {"model": "m", "custom_params": {"keepkv": {"budget": -1}}}, "budget -1")
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/api/chat", "/api/generate"])

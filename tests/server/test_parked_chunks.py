@@ -38,13 +38,16 @@ def together(server, calls, pause_s):
     return answers
 
 
-def check(server, calls, answers):
-    """Length, logical tokens, and what a next turn hits, against what was really generated."""
-    for (ids, new, keepkv), (status, data) in zip(calls, answers, strict=True):
+def check(server, calls, answers, looked_at):
+    """Length and logical tokens of every answer; of `looked_at` also what a next turn hits, and of those that are never
+    compressed that a quiet server answers the same."""
+    for index, ((ids, new, keepkv), (status, data)) in enumerate(zip(calls, answers, strict=True)):
         assert status == 200, data
         info, out = data["meta_info"]["keepkv"], data["output_ids"]
         assert len(out) == new, (len(ids), keepkv, data["meta_info"])
         assert info["logical_tokens"] == len(ids) + new - 1, (len(ids), new, info)
+        if index not in looked_at:
+            continue
         next_turn = ids + out + tokens(5, len(ids))
         if keepkv == OFF:
             assert generate(server, ids, new, OFF).ids == out, "not what a quiet server answers"
@@ -62,19 +65,14 @@ def chaos(server, seed):
     calls.append((tokens(2500, seed + 20), 8, {"budget": 0.1}))
     calls += [(tokens(12, seed + 30 + index), 2, OFF) for index in range(rng.randrange(20, 40))]
     before = numbers(server)["counters"]["parked"]
-    check(server, calls, together(server, calls, rng.choice((0.05, 0.1, 0.2))))
+    answers = together(server, calls, rng.choice((0.05, 0.1, 0.2)))
+    check(server, calls, answers, {14, *rng.sample(range(14), 2), *rng.sample(range(15, len(calls)), 4)})
     flush(server)
     return numbers(server)["counters"]["parked"] - before
-
-
-@pytest.mark.parametrize("overlap", [False, True], ids=["no_overlap", "overlap"])
-def test_no_token_is_lost_beside_a_parked_chunk(launch, overlap):
-    server = launch(*FLAGS, *(() if overlap else ("--disable-overlap-schedule",)))
-    assert chaos(server, 1000) > 0, "no chunk was parked"
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("flags", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no_overlap"])
 def test_chaos(launch, flags):
     server = launch(*FLAGS, *flags)
-    assert sum(chaos(server, 10_000 * seed) for seed in range(1, 11)) > 0
+    assert sum(chaos(server, 10_000 * seed) for seed in range(1, 11)) > 0, "no chunk was parked"

@@ -277,5 +277,4 @@ def test_memory_is_reported_and_small(server):
     memory = numbers(server)["memory"]
     assert memory["persistent_share_of_16_bit_pool"] < 0.02
     assert memory["arena_bytes"] <= 512 << 20 and memory["votes_bytes"] > 0
-    # Fixed, whatever the pool: 128 queries of 30 layers, 9 heads of 64 in float32.
-    assert memory["calibration_bytes"] == 128 * 30 * 9 * 64 * 4
+    assert memory["calibration_bytes"] == 0, "only --keepkv-pressure merge needs it"
