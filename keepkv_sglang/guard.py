@@ -12,7 +12,7 @@ Every hook that SGLang calls there is `guarded`. The table says what happens ins
 | ForwardBatch.init_new | requests of this step that have compressed slots fail |
 | release_kv_cache | nothing is published, SGLang frees the row |
 | prefill adder | SGLang's own estimate counts; a prompt longer than the pool, which that would never admit, fails |
-| match_prefix, touch_prefix, checkpoint of the cache | SGLang's own answer counts, nothing is published |
+| match_prefix, touch_prefix, checkpoint of the cache | SGLang's own match counts, ages are not noted |
 | get_internal_state, output streamer, on_idle | the number is missing |
 
 An error of SGLang's own, raised inside what we wrap, goes on its way unchanged. `errors` counts ours by hook; the log

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams, MatchResul
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from keepkv_sglang import runtime
+from keepkv_sglang.guard import guarded
 from keepkv_sglang.radix.events import SpanEvents
 from keepkv_sglang.radix.growth import MOST_NAMESPACES, SpanGrowth
 from keepkv_sglang.radix.invariants import check_slots, check_tree
@@ -77,6 +78,12 @@ class KeepKVRadixCache(SpanGrowth):
             return result
         if envs.SGLANG_RADIX_FORCE_MISS.get():
             return result  # SGLang turns it into a miss afterwards and knows nothing of our slot count
+        longer: MatchResult = self._match_spans(rt, params, result)
+        return longer
+
+    @guarded(lambda _error, _self, _rt, _params, result: result)
+    def _match_spans(self, rt: runtime.Runtime, params: MatchPrefixParams, result: MatchResult) -> MatchResult:
+        """SGLang's result, or a chain of spans that is longer."""
         key = params.key
         path = self.path_of(result.last_device_node) if result.device_prefix_len else ()
         state = rt.state_of(params.req) if params.req is not None else None
@@ -105,6 +112,10 @@ class KeepKVRadixCache(SpanGrowth):
             super().touch_prefix(key)
             return
         found = super().match_prefix(MatchPrefixParams(key=key))  # touches what touch_prefix does, and tells the path
+        self._touch_spans(key, found)
+
+    @guarded()
+    def _touch_spans(self, key: RadixKey, found: MatchResult) -> None:
         path = self.path_of(found.last_device_node) if found.device_prefix_len else ()
         if len(self.spans):
             anchors, tokens, tenant = self.anchors_of(path), as_tokens(key.token_ids), (key.extra_key, key.cache_salt)
@@ -274,11 +285,16 @@ class KeepKVRadixCache(SpanGrowth):
         state = rt.state_of(req) if rt is not None else None
         if state is None:
             super().checkpoint(req, up_to=up_to, **kwargs)
-            if not self.disable and not self.is_root(req.last_node):
-                self._touch_of(req)
-                self._find_covered(self.path_of(req.last_node), req.full_untruncated_fill_ids, _scope(req, req))
+            self._note_checkpoint(req)
         elif state.admitted:
             self.publish_anchor(req, min(state.anchor_len, up_to))
+
+    @guarded()
+    def _note_checkpoint(self, req: Any) -> None:
+        """What SGLang has published is in use, and may be a copy of what spans hold."""
+        if not self.disable and not self.is_root(req.last_node):
+            self._touch_of(req)
+            self._find_covered(self.path_of(req.last_node), req.full_untruncated_fill_ids, _scope(req, req))
 
     # -- paths --------------------------------------------------------------------------------------------------------
 

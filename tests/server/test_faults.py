@@ -34,6 +34,9 @@ OUTCOMES = {
     "_total": FAILS,
     "_waits": LIVES,
     "_info": LIVES,
+    "_match_spans": LIVES,
+    "_touch_spans": LIVES,
+    "_note_checkpoint": LIVES,
     "after_get_internal_state": LIVES,
 }
 
@@ -63,6 +66,7 @@ def test_every_guarded_hook_is_listed():
     """A new hook on the scheduler's thread needs an outcome here."""
     from keepkv_sglang import guard
     from keepkv_sglang.hooks import adder, admission, extend, scheduler  # noqa: F401
+    from keepkv_sglang.radix import cache  # noqa: F401
 
     assert set(guard.GUARDED) <= set(OUTCOMES)
 
@@ -105,4 +109,5 @@ def test_an_injected_error_does_not_take_the_server_down(server, fault, name):
     errors = numbers(server, faults=True)["errors"]
     known = name.split(".")[-1].replace("compress_due", "compression").replace("relieve", "before_admission")
     known = known.replace("on_extend", "around_alloc_for_extend")
-    assert any(key.startswith(known) for key in errors), (name, errors)
+    if name != "_touch_spans":  # SGLang calls it for requests that wait; whether one did is chance
+        assert any(key.startswith(known) for key in errors), (name, errors)

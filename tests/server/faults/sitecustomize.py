@@ -39,6 +39,7 @@ def inject() -> None:
     """Wraps every guarded hook and the functions they call."""
     from keepkv_sglang import guard, pressure, schedule  # noqa: F401
     from keepkv_sglang.hooks import adder, admission, extend, scheduler  # noqa: F401
+    from keepkv_sglang.radix import cache  # noqa: F401
 
     for name, hook in guard.GUARDED.items():
         hook.inner = faulty(name, hook.inner)
