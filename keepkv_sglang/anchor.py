@@ -1,4 +1,4 @@
-"""Where a prompt's first message ends: the part a request never compresses (DESIGN.md, "Anchor").
+"""Where a prompt's first message ends: the part a request never compresses.
 
 The border is the chat template's end-of-message token, found once by rendering a tiny conversation. A prompt whose
 first message is also its last has no anchor: a single long message is what should be compressed.

@@ -3,7 +3,7 @@
 The mathematics of one layer is `layer_compress.compress_layer`, which `layer_batch.py` gives several layers at
 once; which span is due, and when, is decided in `schedule.py`. Here the span's slots are chosen, merged into slots that
 are private to the request, and the row is shortened. Nothing shared is rewritten: a slot that the prefix cache owns is
-only ever read (DESIGN.md, decision 3).
+only ever read.
 """
 
 from __future__ import annotations

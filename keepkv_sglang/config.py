@@ -121,7 +121,7 @@ class KeepKVConfig:
         return isinstance(self.budget, int)
 
     def fingerprint(self) -> str:
-        """Hash of every value that shapes all of an entry (DESIGN.md, decision 4)."""
+        """Hash of every value that shapes all of an entry."""
         values = sorted((k, repr(v)) for k, v in asdict(self).items() if k not in KEYED_BY_TOKEN)
         return hashlib.sha256(repr((ALGORITHM_VERSION, values)).encode()).hexdigest()[:16]
 

@@ -1,7 +1,7 @@
 """Flags for `launch_server`, `sglang serve` and `sgl.Engine`, and what cannot be combined with KeepKV.
 
 SGLang's ServerArgs is a sealed record: flags of ours travel as its private attribute ``_keepkv``, which is
-pickled along to every child process (SEAMS.md). Everything else reads it through `config_of`.
+pickled along to every child process. Everything else reads it through `config_of`.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def note(name: str, error: BaseException) -> None:
         logger.error("KeepKV: %s failed %d times, now: %r", name, count, error)
 
 
-def skip(_error: Exception, *_args: Any, **_kwargs: Any) -> None:
+def leave_out(_error: Exception, *_args: Any, **_kwargs: Any) -> None:
     """BEFORE and AFTER hooks: as if the hook were not there."""
 
 
@@ -78,7 +78,7 @@ def fail_batch(error: Exception, *_args: Any, **_kwargs: Any) -> Any:
     raise BatchError(f"{type(error).__name__}: {error}") from error
 
 
-def guarded(otherwise: Otherwise = skip) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def guarded(otherwise: Otherwise = leave_out) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator of a BEFORE or AFTER hook, or a method: otherwise(error, *args, **kwargs) gives the result instead."""
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Any]:

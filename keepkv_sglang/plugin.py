@@ -1,6 +1,6 @@
 """Entry point of SGLang's plugin group: registers names and hooks. Importing this file changes nothing.
 
-SGLang calls `register` once in every process of a server (SEAMS.md, "Plugin timing"). With KeepKV off every hook
+SGLang calls `register` once in every process of a server. With KeepKV off every hook
 returns at once, so SGLang behaves as without the plugin.
 """
 

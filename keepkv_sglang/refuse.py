@@ -1,7 +1,7 @@
-"""What KeepKV cannot work with, in one table each for flags, SGLang's environment and models (DESIGN.md, decision 11).
+"""What KeepKV cannot work with, in one table each for flags, SGLang's environment and models.
 
 A combination listed here stops the server at start with one line that says what to change. The reason is
-the attachment point that would break (SEAMS.md), not a matter of taste.
+the attachment point that would break, not a matter of taste.
 """
 
 from __future__ import annotations

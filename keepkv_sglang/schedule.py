@@ -165,7 +165,7 @@ def compress_due(rt: Runtime, req: Any, state: RequestState, *, between_chunks: 
     Between chunks only prompts that cannot fit the pool: the others' later chunks see their whole prompt (decision 6).
 
     Callers guarantee that the row is settled: every slot up to kv_committed_len is computed or in flight, none
-    allocated beyond it (SEAMS.md, "When it is safe to compress").
+    allocated beyond it.
     """
     before = req.kv.kv_committed_len
     if state.broken or (between_chunks and not rt.too_long(req)):

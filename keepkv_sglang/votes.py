@@ -62,7 +62,7 @@ class QueryArena:
 
     queries: [layers, rows + 1, q_heads, head_dim] in the model's dtype; the last row, `spare`, belongs to nobody: a
     CUDA graph, which must write a row for every query, writes there what nobody wants. A request takes `window` rows
-    and gives them back after its compression; one that does not fit waits for the next round (DESIGN.md, decision 7).
+    and gives them back after its compression; one that does not fit waits for the next round.
     """
 
     def __init__(

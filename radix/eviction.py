@@ -1,7 +1,7 @@
 """Sizes and eviction over both trees: one order, uncompressed copies of compressed prefixes first.
 
 SGLang's cache walks its own tree for victims; here spans that are due earlier go before each victim. Nothing merges
-here (DESIGN.md, decision 9): eviction runs when slots are needed at once.
+here: eviction runs when slots are needed at once.
 """
 
 from __future__ import annotations

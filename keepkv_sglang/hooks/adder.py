@@ -2,7 +2,8 @@
 
 A chunk of a prompt that finds no slots is parked, as SGLang's own adder parks chunks of sliding-window models. SGLang
 adds one to the parked request's unfinished chunks when it builds a batch, so a round with a parked chunk admits nobody:
-a batch of others would make it drop the first token of the parked request's reply.
+a batch of others would make it drop the first token of the parked request's reply. SGLang is imported where it is used,
+as in failing.py.
 """
 
 from __future__ import annotations

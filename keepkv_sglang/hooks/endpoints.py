@@ -2,7 +2,8 @@
 
 SGLang reads custom_params in /generate, /v1/completions and /v1/chat/completions. The endpoints of ENDPOINTS end in the
 same tokenizer manager, and their parsers ignore the key without a word. Here it is taken from the body, checked, and
-handed to `frontend.before_create_tokenized_object` through the request's own context.
+handed to `frontend.before_create_tokenized_object` through the request's own context. SGLang is imported where it is
+used: seams.py loads this file in every process, and those imports take seconds.
 """
 
 from __future__ import annotations

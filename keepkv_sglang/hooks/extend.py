@@ -1,4 +1,4 @@
-"""Hooks on the way of a batch to the model: lengths are physical, positions logical (SEAMS.md, the table)."""
+"""Hooks on the way of a batch to the model: lengths are physical, positions logical."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How one request, or a batch that is being built, ends when KeepKV fails on it: an HTTP 500, and the others go on."""
+"""How one request, or a batch that is being built, ends when KeepKV fails on it: an HTTP 500, and the others go on.
+
+SGLang is imported where it is used: seams.py loads this file in every process, and those imports take seconds.
+"""
 
 from __future__ import annotations
 

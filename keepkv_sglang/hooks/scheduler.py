@@ -1,4 +1,4 @@
-"""Scheduler hooks: start-up, and the moments at which a row may be compressed (SEAMS.md, "When it is safe")."""
+"""Scheduler hooks: start-up, and the moments at which a row may be compressed."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ MIN_DENOMINATOR = 1e-3
 """|sum w ln s / sum w| below this: the key scale is noise. Logits are of order 1 to 10."""
 KEY_SCALE = (0.5, 2.0)
 """Outside this range the rescaled key is nothing like its members: measured KL 1.6 to 6.7 without guards
-(PAPER.md)."""
+(script not kept)."""
 
 
 def zip(c: Clusters) -> Merged:

@@ -1,7 +1,7 @@
 """Pooled window scores (SnapKV, arXiv 2404.14469), the default selection.
 
 Measured: keeps passwords at a 10 % budget 12 times of 12, where KeepKV's own score keeps 10 or fewer
-(PAPER.md).
+(script not kept).
 """
 
 from __future__ import annotations

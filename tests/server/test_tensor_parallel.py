@@ -20,7 +20,7 @@ from keepkv_sglang.bench.workloads import Agents
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 RANKS = 3
 FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.1", "--keepkv-interval", "64", "--max-total-tokens", "1500")
-# One thread per rank: SGLang otherwise wants a NUMA node for each (SEAMS.md).
+# One thread per rank: SGLang otherwise wants a NUMA node for each.
 BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1"}
 # Both compute in float32; ranks sum a layer's output in another order, and a selection may flip at a tie (none did).
 BOUND = 1e-3  # 8e-6 was measured; the fit with references can amplify rounding (docs/log.md)
