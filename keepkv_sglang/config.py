@@ -98,8 +98,12 @@ class KeepKVConfig:
     def _of_request(self, key: str, value: Any) -> Any:
         """One value of a request, checked and within the server's bounds."""
         registry = {"scorer": policies.SCORERS, "merge": policies.MERGE_RULES}.get(key)
-        if registry is None or not isinstance(value, str):
+        if registry is None:
             value = PARSERS[key](value)
+        elif not isinstance(value, str):
+            raise ConfigError(
+                f"keepkv: {registry.kind} {shown(value)} is not a name; use one of {', '.join(registry.known())}"
+            )
         elif policies.is_path(value):
             raise ConfigError(
                 f"keepkv: {key} is a path, and a request must not import code; start the server with "
