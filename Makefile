@@ -56,7 +56,7 @@ soak: env model ## the long runs that make test leaves out
 	@$(BIN)/python -m pytest -m soak --timeout 1800 $(PYTEST_ARGS)
 
 compile-gate: env ## every Triton kernel compiled for sm_80, sm_90, sm_100 (no GPU): registers against the committed table
-	$(BIN)/python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.backend.compile_cases $(ARGS)
+	$(BIN)/python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.tools.compile_cases $(ARGS)
 
 flashinfer-gate: env ## compile the FlashInfer kernels without a GPU: no register or spill more than recorded (10-20 min)
 	$(BIN)/python -m keepkv_sglang.kernels.attention.flashinfer_build --gate

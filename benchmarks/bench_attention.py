@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from keepkv_sglang.kernels import attention, cpu_build
-from keepkv_sglang.origin import commit
+from keepkv_sglang.tools.origin import commit
 
 HEADS_Q, HEADS_KV, DIM = 9, 3, 64
 DECODE = [(1, 256), (1, 2048), (8, 256), (8, 2048), (32, 256), (32, 2048)]

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from keepkv_sglang.server_process import ServerProcess
+from keepkv_sglang.tools.server_process import ServerProcess
 
 
 def prompt(count: int, seed: int) -> list[int]:

@@ -6,7 +6,7 @@
 
 Prefill is transformers' forward pass of the demo model (SDPA, float32, last logits only): no scheduler, no pool, so it
 is a little faster than the server's. Compression is the server's own `compress_rows` over all layers: gather, scores,
-selection, matching, merging, writing back; with the default number of reference queries and with fewer, in C++ and in
+select, matching, merging, writing back; with the default number of reference queries and with fewer, in C++ and in
 torch. Rounds are interleaved, medians printed. Keys, values and queries are random: the work does not depend on
 them.
 
@@ -30,14 +30,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from keepkv_sglang import layer_batch, layer_compress, model, selection
-from keepkv_sglang.compressor import SCRATCH_BYTES
-from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.compress import batch, layer, select
+from keepkv_sglang.compress.batch import Rows, Storage, compress_rows
+from keepkv_sglang.compress.rules import base, ridge
 from keepkv_sglang.kernels import choose
-from keepkv_sglang.layer_batch import Rows, Storage, compress_rows
-from keepkv_sglang.merging import base, ridge
-from keepkv_sglang.origin import commit
-from keepkv_sglang.span_policy import span_policy
+from keepkv_sglang.runtime.compressor import SCRATCH_BYTES
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.settings.span_policy import span_policy
+from keepkv_sglang.tools import model
+from keepkv_sglang.tools.origin import commit
 
 REFERENCES = (256, 128, 64, 0)
 
@@ -108,23 +109,23 @@ class Clock:
         setattr(owner, name, lambda policy: self.timed(part, get(policy)))
 
     def watch_all(self) -> None:
-        self.watch(layer_batch, "_gather", "gather")
-        self.watch(layer_compress._HeadView, "of", "gather")
-        self.watch(layer_compress._HeadView, "observe", "sums over the queries")
-        self.watch_named(layer_compress, "get_scorer", "selection")
-        self.watch(layer_compress, "select", "selection")
-        self.watch(layer_compress, "match", "selection")
-        self.watch(selection, "nearest_kept", "nearest kept key")
+        self.watch(batch, "_gather", "gather")
+        self.watch(layer._HeadView, "of", "gather")
+        self.watch(layer._HeadView, "observe", "sums over the queries")
+        self.watch_named(layer, "get_scorer", "selection")
+        self.watch(layer, "select", "selection")
+        self.watch(layer, "match", "selection")
+        self.watch(select, "nearest_kept", "nearest kept key")
         self.watch(base, "merge_segments", "means of clusters")
-        self.watch(layer_compress.Segments, "from_assignment", "means of clusters")
-        self.watch_named(layer_compress, "get_rule", "fit: votes, attention")
+        self.watch(layer.Segments, "from_assignment", "means of clusters")
+        self.watch_named(layer, "get_rule", "fit: votes, attention")
         self.watch(ridge, "_gram", "fit: gram")
         self.watch(ridge, "solve_gram", "fit: factorisation")
         kernel = choose.implementation("merge", torch.zeros(1))
         if kernel is not None and hasattr(kernel, "fit"):
             self.watch(kernel, "fit", "fit: votes, attention and gram in C++")
-        self.watch(layer_compress, "_merge_heads", "writing back")
-        self.watch(layer_batch, "compress_layer", "rest")
+        self.watch(layer, "_merge_heads", "writing back")
+        self.watch(batch, "compress_layer", "rest")
 
 
 def grow(lm: Any, config: KeepKVConfig, lengths: list[int], repeats: int) -> None:

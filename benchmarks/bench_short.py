@@ -22,10 +22,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from keepkv_sglang import model
-from keepkv_sglang.bench.servers import Setup, flush, warm_up
-from keepkv_sglang.bench.workloads import AllAtOnce
-from keepkv_sglang.origin import commit
+from keepkv_sglang.tools import model
+from keepkv_sglang.tools.bench.servers import Setup, flush, warm_up
+from keepkv_sglang.tools.bench.workloads import AllAtOnce
+from keepkv_sglang.tools.origin import commit
 
 POOL = 40_000
 

@@ -27,15 +27,15 @@ import torch.nn.functional as F
 from span_quality import FOLLOWING, Layer, SpanProbe
 from tqdm import tqdm
 
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.evaluate.documents import Document, data_folder, documents
-from keepkv_sglang.evaluate.future import half_turn
-from keepkv_sglang.evaluate.probe import Slots
-from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
-from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
-from keepkv_sglang.scoring.rotary import Rotary
-from keepkv_sglang.selection import SpanPolicy, match, select
-from keepkv_sglang.span_policy import span_policy
+from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.queries.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.compress.queries.rotary import Rotary
+from keepkv_sglang.compress.select import SpanPolicy, match, select
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.settings.span_policy import span_policy
+from keepkv_sglang.tools.evaluate.documents import Document, data_folder, documents
+from keepkv_sglang.tools.evaluate.future import half_turn
+from keepkv_sglang.tools.evaluate.probe import Slots
 
 COLD_TOKENS, CUT_TOKENS = 1024, 1536
 BUDGETS = (0.1, 0.2)

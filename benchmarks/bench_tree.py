@@ -31,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from keepkv_sglang.radix.adapter.publish import insert_span
 from keepkv_sglang.radix.order import ORDERS
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
@@ -318,8 +319,8 @@ def idle_table(report: Report) -> None:
     sys.path.insert(0, str(REPO / "tests" / "radix"))
     from served import OFF, Server, text
 
-    from keepkv_sglang.config import KeepKVConfig
-    from keepkv_sglang.simulate.world import World
+    from keepkv_sglang.settings.config import KeepKVConfig
+    from keepkv_sglang.tools.simulate.world import World
 
     report.title(f"one request's bookkeeping, {IDLE:,} idle namespaces (Unified: an empty cache), thread time")
     shared = text(0, 100)
@@ -333,7 +334,7 @@ def idle_table(report: Report) -> None:
             for n in range(IDLE if name else 0):
                 namespace = (None, None if kind else f"salt {n}", None, f"{n}")
                 tokens, slots = array("q", shared if kind != 1 else [0, n]), world.allocator.alloc(1).long()
-                world.tree.insert_span(None, None, 0, namespace, tokens, len(tokens), slots, raw=False)
+                insert_span(world.tree, None, None, 0, namespace, tokens, len(tokens), slots, raw=False)
 
     def request(world: Any, prompt: list[int], custom: Any) -> float:
         """It waits for one round, is matched and computed, and finishes; in microseconds."""

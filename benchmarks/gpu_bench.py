@@ -232,8 +232,8 @@ def decodes(result: Result, kernels: list[str], end: float) -> None:
 def compression(n: int, kernel: str, device: str = "cuda") -> float:
     """Milliseconds a layer for a prompt of n tokens to a tenth, default scorer and rule, 256 + 32 query tokens, as the
     server does it; kernel: KEEPKV_GPU_KERNEL."""
-    from keepkv_sglang.layer_batch import SCRATCH_BYTES, Rows, Storage, compress_rows
-    from keepkv_sglang.selection import SpanPolicy
+    from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
+    from keepkv_sglang.compress.select import SpanPolicy
 
     m = n // 10
     index = torch.cat([torch.full((256,), n), torch.arange(n - 32, n)]).to(device)

@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from keepkv_sglang.origin import commit
+from keepkv_sglang.tools.origin import commit
 
 PACKAGES = ("torch", "triton", "sglang", "flashinfer-python", "pytest")
 KILLED = {"124", "137"}  # what timeout exits with

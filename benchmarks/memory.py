@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.calibrate import QUERIES
-from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.calibration import QUERIES
+from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.tree import SpanTree
-from keepkv_sglang.request import Planned, RequestState, Window
-from keepkv_sglang.runtime import ARENA_MAX_BYTES, ARENA_WINDOWS
-from keepkv_sglang.votes import QueryArena, VoteStore
+from keepkv_sglang.runtime.attach import ARENA_MAX_BYTES, ARENA_WINDOWS
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.turn.state import Planned, QueryRows, RequestState
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Shape:
         return self.layers * self.q_heads * self.head_dim * self.itemsize
 
     def arena_rows(self, config: KeepKVConfig) -> int:
-        """Rows of the query arena, whole turns (Runtime.attach_model_runner): 64 prompts or 512 MiB, at least one.
+        """Rows of the query arena, whole turns (runtime/attach.py): 64 prompts or 512 MiB, at least one.
         One row more belongs to nobody."""
         needed = config.window + config.references
         return max(needed, min(ARENA_WINDOWS * needed, ARENA_MAX_BYTES // self.query - 1))
@@ -135,8 +136,8 @@ def requests(count: int, config: KeepKVConfig) -> list[RequestState]:
         state = RequestState(replace(config), (None, None, None, config.fingerprint()), 10_000)
         rows = config.window + config.references
         base = 1000 + number * rows
-        window = Window(list(range(base, base + rows)), list(range(base, base + rows)), config.references)
-        state.plan.append(Planned(9_999, 0, True, window))
+        queries = QueryRows(list(range(base, base + rows)), list(range(base, base + rows)), config.references)
+        state.plan.append(Planned(9_999, 0, True, queries))
         made.append(state)
     return made
 

@@ -1,4 +1,4 @@
-"""What bench_span_quality needs beside `keepkv_sglang.evaluate`: queries, keys and values of a whole text at once."""
+"""For bench_span_quality, beside tools/evaluate: queries, keys and values of a whole text at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from keepkv_sglang.evaluate.probe import Agreement, Probe, Slots, agreement
+from keepkv_sglang.tools.evaluate.probe import Agreement, Probe, Slots, agreement
 
 FOLLOWING = 128  # teacher-forced tokens
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from keepkv_sglang.server_process import ServerError
+from keepkv_sglang.tools.server_process import ServerError
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(args: argparse.Namespace) -> int:
-    from keepkv_sglang import model
+    from keepkv_sglang.tools import model
 
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars make unreadable logs; our own lines stay
@@ -59,7 +59,7 @@ def _model(args: argparse.Namespace) -> int:
 
 
 def _check(_: argparse.Namespace) -> int:
-    from keepkv_sglang import check
+    from keepkv_sglang.tools import check
 
     return check.run()
 
@@ -72,49 +72,49 @@ def _version(_: argparse.Namespace) -> int:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    from keepkv_sglang import demo
+    from keepkv_sglang.tools.demo import demo
 
     demo.add_arguments(parser)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from keepkv_sglang import demo
+    from keepkv_sglang.tools.demo import demo
 
     return demo.run(args)
 
 
 def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
-    from keepkv_sglang.simulate import command
+    from keepkv_sglang.tools.simulate import command
 
     command.add_arguments(parser)
 
 
 def _simulate(args: argparse.Namespace) -> int:
-    from keepkv_sglang.simulate import command
+    from keepkv_sglang.tools.simulate import command
 
     return command.run(args)
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    from keepkv_sglang.evaluate import command
+    from keepkv_sglang.tools.evaluate import command
 
     command.add_arguments(parser)
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from keepkv_sglang.evaluate import command
+    from keepkv_sglang.tools.evaluate import command
 
     return command.run(args)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from keepkv_sglang.bench import command
+    from keepkv_sglang.tools.bench import command
 
     command.add_arguments(parser)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from keepkv_sglang.bench import command
+    from keepkv_sglang.tools.bench import command
 
     return command.run(args)
 

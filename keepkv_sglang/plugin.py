@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepkv_sglang import calibrate, flags, seams, step_times
+from keepkv_sglang.hooks import step_times
+from keepkv_sglang.hooks.warm_up import warm_up
+from keepkv_sglang.start import flags, seams
 
 
 def register() -> None:
@@ -31,7 +33,7 @@ def register() -> None:
         if name not in ATTENTION_BACKEND_CHOICES:
             add_attention_backend_choices([name])
             register_attention_backend(name)(create)
-    warmup.warmup(calibrate.WARMUP)(calibrate.warm_up)
+    warmup.warmup(flags.WARMUP)(warm_up)
     if flags.RADIX_BACKEND not in registered_radix_cache_backends():
         register_radix_cache_backend(flags.RADIX_BACKEND, _radix_cache)
 
@@ -55,6 +57,6 @@ def _flashinfer_backend(runner: Any) -> Any:
 
 
 def _radix_cache(ctx: Any) -> Any:
-    from keepkv_sglang.radix.cache import create
+    from keepkv_sglang.radix.adapter.cache import create
 
     return create(ctx)

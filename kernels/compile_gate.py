@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that are not here, and compare registers and spills with a committed table.
 
-    python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.backend.compile_cases      (make compile-gate)
+    python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.tools.compile_cases      (make compile-gate)
 
 A launch is recorded, not described: each case calls the same Python function that a server calls, on small CPU tensors,
 with Triton's launcher replaced. So tiles, warps and specialisation (divisibility by 16, arguments that are 1) are those

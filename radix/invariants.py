@@ -150,11 +150,13 @@ def i7_found_by_its_path(tree: SpanTree) -> None:
             known = tokens[start : start + len(seen)]
             _require(known == seen[: len(known)], f"I7: {link!r} does not follow what was seen above it", span)
             tokens.extend(seen[len(known) :])
-        found = tree.match([(span.anchor, span.anchor_len)], span.namespace, tokens, touch=False)
+        found, border = tree.find([(span.anchor, span.anchor_len)], span.namespace, tokens)
         assert found is not None, f"I7: not found by its path: {span!r}"
-        _require(found.path_tokens >= span.path_tokens, f"I7: found {found!r} instead", span)
+        reach = found.path_tokens - found.n + border if border else found.path_tokens
+        _require(reach >= span.path_tokens, f"I7: found {found!r} instead", span)
         for link in found.chain():
             start, seen = link.path_tokens - link.n, link.seen
+            seen = link.tokens[:border] if border and link is found else seen
             _require(tokens[start : start + len(seen)] == seen, f"I7: {found!r} has other tokens", span)
 
 

@@ -64,6 +64,24 @@ class SpanTree(SpanChanges):
         atomic, so a shorter child may lead to the longer chain: every matching span that reaches as far as the best
         one so far is followed, each is visited once, and compared token by token.
         """
+        best, border = self.find(anchors, namespace, tokens, limit)
+        if best is None:
+            return None
+        if border:
+            best = self._part(best, border)
+        if touch:
+            self.touch(best, hit=True)
+        return best
+
+    def find(
+        self,
+        anchors: Iterable[tuple[Anchor | None, int]],
+        namespace: Hashable,
+        tokens: Sequence[int],
+        limit: int | None = None,
+    ) -> tuple[Span | None, int]:
+        """What match() would return, and nothing changes: (span, 0), or (joined span, the border where it would be cut,
+        in tokens from the span's beginning)."""
         tokens = as_tokens(tokens)
         end = len(tokens) if limit is None else min(limit, len(tokens))
         starts: list[tuple[int, ChildIndex]] = []
@@ -72,14 +90,7 @@ class SpanTree(SpanChanges):
             if tops is not None:
                 assert self._tops.length(anchor) == anchor_len, f"anchor {anchor!r} changed its length"
                 starts.append((anchor_len, tops))
-        best, border = longest(starts, tokens, end)
-        if best is None:
-            return None
-        if border:
-            best = self._part(best, border)
-        if touch:
-            self.touch(best, hit=True)
-        return best
+        return longest(starts, tokens, end)
 
     def namespaces(
         self, anchors: Sequence[tuple[Anchor | None, int]], group: Hashable, tokens: Sequence[int], limit: int

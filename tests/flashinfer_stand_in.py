@@ -15,10 +15,12 @@ from flashinfer.jit.attention import modules as jit
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from keepkv_sglang import runtime
+from keepkv_sglang.backend import common
 from keepkv_sglang.backend import flashinfer as ours
 from keepkv_sglang.kernels.attention import reference
-from keepkv_sglang.votes import QueryArena, VoteStore
+from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.votes import VoteStore
+from keepkv_sglang.runtime import attach, process
 
 DIM, SLOTS, LAYERS, DTYPE = 64, 300, 2, torch.bfloat16
 TOLERANCE = 2.0**-8  # relative, of the output's rounding to bfloat16; the stand-in computes in float64
@@ -187,13 +189,14 @@ class Server:
             scales={},
             first_layer=0,
             capture=None,
-            attach_model_runner=lambda _: None,
         )
         self.rt.arena.queries.zero_()
         for votes in self.rt.votes.log_votes:
             votes.copy_(torch.rand(votes.shape, generator=self.gen) * 4)
-        patched.setattr(runtime, "configured", lambda: SimpleNamespace(enabled=enabled))
-        patched.setattr(runtime, "current", lambda: self.rt)
+        patched.setattr(process, "configured", lambda: SimpleNamespace(enabled=enabled))
+        patched.setattr(process, "current", lambda: self.rt)
+        patched.setattr(attach, "model_runner", lambda *_: None)
+        patched.setattr(common, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1))
         self.table = torch.randperm(SLOTS - 1, generator=self.gen)[:290].view(5, 58).to(torch.int32) + 1
         config = SimpleNamespace(
             num_attention_heads=hq, get_num_kv_heads=lambda *_: hkv, get_max_num_attention_heads=lambda: hq,

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.hooks import adder as adders
-from keepkv_sglang.request import RequestState
+from keepkv_sglang.runtime.counters import Counters
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.turn.limits import Limits
+from keepkv_sglang.turn.state import RequestState
 
 TENTH = KeepKVConfig(enabled=True, budget=0.1)
 QUERIES = TENTH.window + TENTH.references
@@ -38,10 +40,8 @@ def request(prompt: int, reply: int, config: KeepKVConfig | None = TENTH, genera
 def round_of(pool: int, chunk: int | None = 8192, promised: int = 0, arena: int = 64 * QUERIES) -> Any:
     """An adder with `pool` free slots; `promised` of them are what running replies may still take."""
     rt = SimpleNamespace(
-        arena=SimpleNamespace(free_rows=arena),
-        queries_of=lambda _config: QUERIES,
-        border=None,
-        too_long=lambda req: len(req.origin_input_ids) >= 10 * pool,
+        limits=Limits(SimpleNamespace(free_rows=arena, rows=arena), pool_limit=10 * pool),
+        requests=SimpleNamespace(too_long=lambda req: len(req.origin_input_ids) >= 10 * pool),
     )
     adder = object.__new__(adders.adder_class(PrefillAdder))
     adder._compressed = lambda req: None if req.state is None else (rt, req.state)
@@ -159,13 +159,13 @@ def test_a_round_with_a_parked_chunk_admits_nobody(monkeypatch):
         allocator=SimpleNamespace(available_size=lambda: 100),
         tree=SimpleNamespace(evictable_size=lambda: 0),
         scheduler=scheduler,
-        counters={"parked": 0},
+        counters=Counters(),
     )
-    monkeypatch.setattr(adders.runtime, "active", lambda: rt)
+    monkeypatch.setattr(adders.process, "active", lambda: rt)
     assert adder.budget_state() == AddReqResult.CONTINUE
     assert adder.add_chunked_req(long) is long and not adder.can_run_list
     assert adder.budget_state() == AddReqResult.OTHER, "SGLang asks before it looks at anybody"
-    assert rt.counters["parked"] == 1 and scheduler._pending_chunked_abort_req is None
+    assert rt.counters.parked == 1 and scheduler._pending_chunked_abort_req is None
     adder.running_batch = None  # nobody will ever give slots back
     assert adder.add_chunked_req(long) is long
     assert scheduler._pending_chunked_abort_req is long and "KV pool is full" in long.discard_output_reason.message

@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 
-from keepkv_sglang.anchor import MessageBorder, first_message_end, message_border
+from keepkv_sglang.turn.anchor import MessageBorder, first_message_end, message_border
 
 BORDER = MessageBorder(token=2, trailing=4)
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from keepkv_sglang import flags, runtime
-from keepkv_sglang.config import ConfigError, KeepKVConfig
+from keepkv_sglang.runtime import attach, process
+from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
+from keepkv_sglang.start import flags
 
 
 def chosen(**values):
@@ -69,4 +70,4 @@ def test_a_quantised_pool_is_refused():
     keys = torch.zeros(4, 1, 8, dtype=torch.float8_e4m3fn)  # --kv-cache-dtype auto with an FP8 checkpoint
     pool = SimpleNamespace(start_layer=0, layer_num=1, get_key_buffer=lambda layer: keys)
     with pytest.raises(ConfigError, match="float8_e4m3fn; use --kv-cache-dtype bfloat16"):
-        runtime.Runtime(KeepKVConfig(enabled=True)).attach_model_runner(SimpleNamespace(token_to_kv_pool=pool))
+        attach.model_runner(process.Runtime(KeepKVConfig(enabled=True)), SimpleNamespace(token_to_kv_pool=pool), 0, 1)

@@ -8,14 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from keepkv_sglang.calibrate import QUERIES, Calibration, rotary_of
-from keepkv_sglang.compressor import SCRATCH_BYTES, merge_unused
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.scoring.pseudo import PseudoQueries, calibration_rows
-from keepkv_sglang.scoring.rotary import Rotary
-from keepkv_sglang.selection import SpanPolicy
-from keepkv_sglang.votes import QueryArena, VoteStore
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.queries.pseudo import PseudoQueries, calibration_rows
+from keepkv_sglang.compress.queries.rotary import Rotary
+from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.calibration import QUERIES, Calibration, rotary_of
+from keepkv_sglang.memory.votes import VoteStore
+from keepkv_sglang.runtime.compressor import SCRATCH_BYTES, merge_unused
+from keepkv_sglang.settings.config import KeepKVConfig
 
 TOKENS = list(range(500, 700))
 LAYERS, SLOTS, Q_HEADS, KV_HEADS, DIM = 2, 80, 6, 2, 8

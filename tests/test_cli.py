@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pytest
 
 import keepkv_sglang
-from keepkv_sglang import check, cli
+from keepkv_sglang import cli, start
+from keepkv_sglang.tools import check
 
 SCRIPT = Path(sys.executable).with_name("keepkv")
 
@@ -24,10 +25,10 @@ class Seam(NamedTuple):
 
 
 def _use_seams(monkeypatch: pytest.MonkeyPatch, check_all: Callable[[], list[Seam]]) -> None:
-    fake = types.ModuleType("keepkv_sglang.seams")
+    fake = types.ModuleType("keepkv_sglang.start.seams")
     fake.check_all = check_all  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    monkeypatch.setattr(keepkv_sglang, "seams", fake, raising=False)
+    monkeypatch.setattr(start, "seams", fake, raising=False)
 
 
 def test_console_script_prints_the_version() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from keepkv_sglang.layer_batch import Rows, Storage, compress_rows, layer_groups
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.compress.batch import Rows, Storage, compress_rows, layer_groups
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.select import SpanPolicy
 
 LAYERS, SLOTS, HEADS, GROUP, DIM = 5, 90, 2, 3, 8
 ROWS = Rows(torch.arange(5, 17), torch.arange(20, 63), torch.tensor([70, 3, 71, 20, 21, 88]))

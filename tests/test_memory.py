@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import memory
-from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.settings.config import KeepKVConfig
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang import cli, model
+from keepkv_sglang import cli
+from keepkv_sglang.tools import model
 
 COMMAND = [sys.executable, "-m", "keepkv_sglang.cli", "model"]
 
@@ -155,7 +156,7 @@ def test_concurrent_callers_convert_once(tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from keepkv_sglang import model
+from keepkv_sglang.tools import model
 root = Path(sys.argv[1])
 def convert(_, folder):
     with (root / "conversions").open("a") as log:

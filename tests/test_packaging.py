@@ -66,7 +66,7 @@ def test_the_wheel_holds_everything_once(wheel: Path) -> None:
             if file.suffix in (".py", ".cpp", ".h", ".cu") or file.name == "README.md":
                 assert f"keepkv_sglang/{file.relative_to(REPO)}" in names
     assert points["sglang.srt.plugins"]["keepkv"] == "keepkv_sglang.plugin:register"
-    assert points["sglang.srt.platforms"]["keepkv_cpu"] == "keepkv_sglang.platform:activate"
+    assert points["sglang.srt.platforms"]["keepkv_cpu"] == "keepkv_sglang.start.platform:activate"
     assert points["console_scripts"]["keepkv"] == "keepkv_sglang.cli:main"
 
 

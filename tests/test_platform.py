@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepkv_sglang import platform
+from keepkv_sglang.start import platform
 
 CPU_ONLY = platform.decide().active
 needs_plain_cpu = pytest.mark.skipif(not CPU_ONLY, reason="stock SGLang supports this machine")
@@ -36,7 +36,7 @@ def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_used_on_a_plain_cpu(plain_cpu: pytest.MonkeyPatch) -> None:
-    assert platform.activate() == "keepkv_sglang.platform_cpu:KeepKVCpuPlatform"
+    assert platform.activate() == "keepkv_sglang.start.platform_cpu:KeepKVCpuPlatform"
 
 
 def test_stays_out_of_the_way_of_cuda_and_rocm(plain_cpu: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_an_unknown_wish_is_an_error(plain_cpu: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_it_imports_neither_torch_nor_sglang() -> None:
-    code = "import sys, keepkv_sglang.platform; assert not {'torch', 'sglang'} & set(sys.modules)"
+    code = "import sys, keepkv_sglang.start.platform; assert not {'torch', 'sglang'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -129,7 +129,7 @@ def _config(folder: Path, **changes: object) -> Path:
 def test_pool_is_sized_in_bytes_not_by_a_share_of_the_machine(tmp_path: Path) -> None:
     import sglang  # noqa: F401  SGLang resolves its platform while it is imported, as in a server
 
-    from keepkv_sglang.platform_cpu import KV_POOL_BYTES, cpu_defaults
+    from keepkv_sglang.start.platform_cpu import KV_POOL_BYTES, cpu_defaults
 
     folder = _config(tmp_path, dtype="float32")
     # K and V x 3 layers x 2 kv heads x head_dim 16 x 4 bytes
@@ -154,7 +154,7 @@ def test_pool_is_sized_in_bytes_not_by_a_share_of_the_machine(tmp_path: Path) ->
 def test_float32_unless_the_cpu_multiplies_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, checkpoint: str, expected: str | None
 ) -> None:
-    from keepkv_sglang import platform_cpu
+    from keepkv_sglang.start import platform_cpu
 
     monkeypatch.setattr(platform_cpu, "has_native_bfloat16", lambda: native)
     folder = _config(tmp_path, torch_dtype=checkpoint)
@@ -258,7 +258,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path, seconds: flo
 )
 def test_ranks_share_the_cores_of_this_process(monkeypatch, ranks, cores, shares) -> None:
     """SGLang itself wants a NUMA node for each, and says so a minute later."""
-    from keepkv_sglang import platform_cpu
+    from keepkv_sglang.start import platform_cpu
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: cores)
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")

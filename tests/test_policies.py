@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepkv_sglang import config as config_module
-from keepkv_sglang import policies
-from keepkv_sglang.config import HELP, ConfigError, KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.merging.base import Clusters, Merged
-from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.compress import registry
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.rules.base import Clusters, Merged
+from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.settings import config as config_module
+from keepkv_sglang.settings.config import HELP, ConfigError, KeepKVConfig
 
 NUMBER = 7
 
@@ -51,9 +51,9 @@ def not_merged(c):
 def importable(monkeypatch):
     """This file under a fixed name: pytest's import mode gives it one of its own."""
     monkeypatch.setitem(sys.modules, "policies_of_a_test", sys.modules[__name__])
-    policies._get.cache_clear()
+    registry._get.cache_clear()
     yield
-    policies._get.cache_clear()
+    registry._get.cache_clear()
 
 
 def layer(w: int = 4) -> LayerInput:
@@ -100,8 +100,8 @@ def test_a_path_by_flag_but_not_by_request():
 
 def test_a_request_imports_nothing(monkeypatch):
     imported = []
-    monkeypatch.setattr(policies, "import_module", imported.append)
-    for bad in ("os:system", "os.path", "x", "h2o", "", 3, None, ["snapkv"], "keepkv_sglang.scoring.snapkv"):
+    monkeypatch.setattr(registry, "import_module", imported.append)
+    for bad in ("os:system", "os.path", "x", "h2o", "", 3, None, ["snapkv"], "keepkv_sglang.compress.scorers.snapkv"):
         with pytest.raises(ConfigError, match="scorer"):
             KeepKVConfig(enabled=True).with_request({"scorer": bad})
     assert not imported
@@ -133,9 +133,9 @@ def test_what_cannot_work_stops_the_start(field, value, message):
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SCRIPT = """
 import torch
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.select import SpanPolicy
 import sys
 config = KeepKVConfig(enabled=True, request_keys="scorer")
 config = config.with_request({"scorer": sys.argv[1]}) if sys.argv[2:] else None

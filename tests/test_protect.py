@@ -10,14 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepkv_sglang.anchor import MessageBorder
-from keepkv_sglang.config import ConfigError, KeepKVConfig
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.rules import RULES
+from keepkv_sglang.compress.select import SpanPolicy, select
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.merging import RULES
-from keepkv_sglang.protect import MAX_RANGES, WHOLE_MARK, Protection, marked, plain
-from keepkv_sglang.request import RequestState
-from keepkv_sglang.selection import SpanPolicy, select
+from keepkv_sglang.radix.marks import WHOLE_MARK, marked, plain
+from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
+from keepkv_sglang.settings.protect import MAX_RANGES
+from keepkv_sglang.turn.anchor import MessageBorder
+from keepkv_sglang.turn.protection import Protection
+from keepkv_sglang.turn.state import RequestState
 
 ON = KeepKVConfig(enabled=True)
 

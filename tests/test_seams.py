@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from keepkv_sglang import seams
-from keepkv_sglang.config import ConfigError
-from keepkv_sglang.seams import Seam
+from keepkv_sglang.settings.config import ConfigError
+from keepkv_sglang.start import seams
+from keepkv_sglang.start.seams import Seam
 
 
 @pytest.mark.parametrize(

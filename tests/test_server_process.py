@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.server_process import ServerError, ServerProcess, group_members
+from keepkv_sglang.tools.server_process import ServerError, ServerProcess, group_members
 
 SERVER = """
 import argparse, http.server, json, subprocess, sys, time
@@ -102,7 +102,7 @@ def test_nothing_is_left_when_the_owner_is_interrupted_or_killed(number: int, tm
     code = f"""
 from pathlib import Path
 import time
-from keepkv_sglang.server_process import ServerProcess
+from keepkv_sglang.tools.server_process import ServerProcess
 with ServerProcess(["--child"], command={COMMAND!r}, grace_s=0.5, log_path=Path("log")) as server:
     print(server.process.pid, flush=True)
     time.sleep(60)

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from keepkv_sglang import cli, runtime
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.simulate import command, search, traces
-from keepkv_sglang.simulate.replay import Result, Timing, replay
-from keepkv_sglang.simulate.traces import Request, Workload, data_folder, link, load, tokenize
+from keepkv_sglang import cli
+from keepkv_sglang.runtime import process
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.simulate import command, search, traces
+from keepkv_sglang.tools.simulate.replay import Result, Timing, replay
+from keepkv_sglang.tools.simulate.traces import Request, Workload, data_folder, link, load, tokenize
 
 QUARTER = KeepKVConfig(enabled=True, budget=0.25, interval=64, pressure="off")
 BLOCK = 64
@@ -158,7 +159,7 @@ def test_no_slot_is_lost_and_results_repeat(pool: int, config: KeepKVConfig | No
         return replace(result, microseconds={}, counters=counters, seconds=0)
 
     assert numbers() == numbers()
-    assert runtime.active() is None
+    assert process.active() is None
 
 
 def test_a_larger_pool_hits_more_and_the_ceiling_is_the_most() -> None:
@@ -268,7 +269,7 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    from keepkv_sglang.simulate import report
+    from keepkv_sglang.tools.simulate import report
 
     results = [replay(TWO_TURNS, pool, config) for pool in (1000, 4000) for config in (None, QUARTER)]
     path = tmp_path / "plot.png"

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from keepkv_sglang import seams, step_times
+from keepkv_sglang.hooks import step_times
+from keepkv_sglang.start import seams
 
 
 class Mode:

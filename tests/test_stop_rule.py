@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from keepkv_sglang.compress.layer import LayerInput
+from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.compress.stop_rule import attention_lost, smallest_m
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput
-from keepkv_sglang.selection import SpanPolicy
-from keepkv_sglang.stop_rule import attention_lost, smallest_m
 
 F64 = torch.float64
 P = SpanPolicy(20, "mean", 4, 2, 0.6, pool_kernel=1, whole=((5, 8),))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from keepkv_sglang.streams import on_forward_stream
+from keepkv_sglang.runtime.streams import on_forward_stream
 
 
 class Stream:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.runtime_context import get_parallel
 
-from keepkv_sglang import flags, refuse, runtime
 from keepkv_sglang.kernels import choose
+from keepkv_sglang.runtime import attach, process
+from keepkv_sglang.start import flags, refuse
 
 
 class VoteLayers:
@@ -18,29 +20,30 @@ class VoteLayers:
 
         RuntimeError when KeepKV is on and its hook did not run in this process; what choose.prepare raises.
         """
-        self.runtime: runtime.Runtime | None = None
+        self.runtime: process.Runtime | None = None
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         # int64 [most tokens]: the arena row of each query of a graph, at an address that graphs remember
         self._graph_rows: torch.Tensor | None = None
         self.graph_rows: torch.Tensor | None = None  # the same while a graph is captured or runs
         self._checked: set[int] = set()
-        config = runtime.configured()
+        config = process.configured()
         if config is None and flags.config_of(runner.server_args).enabled:
             raise RuntimeError("KeepKV's hook on Scheduler.__init__ did not run in this process; see `keepkv check`")
         if config is not None and config.enabled:
             choose.prepare(torch.device(runner.device))
-            self.runtime = runtime.current()
-            self.runtime.attach_model_runner(runner)
+            self.runtime = process.current()
+            parallel = get_parallel()
+            attach.model_runner(self.runtime, runner, parallel.attn_tp_rank, parallel.attn_tp_size)
 
     def begin(self) -> None:
-        """Once per forward: takes over which of its queries are kept (runtime.capture)."""
+        """Once per forward: takes over which of its queries are kept (process.capture)."""
         self.graph_rows = None
         if self.runtime is not None:
             self.capture, self.runtime.capture = self.runtime.capture, None
 
     def allocate_graph_rows(self, tokens: int) -> None:
         """Once, before a CUDA graph of up to so many tokens is captured."""
-        assert self.runtime is not None and self.runtime.arena is not None
+        assert self.runtime is not None
         arena = self.runtime.arena
         self._graph_rows = torch.full((tokens,), arena.spare, dtype=torch.int64, device=arena.queries.device)
 
@@ -49,7 +52,7 @@ class VoteLayers:
         copies every query, to the row that it reads at a fixed address; what nobody wants goes to the arena's spare
         row."""
         self.begin()
-        assert self.runtime is not None and self.runtime.arena is not None and self._graph_rows is not None
+        assert self.runtime is not None and self._graph_rows is not None
         self._graph_rows.fill_(self.runtime.arena.spare)
         if self.capture is not None:
             query_rows, arena_rows = self.capture
@@ -73,7 +76,6 @@ class VoteLayers:
         if self.runtime is None:
             return None
         votes, arena = self.runtime.votes, self.runtime.arena
-        assert votes is not None and arena is not None
         votes.reset(index, written)
         if self.graph_rows is not None:
             arena.queries[index].index_copy_(0, self.graph_rows[: len(q)], q.to(arena.queries.dtype))

@@ -25,8 +25,8 @@ from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from keepkv_sglang.backend.common import VoteLayers
-from keepkv_sglang.config import ConfigError
 from keepkv_sglang.kernels.attention import flashinfer_variants as variants
+from keepkv_sglang.settings.config import ConfigError
 
 FA3_FLAG = "KEEPKV_FLASHINFER_FA3"
 

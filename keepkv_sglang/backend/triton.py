@@ -21,8 +21,8 @@ import torch
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
 from keepkv_sglang.backend.common import VoteLayers
-from keepkv_sglang.config import ConfigError
 from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, requests_of_tokens, vote_score_mod
+from keepkv_sglang.settings.config import ConfigError
 
 
 class KeepKVTritonBackend(TritonAttnBackend):
@@ -44,7 +44,6 @@ class KeepKVTritonBackend(TritonAttnBackend):
             return
         if self.dcp_size > 1:
             raise ConfigError("SGLang's Triton kernels take no score_mod with decode context parallelism: --dcp-size 1")
-        assert layers.runtime.votes is not None
         self._group = self.num_head // self.num_kv_head
         self._eager_table = VoteTable(layers.runtime.votes.log_votes, self._group)
         self._graph_table = VoteTable(layers.runtime.votes.log_votes, self._group)

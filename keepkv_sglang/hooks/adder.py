@@ -12,11 +12,14 @@ import logging
 import math
 from typing import Any
 
-from keepkv_sglang import runtime
-from keepkv_sglang.guard import guarded
-from keepkv_sglang.hooks.admission import later_slots, peak_slots, refuse_length
+from keepkv_sglang.faults.guard import guarded
+from keepkv_sglang.hooks.admission import refuse_length
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.request import RequestState
+from keepkv_sglang.runtime import process
+from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.runtime.requests import row_of
+from keepkv_sglang.turn.capacity import later_slots, peak_slots
+from keepkv_sglang.turn.state import RequestState
 
 logger = logging.getLogger("keepkv")
 
@@ -28,8 +31,8 @@ FULL_POOL = (
 
 def _total_of_sglang(error: Exception, _self: Any, req: Any, _extend: int, _chunk: int, total: int) -> int:
     """By SGLang's estimate a prompt longer than the pool would wait for ever."""
-    rt = runtime.active()
-    if rt is not None and rt.too_long(req):
+    rt = process.active()
+    if rt is not None and rt.requests.too_long(req):
         message = f"KeepKV failed on this request ({type(error).__name__}); the server goes on"
         req.set_finish_with_abort(message, 500, "InternalServerError")
     return total
@@ -45,14 +48,14 @@ class KeepKVAdder:
     _parked = False  # a chunk waits for slots
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        rt = runtime.active()
+        rt = process.active()
         if rt is not None:
             rt.adder = self
         super().__init__(*args, **kwargs)
 
-    def _compressed(self, req: Any) -> tuple[runtime.Runtime, RequestState] | None:
-        rt = runtime.active()
-        state = rt.state_of(req) if rt is not None else None
+    def _compressed(self, req: Any) -> tuple[Runtime, RequestState] | None:
+        rt = process.active()
+        state = rt.requests.state_of(req) if rt is not None else None
         return (rt, state) if rt is not None and state is not None else None
 
     # -- running requests ---------------------------------------------------------------------------------------------
@@ -66,7 +69,7 @@ class KeepKVAdder:
         if found is None or tokens <= 0:
             return tokens
         rt, state = found
-        if state.reply_window is None and not rt.room_for_replies():
+        if state.reply_queries is None and not rt.limits.room_for_replies():
             return tokens  # no room for its queries: its reply will stay as it is
         return min(tokens, state.reply_growth(math.ceil(tokens)) + _left_behind(req, state))
 
@@ -88,12 +91,12 @@ class KeepKVAdder:
         later = self._later(rt, state, req, extend, new_tokens)
         ends = req.extend_end >= len(req.full_untruncated_fill_ids)
         if not state.admitted:
-            self._arena_rows += rt.queries_of(state.config)
+            self._arena_rows += rt.limits.queries_of(state.config)
         # A chunk gives nothing back before the last one.
         return min(new_tokens, later if ends else max(0, later))
 
-    def _later(self, rt: runtime.Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
-        return later_slots(rt, state, req, extend, new_tokens, self._arena_rows)
+    def _later(self, rt: Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
+        return later_slots(rt.limits, state, row_of(req), extend, new_tokens, self._arena_rows)
 
     def _others_run(self, req: Any) -> bool:
         running = self.running_batch.reqs if self.running_batch is not None else ()  # type: ignore[attr-defined]
@@ -117,7 +120,7 @@ class KeepKVAdder:
         if found is None:
             return total
         rt, state = found
-        if rt.too_long(req):
+        if rt.requests.too_long(req):
             return self._too_long_total(rt, state, req, extend, total)
         wanted = total - extend
         later = self._later(rt, state, req, extend, wanted)
@@ -126,8 +129,8 @@ class KeepKVAdder:
         overhead: int = self.per_req_token_overhead  # type: ignore[attr-defined]
         return extend + min(wanted, later + overhead)
 
-    def _too_long_total(self, rt: runtime.Runtime, state: RequestState, req: Any, extend: int, total: int) -> int:
-        peak = peak_slots(rt, rt.scheduler, state, req, extend)
+    def _too_long_total(self, rt: Runtime, state: RequestState, req: Any, extend: int, total: int) -> int:
+        peak = peak_slots(rt.limits, state, req.origin_input_ids, extend)
         total = min(total, total - extend + peak)
         room = self.rem_total_tokens  # type: ignore[attr-defined]
         if not self._others_run(req) and total >= room:
@@ -151,7 +154,7 @@ class KeepKVAdder:
 
     @guarded(lambda *_: False)
     def _waits(self, req: Any) -> bool:
-        rt = runtime.active()
+        rt = process.active()
         if rt is None:
             return False
         missing = len(req.full_untruncated_fill_ids) - req.prefix_len
@@ -160,7 +163,7 @@ class KeepKVAdder:
             limit = self.memory_budget.available_chunk_tokens(limit)  # type: ignore[attr-defined]
         if rt.allocator.available_size() + rt.tree.evictable_size() >= min(missing, limit or missing):
             return False
-        rt.counters["parked"] += 1
+        rt.counters.parked += 1
         if not self._others_run(req) and rt.scheduler._pending_chunked_abort_req in (None, req):
             from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
@@ -195,5 +198,5 @@ def adder_class(cls: Any) -> Any:
 
 def after_get_prefill_adder_class(cls: Any, self: Any) -> Any:
     """AFTER Scheduler.get_prefill_adder_class: requests count with the slots they will really hold."""
-    config = runtime.configured()
+    config = process.configured()
     return cls if config is None or not config.enabled else adder_class(cls)

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-from contextvars import ContextVar
 from typing import Any
 
-from keepkv_sglang import flags
-from keepkv_sglang.config import ConfigError
-
-custom_params: ContextVar[Any] = ContextVar("keepkv_custom_params", default=None)
-"""custom_params of the HTTP request that is being served, where SGLang's parser drops it."""
+from keepkv_sglang.hooks.checks import REPORTS, check_sampling_params, custom_params, reports
+from keepkv_sglang.settings.config import ConfigError
+from keepkv_sglang.start import flags
 
 ENDPOINTS = frozenset(
     {
@@ -72,8 +69,6 @@ def find(body: bytes) -> Any:
     which the endpoint itself complains. Raises ConfigError where this server would refuse them."""
     from sglang.srt.entrypoints import http_server
 
-    from keepkv_sglang.hooks.frontend import check_sampling_params  # frontend imports this file
-
     if MARK not in body:
         return None
     try:
@@ -104,8 +99,6 @@ async def request_report(rid: str) -> Any:
     ID is the answer's `id` (OpenAI endpoints, streams too) or meta_info["id"]; only who got the answer knows it.
     """
     from fastapi import HTTPException
-
-    from keepkv_sglang.hooks.frontend import REPORTS, reports
 
     if rid not in reports:
         raise HTTPException(404, f"no finished request {rid[:80]!r} among the last {REPORTS} answers of this server")

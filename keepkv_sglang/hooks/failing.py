@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepkv_sglang import guard
+from keepkv_sglang.faults import guard
 
 
 def fail(scheduler: Any, req: Any, what: str, error: Exception) -> None:

@@ -3,7 +3,7 @@
 Equations: KeepKV (arXiv 2504.09936) Eq. 6 to 8, SnapKV (arXiv 2404.14469) for pooled window scores; the
 rules `tangent`, `least_squares` and `value_refit` are this project's, `attention_matching` is after arXiv 2602.16284.
 `x` has the fields of
-keepkv_sglang.layer_compress.LayerInput and `p` those of SpanPolicy; nothing is imported from there, so that
+keepkv_sglang.compress.layer.LayerInput and `p` those of SpanPolicy; nothing is imported from there, so that
 the two implementations share no code.
 
 Notation for one kv head: l[i, q] = scale * q.k_i for the Q = w * G window queries of all q heads that share
@@ -292,7 +292,7 @@ def match_attention(
 
 
 def compress(x: Any, p: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """kept, assign (after guards), k, v, lv: the whole of keepkv_sglang.layer_compress.compress_layer."""
+    """kept, assign (after guards), k, v, lv: the whole of keepkv_sglang.compress.layer.compress_layer."""
     if p.scorer in ("snapkv", "rms"):
         scores = snapkv_score(x, p.pool_kernel, dtype, power=2 if p.scorer == "rms" else 1)
     elif p.scorer == "keepkv":

@@ -1,4 +1,4 @@
-"""Selection scores in loops over tokens and queries, any float dtype. The oracle of keepkv_sglang/scoring.
+"""Selection scores in loops over tokens and queries, any float dtype. The oracle of keepkv_sglang/compress/scorers.
 
 Notation as in kernels/merge/reference.py, which has the pooled scores of SnapKV and KeepKV.
 """

@@ -9,9 +9,9 @@ import json
 import pytest
 
 from keepkv_sglang import cli
-from keepkv_sglang.agent_load import AgentLoad
-from keepkv_sglang.bench import command, servers, serving, workloads
-from keepkv_sglang.simulate.traces import Request, tokenize
+from keepkv_sglang.tools.agent_load import AgentLoad
+from keepkv_sglang.tools.bench import command, servers, serving, workloads
+from keepkv_sglang.tools.simulate.traces import Request, tokenize
 
 
 def options(*argv: str) -> argparse.Namespace:

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from keepkv_sglang import cli
-from keepkv_sglang.bench import servers, workloads
-from keepkv_sglang.server_process import ServerProcess
+from keepkv_sglang.tools.bench import servers, workloads
+from keepkv_sglang.tools.server_process import ServerProcess
 
 pytestmark = pytest.mark.server
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from keepkv_sglang.bench import measure, report
-from keepkv_sglang.bench.client import Call
+from keepkv_sglang.tools.bench import measure, report
+from keepkv_sglang.tools.bench.client import Call
 
 
 def call(arrivals: list[float], *, prompt: int = 10, sent: float = 0.0, turn: int = 0, **meta: object) -> Call:

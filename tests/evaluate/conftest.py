@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.evaluate.documents import data_folder
-from keepkv_sglang.evaluate.probe import Probe
+from keepkv_sglang.tools.evaluate.documents import data_folder
+from keepkv_sglang.tools.evaluate.probe import Probe
 
 
 @pytest.fixture(scope="session")

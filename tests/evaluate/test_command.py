@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from keepkv_sglang import cli
-from keepkv_sglang.evaluate import plots, recall
-from keepkv_sglang.evaluate.command import TASKS, _task
-from keepkv_sglang.evaluate.methods import SNAPKV
-from keepkv_sglang.evaluate.probe import Probe
+from keepkv_sglang.tools.evaluate import plots, recall
+from keepkv_sglang.tools.evaluate.command import TASKS, _task
+from keepkv_sglang.tools.evaluate.methods import SNAPKV
+from keepkv_sglang.tools.evaluate.probe import Probe
 
 
 def test_every_task_loads():

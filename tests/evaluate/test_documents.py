@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.evaluate.documents import HALVES, SOURCES, data_folder, documents
-from keepkv_sglang.evaluate.fidelity import DOCUMENTS, FOLLOWING, half_of
-from keepkv_sglang.evaluate.probe import Probe
-from keepkv_sglang.evaluate.repeated import Decoding
-from keepkv_sglang.evaluate.task import Setup
+from keepkv_sglang.tools.evaluate.documents import HALVES, SOURCES, data_folder, documents
+from keepkv_sglang.tools.evaluate.fidelity import DOCUMENTS, FOLLOWING, half_of
+from keepkv_sglang.tools.evaluate.probe import Probe
+from keepkv_sglang.tools.evaluate.repeated import Decoding
+from keepkv_sglang.tools.evaluate.task import Setup
 
 
 def words(text: str) -> list[int]:

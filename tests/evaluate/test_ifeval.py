@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from keepkv_sglang.evaluate.documents import lines
-from keepkv_sglang.evaluate.ifeval import CHECKS, followed, known, sentences
-from keepkv_sglang.evaluate.instructions import usable
+from keepkv_sglang.tools.evaluate.documents import lines
+from keepkv_sglang.tools.evaluate.ifeval import CHECKS, followed, known, sentences
+from keepkv_sglang.tools.evaluate.instructions import usable
 
 LEAST, LESS = {"relation": "at least"}, {"relation": "less than"}
 CASES: list[tuple[str, dict[str, Any], list[str], list[str]]] = [

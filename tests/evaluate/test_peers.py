@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keepkv_sglang.evaluate import peers
-from keepkv_sglang.evaluate.future import mean_future, same_moments
-from keepkv_sglang.evaluate.methods import slots_of
-from keepkv_sglang.evaluate.parity import PAIRS
-from keepkv_sglang.evaluate.peers import PEERS, KVzip, Peer
-from keepkv_sglang.evaluate.probe import Probe, Row
-from keepkv_sglang.scoring.expected_attention_full import FUTURE, SINKS
+from keepkv_sglang.compress.scorers.expected_attention_full import FUTURE, SINKS
+from keepkv_sglang.tools.evaluate import peers
+from keepkv_sglang.tools.evaluate.future import mean_future, same_moments
+from keepkv_sglang.tools.evaluate.methods import slots_of
+from keepkv_sglang.tools.evaluate.parity import PAIRS
+from keepkv_sglang.tools.evaluate.peers import PEERS, KVzip, Peer
+from keepkv_sglang.tools.evaluate.probe import Probe, Row
 
 installed = (peers.folder() / f"kvpress-{peers.VERSION}.dist-info").is_dir()
 pytestmark = pytest.mark.skipif(not installed, reason="no kvpress: make kvpress")

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.evaluate.methods import Full, compress_tail, ours, slots_of
-from keepkv_sglang.evaluate.probe import Probe, Slots, agreement
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.evaluate.methods import Full, compress_tail, ours, slots_of
+from keepkv_sglang.tools.evaluate.probe import Probe, Slots, agreement
 
 CONFIG = KeepKVConfig(enabled=True)
 # float32 against float32 or float64: one forward pass of this model differs from float64 by about 2e-5.

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.evaluate import recall
-from keepkv_sglang.evaluate.documents import HALVES
-from keepkv_sglang.evaluate.methods import ours
-from keepkv_sglang.evaluate.probe import Probe
-from keepkv_sglang.evaluate.recall import ITEMS, NAMES, WORDS, Needle, Recall, RecallAfter, make_items, plant
-from keepkv_sglang.evaluate.task import Setup
+from keepkv_sglang.tools.evaluate import recall
+from keepkv_sglang.tools.evaluate.documents import HALVES
+from keepkv_sglang.tools.evaluate.methods import ours
+from keepkv_sglang.tools.evaluate.probe import Probe
+from keepkv_sglang.tools.evaluate.recall import ITEMS, NAMES, WORDS, Needle, Recall, RecallAfter, make_items, plant
+from keepkv_sglang.tools.evaluate.task import Setup
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.evaluate.results import Results, grouped
+from keepkv_sglang.tools.evaluate.results import Results, grouped
 
 RUN = {"model": "m", "tokens": 64, "half": "dev"}
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from keepkv_sglang.evaluate.statistics import geometric_mean, mean, paired_ratio
+from keepkv_sglang.tools.evaluate.statistics import geometric_mean, mean, paired_ratio
 
 
 def test_mean_of_constants_has_no_width():

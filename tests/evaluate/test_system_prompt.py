@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.evaluate.documents import HALVES
-from keepkv_sglang.evaluate.instructions import Instructions
-from keepkv_sglang.evaluate.leakage import ATTACKS, SECRECY, Leakage, rouge_l_recall
-from keepkv_sglang.evaluate.methods import OURS, SNAPKV, Full, ours, slots_of
-from keepkv_sglang.evaluate.probe import Probe
-from keepkv_sglang.evaluate.task import Setup, ours_only
+from keepkv_sglang.tools.evaluate.documents import HALVES
+from keepkv_sglang.tools.evaluate.instructions import Instructions
+from keepkv_sglang.tools.evaluate.leakage import ATTACKS, SECRECY, Leakage, rouge_l_recall
+from keepkv_sglang.tools.evaluate.methods import OURS, SNAPKV, Full, ours, slots_of
+from keepkv_sglang.tools.evaluate.probe import Probe
+from keepkv_sglang.tools.evaluate.task import Setup, ours_only
 
 
 @pytest.mark.parametrize(

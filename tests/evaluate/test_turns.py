@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.evaluate.conversation import end_tokens, message, pieces, rendered
-from keepkv_sglang.evaluate.documents import HALVES
-from keepkv_sglang.evaluate.methods import ours, slots_of
-from keepkv_sglang.evaluate.probe import Probe
-from keepkv_sglang.evaluate.repeated import InPieces, decode, feed_in_pieces
-from keepkv_sglang.evaluate.task import Setup
-from keepkv_sglang.evaluate.turns import SYSTEM, TURNS, Conversation, Turns, make_item, messages_of
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.evaluate.conversation import end_tokens, message, pieces, rendered
+from keepkv_sglang.tools.evaluate.documents import HALVES
+from keepkv_sglang.tools.evaluate.methods import ours, slots_of
+from keepkv_sglang.tools.evaluate.probe import Probe
+from keepkv_sglang.tools.evaluate.repeated import InPieces, decode, feed_in_pieces
+from keepkv_sglang.tools.evaluate.task import Setup
+from keepkv_sglang.tools.evaluate.turns import SYSTEM, TURNS, Conversation, Turns, make_item, messages_of
 
 CONFIG = KeepKVConfig(enabled=True)
 

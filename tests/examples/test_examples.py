@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from keepkv_sglang.config import HELP
-from keepkv_sglang.flags import flag_name
-from keepkv_sglang.server_process import ServerProcess
+from keepkv_sglang.settings.config import HELP
+from keepkv_sglang.start.flags import flag_name
+from keepkv_sglang.tools.server_process import ServerProcess
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

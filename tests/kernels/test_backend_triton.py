@@ -22,8 +22,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from keepkv_sglang.backend.common import VoteLayers
 from keepkv_sglang.backend.triton import KeepKVTritonBackend
-from keepkv_sglang.config import ConfigError
-from keepkv_sglang.votes import QueryArena, VoteStore
+from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.votes import VoteStore
+from keepkv_sglang.settings.config import ConfigError
 
 LAYERS, HEADS, SPLITS, FIRST = 2, (6, 2), 2, 3
 

@@ -14,7 +14,7 @@ import torch
 from keepkv_sglang.kernels import compile_gate
 from keepkv_sglang.kernels.compile_gate import Resources
 
-CASES = "keepkv_sglang.backend.compile_cases"
+CASES = "keepkv_sglang.tools.compile_cases"
 
 
 def test_kernels_at_head_dim_64_are_no_worse_than_the_table():

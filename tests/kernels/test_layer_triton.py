@@ -6,12 +6,12 @@ import pytest
 import torch
 from paged import DEVICE
 
+from keepkv_sglang.compress.batch import Rows, Storage, compress_rows
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge import triton_impl as merge
 from keepkv_sglang.kernels.score import triton_impl as score
-from keepkv_sglang.layer_batch import Rows, Storage, compress_rows
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.selection import SpanPolicy
 
 
 def layer(dtype, n=130, context=40, heads=2, group=3, dim=64, references=24, window=8):

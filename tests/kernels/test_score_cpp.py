@@ -9,11 +9,11 @@ import pytest
 import torch
 from window_case import Case, check
 
+from keepkv_sglang.compress.scorers import get_scorer
+from keepkv_sglang.compress.sums import query_sums, recency
+from keepkv_sglang.compress.window import context_log_z, observe
 from keepkv_sglang.kernels import cpu_build
 from keepkv_sglang.kernels.score import cpp_impl
-from keepkv_sglang.scoring import get_scorer
-from keepkv_sglang.scoring.base import context_log_z, observe, recency
-from keepkv_sglang.scoring.sums import query_sums
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from sglang.kernels.ops.attention.extend_attention import (
     extend_attention_fwd_unified,
 )
 
-from keepkv_sglang.backend.compile_cases import pretend
 from keepkv_sglang.kernels.attention.triton_score_mod import (
     VoteTable,
     requests_of_tokens,
     vote_score_mod,
 )
+from keepkv_sglang.tools.compile_cases import pretend
 
 SPLITS = 4
 

@@ -9,10 +9,10 @@ import torch
 from paged import DEVICE, INTERPRETED
 from window_case import TOLERANCE, Case, check
 
+from keepkv_sglang.compress.scorers import get_scorer
+from keepkv_sglang.compress.sums import query_sums
+from keepkv_sglang.compress.window import context_log_z, observe
 from keepkv_sglang.kernels.score import triton_impl
-from keepkv_sglang.scoring import get_scorer
-from keepkv_sglang.scoring.base import context_log_z, observe
-from keepkv_sglang.scoring.sums import query_sums
 
 # With 16-bit keys products are of TF32, queries and weights in two halves: 2^-21 of logits of size 10.
 SPLIT = TOLERANCE if INTERPRETED else 5 * TOLERANCE

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from keepkv_sglang.layer_compress import LayerInput, merge_from_assignment
-from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.compress.layer import LayerInput, merge_from_assignment
+from keepkv_sglang.compress.select import SpanPolicy
 
 F64 = torch.float64
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
-from keepkv_sglang.selection import SpanPolicy
 
 F64 = torch.float64
 
@@ -105,11 +105,11 @@ def test_protected_tokens_stay_and_the_others_make_up_for_it():
 
 
 def test_the_oracle_has_the_same_constants():
-    from keepkv_sglang.merging import attention_matching
-    from keepkv_sglang.scoring import base
+    from keepkv_sglang.compress import sums
+    from keepkv_sglang.compress.rules import attention_matching
 
     assert reference.MATCHING_WINDOW_WEIGHT == attention_matching.WINDOW_WEIGHT
-    assert reference.RECENCY_HALF_LIFE == base.RECENCY_HALF_LIFE
+    assert reference.RECENCY_HALF_LIFE == sums.RECENCY_HALF_LIFE
 
 
 @pytest.mark.parametrize("references", [0, 20])

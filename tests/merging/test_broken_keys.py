@@ -8,8 +8,8 @@ import pytest
 import torch
 from small_layers import layer, policy
 
-from keepkv_sglang.config import SCORERS
-from keepkv_sglang.layer_compress import compress_layer
+from keepkv_sglang.compress.layer import compress_layer
+from keepkv_sglang.settings.config import SCORERS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # C++, torch

@@ -13,11 +13,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from keepkv_sglang.config import SCORERS
+from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.rules import RULES
+from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
-from keepkv_sglang.layer_compress import LayerInput, LayerResult, compress_layer, merge_from_assignment
-from keepkv_sglang.merging import RULES
-from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.settings.config import SCORERS
 
 F64 = torch.float64
 MERGING = [rule for rule in RULES if rule != "evict"]

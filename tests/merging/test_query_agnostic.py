@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
-from keepkv_sglang.merging import QUERY_FREE, RULES
-from keepkv_sglang.scoring import QUERY_AGNOSTIC, get_scorer
-from keepkv_sglang.scoring.base import Window, observe
-from keepkv_sglang.scoring.pseudo import CALIBRATION, PseudoQueries, calibration_rows
-from keepkv_sglang.scoring.rotary import Rotary
-from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.queries.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.compress.queries.rotary import Rotary
+from keepkv_sglang.compress.rules import QUERY_FREE, RULES
+from keepkv_sglang.compress.scorers import QUERY_AGNOSTIC, get_scorer
+from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.compress.window import Window, observe
 
 F64 = torch.float64
 SCORERS = sorted(QUERY_AGNOSTIC - {"streaming_llm"})  # that one reads nothing at all: test_policies.py

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keepkv_sglang import schedule
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.request import Planned, RequestState
-from keepkv_sglang.runtime import Runtime
-from keepkv_sglang.scoring.references import QuerySample, reference_positions
-from keepkv_sglang.scoring.rotary import Rotary
-from keepkv_sglang.votes import QueryArena
+from keepkv_sglang.compress.queries.references import QuerySample
+from keepkv_sglang.compress.queries.rotary import Rotary
+from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.turn.limits import Limits
+from keepkv_sglang.turn.plan import plan_chunk
+from keepkv_sglang.turn.queries import capture, drop_plan, reference_positions
+from keepkv_sglang.turn.state import Planned, RequestState
 
 DIM = 8
 
@@ -62,21 +62,19 @@ def test_references_stand_behind_the_span_and_the_window_stays():
 def test_whatever_the_chunks_the_same_queries_are_kept(chunk):
     """A prompt of 200 tokens behind a prefix of 50, the first 10 of its own tokens being an anchor."""
     config = KeepKVConfig(enabled=True, references=20, window=8)
-    rt = Runtime(config)
-    rt.rotary = rotary()
-    rt.arena = QueryArena(1, 60, 1, DIM, torch.float64, "cpu")
+    arena = QueryArena(1, 60, 1, DIM, torch.float64, "cpu")
+    limits = Limits(arena)
     state = RequestState(config, (), prompt_tokens=251)
     state.plan = [Planned(end=250, first=60, is_prompt=True)]
     kept: dict[int, int] = {}  # arena row -> logical position
     for start in range(50, 251, chunk):
         end = min(start + chunk, 251)
-        request = SimpleNamespace(extend_end=end, prefix_len=start, origin_input_ids=[0] * 251, output_ids=[])
-        schedule.on_chunk(rt, request, state)
+        plan_chunk(limits, state, start, end, too_long=False)
         out: tuple[list[int], list[int]] = ([], [])
-        schedule.capture(rt, state, start, end, out, 1000)
+        capture(limits, state, start, end, out, 1000)
         kept |= {row: start + q - 1000 for q, row in zip(*out, strict=True)}
-    window = state.plan[0].window
-    assert window is not None and window.filled == len(window.rows) == 28 and window.references == 20
-    assert [kept[row] for row in window.rows] == [*reference_positions(60, 242, 20), *range(242, 250)]
-    rt.arena.give_back(state.drop_windows())
-    assert rt.arena.free_rows == 60
+    held = state.plan[0].queries
+    assert held is not None and held.filled == len(held.rows) == 28 and held.references == 20
+    assert [kept[row] for row in held.rows] == [*reference_positions(60, 242, 20), *range(242, 250)]
+    drop_plan(limits, state)
+    assert arena.free_rows == 60

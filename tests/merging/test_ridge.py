@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from keepkv_sglang.compress.layer import compress_layer, merge_from_assignment
+from keepkv_sglang.compress.rules import ridge
+from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import cpp_impl
-from keepkv_sglang.layer_compress import compress_layer, merge_from_assignment
-from keepkv_sglang.merging import ridge
-from keepkv_sglang.selection import SpanPolicy
 
 F64 = torch.float64
 LAMBDA = 0.03, 1e-3

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.registry import SCORERS
+from keepkv_sglang.compress.scorers import get_scorer
+from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.compress.window import Window, context_log_z, observe
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.kernels.score import reference as reference_scores
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.policies import SCORERS
-from keepkv_sglang.scoring import get_scorer
-from keepkv_sglang.scoring.base import Window, context_log_z, observe
-from keepkv_sglang.selection import SpanPolicy
 
 F64 = torch.float64
 WINDOWED = ("tova", "gkv", "value_norm", "expected_attention", "keydiff", "knorm", "streaming_llm")
@@ -184,7 +184,7 @@ def test_chunks_are_kept_whole():
 
 
 def selected(scores: torch.Tensor, p: SpanPolicy) -> list[list[int]]:
-    from keepkv_sglang.selection import select
+    from keepkv_sglang.compress.select import select
 
     ours, theirs = select(scores, p), reference.select(scores, p)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])

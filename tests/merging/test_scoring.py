@@ -9,6 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.scorers import get_scorer
+from keepkv_sglang.compress.select import SpanPolicy, match, select
+from keepkv_sglang.compress.window import Window, context_log_z, observe
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.kernels.merge.torch_impl import (
     Segments,
@@ -17,10 +21,6 @@ from keepkv_sglang.kernels.merge.torch_impl import (
     segment_softmax,
     segment_sum,
 )
-from keepkv_sglang.layer_compress import LayerInput, compress_layer
-from keepkv_sglang.scoring import get_scorer
-from keepkv_sglang.scoring.base import Window, context_log_z, observe
-from keepkv_sglang.selection import SpanPolicy, match, select
 
 
 def policy(m: int, merge: str = "evict", **changes) -> SpanPolicy:

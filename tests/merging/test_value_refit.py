@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from keepkv_sglang.layer_compress import LayerInput, compress_layer, merge_from_assignment
-from keepkv_sglang.selection import SpanPolicy
+from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.select import SpanPolicy
 
 F64 = torch.float64
 

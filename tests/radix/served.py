@@ -9,8 +9,8 @@ from typing import Any
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from keepkv_sglang.simulate.traces import BORDER
-from keepkv_sglang.simulate.world import World
+from keepkv_sglang.tools.simulate.traces import BORDER
+from keepkv_sglang.tools.simulate.world import World
 
 OFF = {"enabled": False}
 SYSTEM = [*range(100, 140), BORDER]  # 41 tokens

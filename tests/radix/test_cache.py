@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 from served import OFF, SYSTEM, Server, text
 
-from keepkv_sglang import pressure
-from keepkv_sglang.config import KeepKVConfig
 from keepkv_sglang.radix.invariants import check_slots
-from keepkv_sglang.simulate.traces import BORDER
-from keepkv_sglang.simulate.world import World
+from keepkv_sglang.runtime import pressure
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.simulate.traces import BORDER
+from keepkv_sglang.tools.simulate.world import World
 
 
 @pytest.fixture
@@ -99,12 +99,12 @@ def test_a_cold_anchor_is_merged_and_its_entries_live_on_below_it(server, monkey
     monkeypatch.setattr(pressure, "merge_unused", lambda *args: None)
     server.rt.scheduler.waiting_queue = [type("Waiting", (), {"origin_input_ids": range(500)})]
     for _ in range(4):
-        before = server.rt.counters["pressure_tokens"]
+        before = server.rt.counters.pressure_tokens
         pressure.relieve(server.rt)
-        assert server.rt.counters["pressure_tokens"] - before <= server.rt.config.pressure_tokens
+        assert server.rt.counters.pressure_tokens - before <= server.rt.config.pressure_tokens
         server.tree.check()
     assert server.tree.tree_core.total_size()[0] == 0, "nothing is left uncompressed in SGLang's tree"
-    assert server.rt.counters["pressure_tokens"] == 101
+    assert server.rt.counters.pressure_tokens == 101
     assert server.cached(prompt) == len(prompt) - 1
     assert server.cached(prompt, OFF) == 0, "a request without KeepKV never sees a merged slot"
     assert server.run([*text(3000, 100), BORDER, *text(700, 50), BORDER]) == 101, "shared while compressed"
@@ -120,14 +120,14 @@ def test_a_locked_or_hot_prefix_is_not_merged(server, monkeypatch):
     for n in range(6):
         server.run([*text(3000, 100), BORDER, *text(5000 + 100 * n, 30), BORDER])
         pressure.relieve(server.rt)
-    assert not server.rt.counters["pressure_merges"], "every request used it"
+    assert not server.rt.counters.pressure_merges, "every request used it"
     monkeypatch.setattr(pressure, "is_cold", lambda spans, last_access: True)
     req = server.admit(prompt)
     pressure.relieve(server.rt)
-    assert not server.rt.counters["pressure_merges"], "it is locked"
+    assert not server.rt.counters.pressure_merges, "it is locked"
     server.world.abort(req)
     pressure.relieve(server.rt)
-    assert server.rt.counters["pressure_merges"] == 1
+    assert server.rt.counters.pressure_merges == 1
 
 
 def test_a_protected_prefix_is_neither_merged_nor_found_merged(server, monkeypatch):
@@ -138,12 +138,12 @@ def test_a_protected_prefix_is_neither_merged_nor_found_merged(server, monkeypat
     server.rt.scheduler.waiting_queue = [type("Waiting", (), {"origin_input_ids": range(600)})]
     server.run(prompt)
     pressure.relieve(server.rt)
-    assert server.rt.counters["pressure_tokens"] == 101
+    assert server.rt.counters.pressure_tokens == 101
     assert server.cached(prompt) == len(prompt) - 1
     assert server.run(prompt, kind=protect) == 0, "its first message is there, but merged"
     assert server.cached(prompt, protect) == len(prompt) - 1
     pressure.relieve(server.rt)
-    assert server.rt.counters["pressure_tokens"] == 101, "what it left behind is not merged"
+    assert server.rt.counters.pressure_tokens == 101, "what it left behind is not merged"
     assert server.cached(prompt, protect) == len(prompt) - 1
     assert server.cached([*system, 1], OFF) == 101, "it lies uncompressed in SGLang's tree"
 
@@ -167,8 +167,8 @@ def test_a_raw_span_with_protected_tokens_stays_raw(server, monkeypatch):
     server.run([*SYSTEM, *text(200, 6)], reply=1, kind={"protect": "42-45"})
     server.run([*SYSTEM, *text(300, 6)], reply=1)
     marks = [span for span in server.tree.spans.spans() if span.raw and max(span.tokens) > 1 << 32]
-    assert marks and all(span.serial not in server.tree.raw_spans for span in marks)
-    assert server.tree.raw_spans, "the other's is queued"
+    assert marks and all(span.serial not in server.tree.book.raw for span in marks)
+    assert server.tree.book.raw, "the other's is queued"
 
 
 def test_turns_of_one_token_do_not_grow_a_chain(server):
@@ -181,7 +181,7 @@ def test_turns_of_one_token_do_not_grow_a_chain(server):
         prompt = [*prompt, 9000, 2000 + turn]
     last = max(server.tree.spans.spans(), key=lambda span: span.path_tokens)
     assert len(last.path()) == 4 and last.borders, "the compressed turn, what it left raw, two joined spans"
-    assert len(server.tree.raw_spans) <= 3
+    assert len(server.tree.book.raw) <= 3
     for end in ends[::-3]:
         assert server.cached([*prompt[:end], 7, 7]) == end
         assert server.run([*prompt[:end], 8, 8], reply=2) == end

@@ -20,12 +20,12 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from keepkv_sglang import compressor, pressure
-from keepkv_sglang.config import ConfigError, KeepKVConfig
+from keepkv_sglang.compress.select import check_ranges, select
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.selection import check_ranges, left_raw, select
-from keepkv_sglang.simulate.traces import BORDER
-from keepkv_sglang.simulate.world import World
+from keepkv_sglang.runtime import compressor, pressure
+from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
+from keepkv_sglang.tools.simulate.traces import BORDER
+from keepkv_sglang.tools.simulate.world import World
 
 SOAK = os.environ.get("KEEPKV_SOAK") == "1"
 SETTINGS = settings(
@@ -85,7 +85,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.decoding: list[Any] = []
         self.finished: list[tuple[int, ...]] = []
         self.rids = count()
-        compressor._merge_layers = self.merge_layers
+        self.unpatched, compressor._merge_layers = compressor._merge_layers, self.merge_layers
         self.is_cold = pressure.is_cold
         self.merge_unused, pressure.merge_unused = pressure.merge_unused, self.merged_unused
         extend, decode = self.world._extend, self.world._decode
@@ -99,6 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.world.flush()
         finally:  # a failure must not follow the next example or test
             pressure.merge_unused, pressure.is_cold = self.merge_unused, self.is_cold
+            compressor._merge_layers = self.unpatched
             self.context.__exit__(None, None, None)
 
     # -- what slots know ----------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class CacheMachine(RuleBasedStateMachine):
         return self.world.rows.req_to_token[req.kv.req_pool_idx, : req.kv.kv_committed_len].tolist()
 
     def offset(self, req: Any) -> int:
-        state = self.rt.state_of(req)
+        state = self.rt.requests.state_of(req)
         return state.offset if state is not None else 0
 
     def written(self, req: Any, function: Any, *args: Any) -> None:
@@ -132,19 +133,18 @@ class CacheMachine(RuleBasedStateMachine):
             assert own[: len(self.knows[slot])] == self.knows[slot], f"slot {slot} knows more than {req.rid}"
 
     def has_protected(self, req: Any, row: list[int], end: int) -> None:
-        state = self.rt.state_of(req)
+        state = self.rt.requests.state_of(req)
         if state is not None:
             held = {self.whole.get(slot) for slot in row}
             for first, stop in state.protection.whole:
                 assert held.issuperset(range(first, min(stop, end))), f"{req.rid} lost a protected token"
 
-    def merge_layers(self, rt: Any, req: Any, state: Any, span: Any, window: Any, row: Any, target: Any) -> None:
+    def merge_layers(self, rt: Any, req: Any, state: Any, span: Any, row: Any, target: Any) -> None:
         self.sees_only_itself(req, row.tolist())
         begin, source = span.end - span.tokens, row[span.start : span.start + span.slots].tolist()
-        policy = compressor.policy_of(state, span)
+        policy, left = span.policy, span.left
         whole = policy.whole
         check_ranges(policy, span.slots)
-        left = 0 if state.config.counts_slots else left_raw(policy, span.slots)
         assert span.m > left, "something of the span is compressed"
         for kept in select(torch.rand(2, span.slots), policy)[0].tolist():
             assert kept[span.m - left :] == [*range(span.slots - left, span.slots)], "what is left raw is its own"
@@ -202,7 +202,7 @@ class CacheMachine(RuleBasedStateMachine):
         tokens = array("q", prompt)
         req.origin_input_ids = tokens
         try:
-            state = self.rt.state_of(req)
+            state = self.rt.requests.state_of(req)
         except ConfigError:
             return None  # such as fair ranges with a budget in slots
         if len(prompt) >= SLOTS - reply - 2 and (state is None or len(prompt) > 900):
@@ -262,11 +262,11 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(waiting=st.integers(0, SLOTS), all_cold=st.booleans())
     def relieve(self, waiting: int, all_cold: bool) -> None:
         """Merging under pressure never evicts a prefix that fits afterwards, and changes no total."""
-        merges = self.rt.counters["pressure_tokens"]
+        merges = self.rt.counters.pressure_tokens
         self.rt.scheduler.waiting_queue = [type("Waiting", (), {"origin_input_ids": range(waiting)})]
         pressure.is_cold = (lambda spans, last_access: True) if all_cold else self.is_cold
         pressure.relieve(self.rt)
-        assert self.rt.counters["pressure_tokens"] - merges <= self.rt.config.pressure_tokens
+        assert self.rt.counters.pressure_tokens - merges <= self.rt.config.pressure_tokens
 
     @rule(history=st.integers(1, 4), cut=st.integers(0, 60), extra_key=st.sampled_from([None, "tenant"]))
     def wait(self, history: int, cut: int, extra_key: str | None) -> None:

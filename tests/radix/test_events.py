@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-from keepkv_sglang.radix.events import SpanEvents
+from keepkv_sglang.radix.adapter.events import SpanEvents
 from keepkv_sglang.radix.tree import SpanTree
 
 PROMPT = array("q", range(1000, 1040))

@@ -12,11 +12,12 @@ from served import OFF, SYSTEM, Server, text
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from spans import NO_ANCHOR, add
 
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.radix.growth import MOST_NAMESPACES
+from keepkv_sglang.radix.adapter.covered import MOST_NAMESPACES
+from keepkv_sglang.radix.adapter.publish import insert_span
 from keepkv_sglang.radix.tree import SpanTree
-from keepkv_sglang.simulate.traces import BORDER
-from keepkv_sglang.simulate.world import World
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.simulate.traces import BORDER
+from keepkv_sglang.tools.simulate.world import World
 
 IDLE = 400
 
@@ -51,7 +52,7 @@ def idle(server: Server, prompt: list[int], kind: str, start: int = 0) -> None:
         namespace = (None, f"salt {n}", None, "s") if kind == "salts" else (None, None, None, f"setting {n}")
         slots = server.world.allocator.alloc(1)
         tokens = array("q", prompt if kind == "same text" else [*prompt[:1], 5000 + n, *prompt[2:]])
-        server.tree.insert_span(None, None, 0, namespace, tokens, len(tokens), slots.to(torch.int64), raw=False)
+        insert_span(server.tree, None, None, 0, namespace, tokens, len(tokens), slots.to(torch.int64), raw=False)
 
 
 @pytest.mark.parametrize("kind", ["salts", "settings", "same text"])

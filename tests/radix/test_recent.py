@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from served import OFF, SYSTEM, Server, text
 
-from keepkv_sglang import pressure
-from keepkv_sglang.config import KeepKVConfig
-from keepkv_sglang.radix.eviction import FULL
-from keepkv_sglang.simulate.traces import BORDER
-from keepkv_sglang.simulate.world import World
+from keepkv_sglang.radix.adapter.eviction import FULL
+from keepkv_sglang.runtime import pressure
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.simulate.traces import BORDER
+from keepkv_sglang.tools.simulate.world import World
 
 RECENT = 6
 
@@ -154,7 +154,7 @@ def test_what_a_short_interval_leaves_raw_is_one_span(server):
     spans = chain(server, [*prompt, *text(9000, 17), 1])
     assert [(n, lookahead) for n, _, lookahead, _ in spans[-3:]] == [(16, 24), (24, 0), (2, 0)]
     tree = server.tree
-    assert not any(span.raw and span.n == 24 for span in tree.raw_spans.values())
+    assert not any(span.raw and span.n == 24 for span in tree.book.raw.values())
 
 
 @pytest.mark.parametrize("order", [[None, OFF, None], [OFF, OFF, None]])
@@ -170,5 +170,5 @@ def test_an_uncompressed_copy_of_a_span_and_its_recent_tokens_is_merged(server, 
     for _ in range(6):
         pressure.relieve(server.rt)
         server.tree.check()
-    assert server.rt.counters["pressure_merges"]
+    assert server.rt.counters.pressure_merges
     assert server.cached([*body, 5, 7]) >= len(SYSTEM)

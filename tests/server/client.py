@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from keepkv_sglang.server_process import ServerProcess
+from keepkv_sglang.tools.server_process import ServerProcess
 
 # SGLang's own checks, all of them: idle and busy accounting, double free and use after free.
 STRICT = {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # client.py and replay.py, under
 
 from client import STRICT
 
-from keepkv_sglang.server_process import LAUNCH_SERVER, ServerProcess
+from keepkv_sglang.tools.server_process import LAUNCH_SERVER, ServerProcess
 
 Launch = Callable[..., ServerProcess]
 

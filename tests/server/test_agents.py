@@ -7,9 +7,9 @@ import time
 import pytest
 from client import flush, generate, numbers, tokens
 
-from keepkv_sglang.agent_load import AgentLoad
-from keepkv_sglang.bench.measure import summarise
-from keepkv_sglang.bench.workloads import Agents
+from keepkv_sglang.tools.agent_load import AgentLoad
+from keepkv_sglang.tools.bench.measure import summarise
+from keepkv_sglang.tools.bench.workloads import Agents
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 

@@ -16,19 +16,19 @@ OUTCOMES = {
     "before_update_running_batch": LIVES,
     "before_prepare_for_decode": LIVES,
     "before_admission": LIVES,
-    "pressure.relieve": LIVES,
+    "runtime.pressure.relieve": LIVES,
     "after_stash_chunked_request": FAILS,
-    "schedule.compress_due": FAILS,
+    "runtime.due.compress_due": FAILS,
     "around_release": LIVES,
-    "schedule.finish": LIVES,
+    "runtime.step.publish_rest": LIVES,
     "around_init_req_max_new_tokens": FAILS,
     "around_prefix_kv_indices": FAILS,
     "around_alloc_for_extend": FAILS,
-    "schedule.on_extend": FAILS,
-    "schedule.on_chunk": LIVES,
+    "runtime.due.begin_row": FAILS,
+    "runtime.due.plan_chunk": LIVES,
     "after_prepare_for_extend": FAILS,
     "after_init_new": FAILS,
-    "schedule.capture": LIVES,
+    "hooks.extend.capture": LIVES,
     "_will_hold": LIVES,
     "_charge": LIVES,
     "_total": FAILS,
@@ -64,9 +64,9 @@ def post(server, ids, new, keepkv=None):
 
 def test_every_guarded_hook_is_listed():
     """A new hook on the scheduler's thread needs an outcome here."""
-    from keepkv_sglang import guard
-    from keepkv_sglang.hooks import adder, admission, extend, scheduler  # noqa: F401
-    from keepkv_sglang.radix import cache  # noqa: F401
+    from keepkv_sglang.faults import guard
+    from keepkv_sglang.hooks import adder, admission, answers, extend, scheduler  # noqa: F401
+    from keepkv_sglang.radix.adapter import cache  # noqa: F401
 
     assert set(guard.GUARDED) <= set(OUTCOMES)
 
@@ -108,6 +108,6 @@ def test_an_injected_error_does_not_take_the_server_down(server, fault, name):
     flush(server, faults=True)
     errors = numbers(server, faults=True)["errors"]
     known = name.split(".")[-1].replace("compress_due", "compression").replace("relieve", "before_admission")
-    known = known.replace("on_extend", "around_alloc_for_extend")
+    known = known.replace("begin_row", "around_alloc_for_extend").replace("publish_rest", "finish")
     if name != "_touch_spans":  # SGLang calls it for requests that wait; whether one did is chance
         assert any(key.startswith(known) for key in errors), (name, errors)

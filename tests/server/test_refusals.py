@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from keepkv_sglang import flags, refuse
-from keepkv_sglang.config import HELP, ConfigError, KeepKVConfig, from_text
-from keepkv_sglang.values import SHOWN, budget
+from keepkv_sglang.settings.config import HELP, ConfigError, KeepKVConfig, from_text
+from keepkv_sglang.settings.values import SHOWN, budget
+from keepkv_sglang.start import flags, refuse
 
 CASES = [
     (("--page-size", "16"), "--page-size 1"),

@@ -15,13 +15,13 @@ import torch
 from client import Answer, flush, generate, numbers
 from replay import Replay, events_of
 
-from keepkv_sglang.config import MERGE_RULES, KeepKVConfig
-from keepkv_sglang.evaluate.methods import compress_with, slots_of
-from keepkv_sglang.evaluate.probe import Probe
+from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.kernels.score import reference as reference_scores
-from keepkv_sglang.selection import SpanPolicy
-from keepkv_sglang.span_policy import span_policy
+from keepkv_sglang.settings.config import MERGE_RULES, KeepKVConfig
+from keepkv_sglang.settings.span_policy import span_policy
+from keepkv_sglang.tools.evaluate.methods import compress_with, slots_of
+from keepkv_sglang.tools.evaluate.probe import Probe
 
 pytestmark = pytest.mark.server
 BOUND = 1e-4

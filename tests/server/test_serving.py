@@ -12,7 +12,7 @@ import openai
 import pytest
 from client import BORDER, body, flush, generate, numbers, tokens
 
-from keepkv_sglang.config import KeepKVConfig
+from keepkv_sglang.settings.config import KeepKVConfig
 
 pytestmark = pytest.mark.server
 INTERVAL = KeepKVConfig().interval

@@ -14,8 +14,8 @@ import pytest
 import torch
 from client import BORDER, Answer, flush, generate, numbers
 
-from keepkv_sglang.agent_load import AgentLoad
-from keepkv_sglang.bench.workloads import Agents
+from keepkv_sglang.tools.agent_load import AgentLoad
+from keepkv_sglang.tools.bench.workloads import Agents
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 RANKS = 3

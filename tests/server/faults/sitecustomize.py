@@ -9,12 +9,12 @@ import os
 import sys
 
 FUNCTIONS = (
-    "schedule.on_extend",
-    "schedule.on_chunk",
-    "schedule.capture",
-    "schedule.compress_due",
-    "schedule.finish",
-    "pressure.relieve",
+    "runtime.due.begin_row",
+    "runtime.due.plan_chunk",
+    "hooks.extend.capture",
+    "runtime.due.compress_due",
+    "runtime.step.publish_rest",
+    "runtime.pressure.relieve",
 )
 
 
@@ -37,14 +37,14 @@ def faulty(name, function):
 
 def inject() -> None:
     """Wraps every guarded hook and the functions they call."""
-    from keepkv_sglang import guard, pressure, schedule  # noqa: F401
-    from keepkv_sglang.hooks import adder, admission, extend, scheduler  # noqa: F401
-    from keepkv_sglang.radix import cache  # noqa: F401
+    from keepkv_sglang.faults import guard
+    from keepkv_sglang.hooks import adder, admission, answers, extend, scheduler  # noqa: F401
+    from keepkv_sglang.radix.adapter import cache  # noqa: F401
 
     for name, hook in guard.GUARDED.items():
         hook.inner = faulty(name, hook.inner)
     for name in FUNCTIONS:
-        module, function = name.split(".")
+        module, function = name.rsplit(".", 1)
         module = sys.modules[f"keepkv_sglang.{module}"]
         setattr(module, function, faulty(name, getattr(module, function)))
 

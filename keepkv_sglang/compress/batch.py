@@ -1,0 +1,119 @@
+"""Several layers at once: their heads side by side, as if they were one layer's.
+
+Heads are independent of each other in everything that layer_compress.py does, so layers are too. A reply's interval is
+small: one layer at a time, 30 layers spend most of their time on starting operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer, gpu_kernel_scores, heads_at_once
+from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.kernels.merge import gather_slots
+
+SCRATCH_BYTES = 128 << 20  # working memory of the layers that are merged at once
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which slots: context [c] before the span, source [n] the span's, target [m] for the result, all int64."""
+
+    context: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The model's layers in order: keys[i] [slots, Hkv, D], values[i] [slots, Hkv, Dv], log_votes[i] [slots, Hkv]
+    float32, scales[i] the softmax scale."""
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    log_votes: Sequence[torch.Tensor]
+    scales: Sequence[float]
+
+
+def compress_rows(
+    storage: Storage,
+    rows: Rows,
+    queries: Callable[[int], torch.Tensor],
+    q_heads: int,
+    q_index: torch.Tensor,
+    policy: SpanPolicy,
+    scratch_bytes: int,
+) -> Iterator[LayerResult]:
+    """Merges the span of every layer into rows.target; mutates keys, values and log votes there, nothing else.
+
+    queries(i): the queries of layer i [w, q_heads, D], q_index [w] as in LayerInput. Yields each layer's result in
+    order, after it is written. As many layers at once as `scratch_bytes` hold: the logits of all their heads, and K
+    and V of context and span; one layer where that is too much, or on a CPU as many as give every thread a head.
+    """
+    if not storage.keys:  # the simulator's pool has no layers
+        return
+    for layers in layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes):
+        count = len(layers)
+        x = LayerInput(
+            q=_side_by_side([queries(i) for i in layers]),
+            q_index=q_index,
+            k_ctx=_gather(storage.keys, layers, rows.context),
+            lv_ctx=_gather(storage.log_votes, layers, rows.context),
+            k=_gather(storage.keys, layers, rows.source),
+            v=_gather(storage.values, layers, rows.source),
+            lv=_gather(storage.log_votes, layers, rows.source),
+            scale=storage.scales[layers[0]],
+        )
+        result = compress_layer(x, policy, scratch_bytes)
+        parts = zip(
+            layers,
+            result.kept.chunk(count),
+            result.assign.chunk(count),
+            result.k.chunk(count, dim=1),
+            result.v.chunk(count, dim=1),
+            result.lv.chunk(count, dim=1),
+            strict=True,
+        )
+        for layer, kept, assign, k, v, lv in parts:
+            storage.keys[layer][rows.target] = k
+            storage.values[layer][rows.target] = v
+            storage.log_votes[layer][rows.target] = lv
+            yield LayerResult(kept, assign, k, v, lv)
+
+
+def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scratch_bytes: int) -> list[list[int]]:
+    """Consecutive layers of one softmax scale and one shape of K and V, as many as fit (compress_rows)."""
+    groups: list[list[int]] = []
+    for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
+        numbers = (len(rows.context) + len(rows.source)) * (keys.shape[1:].numel() + values.shape[1:].numel())
+        # As layer_compress._head_groups counts them.
+        logits = 0 if gpu_kernel_scores(keys) else 2 * len(rows.source) * queries * q_heads
+        least = -(-heads_at_once(keys) // keys.shape[1])
+        most = max(least, scratch_bytes // (max(numbers, logits, 1) * max(4, keys.element_size())))
+        first = groups[-1][0] if groups else layer
+        alike = storage.scales[first] == scale and _shape(storage, first) == _shape(storage, layer)
+        if groups and alike and len(groups[-1]) < most:
+            groups[-1].append(layer)
+        else:
+            groups.append([layer])
+    return groups
+
+
+def _shape(storage: Storage, layer: int) -> tuple[torch.Size, torch.Size]:
+    return storage.keys[layer].shape[1:], storage.values[layer].shape[1:]
+
+
+def _gather(buffers: Sequence[torch.Tensor], layers: Sequence[int], slots: torch.Tensor) -> torch.Tensor:
+    """[len(slots), layers * heads, ...], a view of memory that lies head by head: so it is read from here on."""
+    shape = buffers[layers[0]].shape[1:]
+    out = buffers[layers[0]].new_empty(len(layers), shape[0], len(slots), *shape[1:])
+    for at, layer in zip(out, layers, strict=True):
+        gather_slots(buffers[layer], slots, at)
+    return out.flatten(0, 1).transpose(0, 1)
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -1,0 +1,51 @@
+"""The numbers of one scheduler process, for /server_info."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from keepkv_sglang.runtime.compressor import SCRATCH_BYTES
+from keepkv_sglang.runtime.process import Runtime
+
+
+def memory(rt: Runtime) -> dict[str, float]:
+    """Bytes beside the KV pool.
+
+    Persistent and growing with it: votes, offsets. Persistent and fixed: calibration. Scratch: arena, merging.
+    """
+    keys = rt.kv_pool.get_key_buffer(rt.first_layer)
+    pool16 = 2 * 2 * keys.numel() * rt.kv_pool.layer_num
+    calibration = rt.calibration.nbytes if rt.calibration is not None else 0
+    slot_tokens = rt.slot_tokens.nbytes if rt.slot_tokens is not None else 0
+    offsets = rt.offsets.numel() * rt.offsets.element_size()
+    return {
+        "votes_bytes": rt.votes.nbytes,
+        "offsets_bytes": offsets,
+        "slot_tokens_bytes": slot_tokens,
+        "calibration_bytes": calibration,
+        "persistent_share_of_16_bit_pool": (rt.votes.nbytes + offsets + slot_tokens) / pool16,
+        "arena_bytes": rt.arena.nbytes,
+        "arena_rows": rt.arena.rows,
+        "arena_free_rows": rt.arena.free_rows,
+        "arena_peak_rows": rt.arena.peak_rows,
+        "merge_scratch_bytes": SCRATCH_BYTES,
+    }
+
+
+def snapshot(rt: Runtime) -> dict[str, Any]:
+    """Configuration, counters, memory, and the pool's accounting."""
+    configurations, spans = rt.requests.configurations, rt.tree.spans
+    return {
+        "config": asdict(rt.config),
+        "counters": {**asdict(rt.counters), "refused_configurations": configurations.refused},
+        "configurations": len(configurations),
+        "memory": memory(rt),
+        "entries": len(spans),
+        "entry_slots": spans.evictable_slots + spans.protected_slots,
+        "total_slots": int(rt.allocator.size),
+        "available_slots": int(rt.allocator.available_size()),
+        "evictable_slots": int(rt.tree.evictable_size()),
+        "protected_slots": int(rt.tree.protected_size()),
+        "active_rows": rt.active_rows,
+    }

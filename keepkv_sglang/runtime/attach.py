@@ -1,0 +1,98 @@
+"""How a Runtime gets SGLang's pools, and memory of its own beside them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.calibration import Calibration, rotary_of
+from keepkv_sglang.memory.votes import SlotTokens, VoteStore
+from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.runtime.requests import Requests
+from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
+from keepkv_sglang.settings.protect import names_system
+from keepkv_sglang.turn.anchor import message_border
+from keepkv_sglang.turn.limits import Limits
+
+logger = logging.getLogger("keepkv")
+
+ARENA_WINDOWS = 64  # windows of the default size that fit at once
+ARENA_MAX_BYTES = 512 << 20
+
+
+def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
+    """Called by the attention backend: allocates votes (persistent) and the arena (scratch).
+
+    rank, ranks: of attention's tensor parallelism. Raises ConfigError for a pool whose keys cannot be merged.
+    """
+    pool = runner.token_to_kv_pool
+    if not hasattr(pool, "get_key_buffer") or getattr(pool, "is_quantized_kv_cache", False):
+        raise ConfigError(f"KeepKV cannot merge in a {type(pool).__name__}; use --kv-cache-dtype auto")
+    rt.kv_pool = pool
+    rt.first_layer, layers = pool.start_layer, pool.layer_num
+    keys = pool.get_key_buffer(rt.first_layer)
+    if keys.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(f"KeepKV cannot merge keys of {keys.dtype}; use --kv-cache-dtype bfloat16")
+    slots, kv_heads, head_dim = keys.shape
+    rt.rotary = rotary_of(runner.model)
+    if rt.rotary is None and rt.config.references:
+        logger.info("no reference queries: the model has no single rotary embedding")
+    rt.merge_flops = 2.0 * layers * kv_heads * head_dim
+    rt.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
+    rt.votes = VoteStore(layers, slots, kv_heads, keys.device)
+    rt.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
+    rt.rank = rank
+    q_heads = runner.model_config.num_attention_heads // ranks
+    row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
+    references = rt.rotary is not None
+    rows = arena_rows(rt.config, references, runner.model_config.context_len, ARENA_MAX_BYTES // row_bytes - 1)
+    share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
+
+
+def arena_rows(config: KeepKVConfig, references: bool, context_len: int, most: int) -> int:
+    """Rows of the arena: ARENA_WINDOWS of the largest set that a span takes, at most `most`, at least one set."""
+    needed = config.window + (config.references if references else 0)
+    windows = ARENA_WINDOWS
+    if config.span_tokens:  # a long prompt holds one window per piece until its last chunk
+        windows = max(windows, 2 * context_len // config.span_tokens)
+    return max(needed, min(windows * needed, most))
+
+
+def share_arena(rt: Runtime, arena: QueryArena, references: bool) -> None:
+    """The arena, and the limits that say who gets how much of it."""
+    rt.arena = arena
+    rt.limits = Limits(arena, rt.counters, references=references)
+
+
+def scheduler(rt: Runtime, sglang_scheduler: Any) -> None:
+    """After Scheduler.__init__: the pools exist now. Raises ConfigError where a backend of ours is not in use."""
+    if not hasattr(rt, "votes") or not getattr(sglang_scheduler.tree_cache, "is_keepkv", False):
+        raise ConfigError(
+            "KeepKV's attention or radix-cache backend is not in use, although --enable-keepkv was given; "
+            "leave out --attention-backend and --radix-cache-backend"
+        )
+    rt.scheduler = sglang_scheduler
+    tokenizer = getattr(sglang_scheduler, "tokenizer", None)
+    rt.limits.border = message_border(tokenizer)
+    if rt.limits.border is None and names_system(rt.config.protect):
+        logger.warning("--keepkv-protect system has no effect: the chat template shows no end of a message")
+    size = sglang_scheduler.chunked_prefill_size
+    rt.limits.chunk_tokens = size if size is not None and size > 0 else 0
+    pools(
+        rt, sglang_scheduler.tree_cache, sglang_scheduler.token_to_kv_pool_allocator, sglang_scheduler.req_to_token_pool
+    )
+    if rt.pressure_key is not None:
+        rt.calibration = Calibration.of(tokenizer, rt.rotary)
+
+
+def pools(rt: Runtime, tree: Any, allocator: Any, req_to_token_pool: Any) -> None:
+    """SGLang's cache and pools; the cache asks `rt.requests` about requests from now on, and the hooks are active."""
+    rt.tree, rt.allocator, rt.req_to_token_pool = tree, allocator, req_to_token_pool
+    table = req_to_token_pool.req_to_token
+    rt.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
+    rt.requests = Requests(rt.config, rt.limits, rt.counters, rt.pressure_key, tree.configurations)
+    tree.requests = rt.requests
+    rt.attached = True

@@ -1,0 +1,163 @@
+"""The hub: score -> select -> match -> merge -> commit, for one span of one request. Read this first.
+
+The mathematics of one layer is compress/layer.py, which compress/batch.py gives several layers at once; which span is
+due, and when, is decided in turn/spans.py. Here the span's slots are chosen, merged into slots that
+are private to the request, and the row is shortened. Nothing shared is rewritten: a slot that the prefix cache owns is
+only ever read.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
+from keepkv_sglang.compress.queries.references import QuerySample
+from keepkv_sglang.compress.registry import SCORERS
+from keepkv_sglang.runtime import record
+from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.runtime.streams import on_forward_stream
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.settings.span_policy import span_policy
+from keepkv_sglang.turn.spans import DueSpan
+from keepkv_sglang.turn.state import RequestState
+
+
+def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool:
+    """Merges the span's slots of every layer into m of the request's own slots and shortens its row.
+
+    Mutates the KV pool and the votes (only slots that are private to the request or newly allocated), the row, the
+    request's lengths, lock and offset. Returns False, with nothing changed, when the pool has no room for it.
+
+    Of the span, row positions below cache_protected_len belong to the prefix cache (raw spans that are compressed with
+    this turn, or the whole chain under a budget in slots): they are read, then left to the cache.
+    """
+    kv = req.kv
+    length = kv.kv_committed_len
+    assert kv.kv_allocated_len == length, (kv.kv_allocated_len, length)
+    assert 0 < span.m < span.slots and span.queries.filled > 0
+    began = time.perf_counter()
+    row = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, :length].to(torch.int64)
+    stop = span.start + span.slots
+    private = row[max(span.start, kv.cache_protected_len) : stop]
+    target, spare = private[: span.m], private[span.m :]
+    if len(private) < span.m:
+        extra = _allocate(rt, span.m - len(private))
+        if extra is None:
+            rt.counters.skipped_no_room += 1
+            return False
+        target = torch.cat([private, extra])
+    try:
+        _merge_layers(rt, req, state, span, row, target)
+    except Exception:
+        if len(private) < span.m:
+            rt.allocator.free(extra)
+        raise  # the caller fails the request: its own slots may be half merged
+    if rt.slot_tokens is not None:
+        rt.slot_tokens.forget(target)
+    tail = row[stop:]
+    new_row = torch.cat([target, tail]).to(torch.int32)
+    rt.req_to_token_pool.write((kv.req_pool_idx, slice(span.start, span.start + len(new_row))), new_row)
+    if span.start < kv.cache_protected_len:
+        rt.tree.move_lock_up(req, span.start)
+    new_length = length - span.slots + span.m
+    kv.kv_committed_len = kv.kv_allocated_len = new_length
+    if len(spare):
+        rt.allocator.free(spare)
+    rt.set_offset(req, state, state.offset + span.slots - span.m)
+    state.compressions += 1
+    rt.counters.compressions += 1
+    rt.counters.slots_freed += span.slots - span.m
+    rt.counters.seconds += time.perf_counter() - began
+    return True
+
+
+def merge_unused(
+    rt: Runtime, config: KeepKVConfig, path: torch.Tensor, start: int, end: int, target: torch.Tensor
+) -> None:
+    """Merges cached slots that no request uses into fresh ones, in every layer.
+
+    path [p] int64: the slots of a cached prefix of `end` tokens; [start, p), one per token, are merged into `target`
+    [m] int64, m < p - start. Writes K, V and votes of `target` only. Scored with the calibration's queries behind the
+    prefix, normalised over the merged part alone so that the work does not grow with what precedes it; without a
+    calibration by the configured scorer if it needs no queries, else by the keys, and then tokens are only kept or
+    dropped.
+    """
+    rows = Rows(path[:0], path[start:], target)
+    arena, queries = rt.arena.queries, rt.calibration.queries if rt.calibration is not None else None
+    policy = span_policy(config, len(target), sinks=config.sinks if start == 0 else 0)
+    if queries is None:
+        query_free = not SCORERS.needs_queries(config.scorer)
+        policy = replace(policy, merge="evict", scorer=config.scorer if query_free else "keydiff")
+
+    def place(layer: int) -> torch.Tensor:
+        return queries.behind(layer, end) if queries is not None else arena[layer, :0]
+
+    count = queries.q.shape[1] if queries is not None else 0
+    q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64, device=arena.device)
+    with on_forward_stream(rt.scheduler):
+        for _ in compress_rows(_storage(rt), rows, place, arena.shape[2], q_index, policy, SCRATCH_BYTES):
+            pass
+
+
+def _allocate(rt: Runtime, count: int) -> torch.Tensor | None:
+    """Slots for a span whose kept tokens lie in cached slots; evicts cold entries, never raises when full.
+
+    Leaves what the step being scheduled was promised. While SGLang collects frees, evicting would give nothing.
+    """
+    if rt.allocator.available_size() + rt.tree.evictable_size() < count + rt.step_reserve:
+        return None
+    if rt.allocator.available_size() < count:
+        if getattr(rt.allocator, "free_group", None) is not None:
+            return None
+        rt.tree.evict_slots(count - rt.allocator.available_size())
+    slots = rt.allocator.alloc(count)
+    return None if slots is None else slots.to(torch.int64)
+
+
+def _storage(rt: Runtime) -> Storage:
+    """The pool's layers and their votes."""
+    layers = range(rt.first_layer, rt.first_layer + rt.kv_pool.layer_num)
+    return Storage(
+        [rt.kv_pool.get_key_buffer(layer) for layer in layers],
+        [rt.kv_pool.get_value_buffer(layer) for layer in layers],
+        rt.votes.log_votes,
+        [rt.scales[layer] for layer in layers],
+    )
+
+
+def _merge_layers(
+    rt: Runtime, req: Any, state: RequestState, span: DueSpan, row: torch.Tensor, target: torch.Tensor
+) -> None:
+    """Writes the merged entries of all layers into `target` [m] int64 slots; adds to the merged/dropped statistics."""
+    if not rt.kv_pool.layer_num:
+        return  # the simulator's pool: slots without contents
+    where = Rows(row[: span.start], row[span.start : span.start + span.slots], target)
+    queries = span.queries
+    rows = torch.tensor(queries.rows[: queries.filled], dtype=torch.int64, device=row.device)
+    positions = list(queries.positions[: queries.filled])
+    arena = rt.arena.queries
+    # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
+    sample = QuerySample(positions, queries.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)
+
+    def place(layer: int) -> torch.Tensor:
+        return sample.place(arena[layer, rows])
+
+    log = record.begin(req, state, span, rt.rank)
+    joined = torch.zeros((), dtype=torch.int64, device=row.device)
+    with on_forward_stream(rt.scheduler):
+        for result in compress_rows(
+            _storage(rt), where, place, arena.shape[2], sample.q_index, span.policy, SCRATCH_BYTES
+        ):
+            joined += (result.assign >= 0).sum()
+            if log is not None:
+                log.layer(result)
+    heads = rt.kv_pool.layer_num * rt.votes.log_votes[0].shape[1]
+    merged = joined.item() / heads - span.m
+    state.merged += merged
+    state.dropped += span.slots - span.m - merged
+    if log is not None:
+        log.write()

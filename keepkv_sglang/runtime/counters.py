@@ -1,0 +1,27 @@
+"""What a scheduler process counts: /server_info shows every field under its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from keepkv_sglang.turn.limits import Skips
+
+
+@dataclass
+class Counters(Skips):
+    """Since the process began."""
+
+    compressions: int = 0
+    deferred: int = 0  # due, and put off to the next step by step_tokens
+    parked: int = 0  # rounds in which a chunk of a prompt found no slots and nobody was admitted
+    slots_freed: int = 0
+    seconds: float = 0.0  # of the compressions alone
+    hook_seconds: float = 0.0  # of all that runs between steps: looking for due spans, compressing, publishing
+    published: int = 0
+    entry_hits: int = 0
+    retractions_published: int = 0
+    mispublished: int = 0
+    most_running: int = 0  # requests in one decode batch
+    pressure_merges: int = 0
+    pressure_tokens: int = 0
+    pressure_seconds: float = 0.0

@@ -1,0 +1,148 @@
+"""Methods that `keepkv eval` compares: names -> how a prefilled row becomes smaller.
+
+Ours are settings of the server's own configuration (config.py) run through the server's own compress_layer; peers are
+in peers.py. A method that needs its own prefill says so with `prefill`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer
+from keepkv_sglang.compress.queries.references import QuerySample
+from keepkv_sglang.compress.select import SpanPolicy, left_raw
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.settings.span_policy import span_policy
+from keepkv_sglang.tools.evaluate.probe import Probe, Row, Slots
+from keepkv_sglang.turn.queries import reference_positions
+
+
+class Method(Protocol):
+    """One way to compress a prompt."""
+
+    @property
+    def name(self) -> str:
+        """As in the results; the same name is the same measurement."""
+        ...
+
+    def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
+        """A row that stands for `ids` in ceil(budget * len(ids)) slots per layer.
+
+        full: the same tokens prefilled without compression, if the caller has them; it is not changed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Full:
+    """The full cache."""
+
+    name: str = "full"
+
+    def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
+        return full.clone() if full is not None else probe.row(ids)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A configuration of this project; `config.budget` is replaced by the budget asked for.
+
+    offline_scorer: a scorer that no server can run (h2o); it replaces config.scorer and sees every query fed last.
+    """
+
+    name: str
+    config: KeepKVConfig
+    offline_scorer: str = ""
+
+    def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
+        row = full.clone() if full is not None else probe.row(ids)
+        compress_tail(row, self.config, slots_of(budget, len(ids)), offline_scorer=self.offline_scorer)
+        return row
+
+
+def slots_of(budget: float, tokens: int) -> int:
+    """ceil(budget * tokens), as the server counts (KeepKVConfig.kept_slots)."""
+    return max(1, math.ceil(budget * tokens - 1e-9))
+
+
+def compress_tail(
+    row: Row, config: KeepKVConfig, m: int, start: int = 0, offline_scorer: str = "", carried: int = 0
+) -> int:
+    """Slots [start, end) of the row become m; returns how many of the last are raw (selection.left_raw).
+
+    What compressor.py does on the server: the span is everything behind `start`, one slot per token where the window
+    lies; its first `carried` slots are what its predecessor left raw. Nothing happens when m >= its slots.
+    """
+    n = row.slots - start
+    if m >= n:
+        return 0
+    policy = span_policy(config, m, sinks=config.sinks if start == 0 else 0, carried=carried)
+    compress_with(row, config, policy, start, offline_scorer)
+    return left_raw(policy, n)
+
+
+def compress_with(
+    row: Row, config: KeepKVConfig, policy: SpanPolicy, start: int = 0, offline_scorer: str = ""
+) -> list[LayerResult]:
+    """Slots [start, end) of the row become policy.m, scored by window and reference queries of the tokens fed last.
+    Returns what was chosen, per layer."""
+    if offline_scorer:
+        policy = replace(policy, scorer=offline_scorer)
+    n, fed = row.slots - start, row.tokens - row.queries[0].shape[0]  # fed: the first token that has a query
+    lo = max(fed, row.tokens - (n if offline_scorer else config.window))
+    spread = reference_positions(fed, lo, config.references)
+    positions = [*spread, *range(lo, row.tokens)]
+    rows = torch.tensor(positions) - fed
+    device = row.queries[0].device
+    sample = QuerySample(positions, len(spread), row.tokens, n, row.probe.rotary, torch.float32, device)
+    results = []
+    for layer, queries in zip(row.layers, row.queries, strict=True):
+        q = sample.place(queries[rows])
+        context, span = layer.cut(0, start), layer.cut(start, start + n)
+        x = LayerInput(q, sample.q_index, context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
+        results.append(compress_layer(x, policy))
+    row.replace_span([Slots(r.k, r.v, r.lv) for r in results], start)
+    return results
+
+
+def ours(name: str, **settings: object) -> Ours:
+    """`settings` are fields of KeepKVConfig; without reference queries, as the papers have it, unless asked for."""
+    return Ours(name, KeepKVConfig(enabled=True, **{"references": 0, **settings}))  # type: ignore[arg-type]
+
+
+SNAPKV = "snapkv evict"
+RELEASED = "keepkv mean 0.8 (released)"
+DEFAULT = "default"
+
+OURS: dict[str, Ours] = {
+    method.name: method
+    for method in (
+        Ours(DEFAULT, KeepKVConfig(enabled=True)),
+        ours(SNAPKV, scorer="snapkv", merge="evict"),
+        ours(RELEASED, scorer="keepkv", merge="mean", threshold=0.8),
+        ours("keepkv evict", scorer="keepkv", merge="evict"),
+        ours("keepkv zip (paper)", scorer="keepkv", merge="zip", threshold=0.8),
+        ours("snapkv mean", scorer="snapkv", merge="mean", threshold=0.6),
+        ours("snapkv tangent", scorer="snapkv", merge="tangent", threshold=0.6),
+        ours("snapkv least_squares", scorer="snapkv", merge="least_squares", threshold=0.6),
+        ours("snapkv value_refit", scorer="snapkv", merge="value_refit", threshold=0.6),
+        ours("rms attention_matching, no references", scorer="rms", merge="attention_matching"),
+        ours("rms attention_matching, 128 references", scorer="rms", merge="attention_matching", references=128),
+        ours("rms least_squares, 256 references", scorer="rms", merge="least_squares", references=256, threshold=0.6),
+        ours("rms evict, 256 references", scorer="rms", merge="evict", references=256),
+        ours("keydiff evict", scorer="keydiff", merge="evict"),
+        ours("knorm evict", scorer="knorm", merge="evict"),
+        ours("tova evict", scorer="tova", merge="evict"),
+        ours("gkv evict", scorer="gkv", merge="evict"),
+        ours("value_norm evict", scorer="value_norm", merge="evict"),
+        ours("expected_attention evict", scorer="expected_attention", merge="evict"),
+        ours("streaming_llm evict", scorer="streaming_llm", merge="evict"),
+        ours("chunkkv evict", scorer="snapkv", merge="evict", chunk=10),
+        Ours("h2o evict", KeepKVConfig(enabled=True, merge="evict", references=0), offline_scorer="h2o"),
+    )
+}

@@ -1,0 +1,222 @@
+"""Task `turns`: a six-turn agent conversation, compressed once per turn as the server does, against the full cache.
+
+Real dialogues of tau-bench (users, tools, an agent) behind a system prompt of ours, teacher-forced. The server's rules
+(schedule.py): the first message is an anchor and stays whole; a turn's prompt, and what was left raw before it, is
+compressed after its prefill by its last `window` queries; its recent tokens stay raw inside its budget and join the
+next span; its last token begins the reply, which stays raw until the next turn's prompt (here in one piece: the server
+also compresses long replies while they grow, task `decoding`); a span shorter than min_tokens stays raw and joins the
+next; finished spans are never compressed again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.evaluate import plots
+from keepkv_sglang.tools.evaluate.conversation import Message, message, pieces
+from keepkv_sglang.tools.evaluate.documents import HALVES, lines
+from keepkv_sglang.tools.evaluate.methods import DEFAULT, RELEASED, SNAPKV, Method, Ours, compress_tail, slots_of
+from keepkv_sglang.tools.evaluate.probe import Row, agreement
+from keepkv_sglang.tools.evaluate.results import grouped
+from keepkv_sglang.tools.evaluate.statistics import geometric_mean, mean
+from keepkv_sglang.tools.evaluate.task import Setup, ours_only
+from keepkv_sglang.turn.anchor import first_message_end, message_border
+
+ITEMS = 30
+TURNS = 6
+MOST_TOKENS = 5120  # a longer conversation is left out: its prefill costs too much
+REPLY_TOKENS = 8  # shorter replies do not end a turn
+# The first turn takes in exchanges until it has that many tokens: the server leaves shorter prompts whole (min_tokens),
+# and a first turn that is not compressed at all is nothing to compare a sixth with.
+FIRST_TOKENS = KeepKVConfig().min_tokens
+METHODS = (DEFAULT, SNAPKV, RELEASED)
+FILES = {
+    "tau_airline": "tau_bench/MockAirlineDomainEnv-few_shot.jsonl",
+    "tau_retail": "tau_bench/MockRetailDomainEnv-few_shot.jsonl",
+}
+SYSTEM = (
+    "You are a customer service agent. You help users with their reservations, orders, refunds, exchanges and profiles."
+    " Find out who the user is before you look anything up. Tools answer in JSON; tell the user only what the tools"
+    " say, and ask for an explicit yes before you change anything. Hand over to a human agent when a request is"
+    " outside your policy."
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """anchor: tokens of the system message. turns: (prompt, reply) token ids; the first prompt has the anchor."""
+
+    number: int
+    source: str
+    anchor: int
+    turns: tuple[tuple[list[int], list[int]], ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """log_probs: per turn [len(reply), vocabulary], of each reply token's place. full: the full cache before the last
+    reply."""
+
+    item: Item
+    log_probs: list[torch.Tensor]
+    full: Row
+
+
+class Turns:
+    """Agreement with the full cache over the replies of a six-turn agent conversation, finished turns left alone."""
+
+    name = "turns"
+
+    def items(self, setup: Setup) -> Sequence[Item]:
+        made: list[Item] = []
+        half = HALVES.index(setup.half)
+        talks = [(source, talk) for source, path in FILES.items() for talk in lines(setup.data / path)]
+        for number, (source, talk) in enumerate(talks):
+            if number % 2 == half and len(made) < (setup.items or ITEMS):
+                item = make_item(setup, number, source, messages_of(talk["messages_display"]))
+                if item is not None:
+                    made.append(item)
+        return made
+
+    def pairs(self, setup: Setup) -> list[tuple[Method, float]]:
+        return ours_only(setup, METHODS)
+
+    def prepare(self, setup: Setup, item: Item) -> Prepared:
+        row, log_probs = setup.probe.row(), []
+        for prompt, reply in item.turns:
+            row.feed(prompt[:-1], last=1)
+            full = row.clone()
+            log_probs.append(row.feed([prompt[-1], *reply])[:-1])
+        return Prepared(item, log_probs, full)
+
+    def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
+        assert isinstance(method, Ours)
+        row = Conversation(setup.probe.row(), method.config, budget, prepared.item.anchor)
+        values: dict[str, Any] = {"source": prepared.item.source, "anchor": prepared.item.anchor}
+        columns: dict[str, list[float]] = {"kl": [], "top1": [], "slots": [], "tokens": [], "reply_tokens": []}
+        for (prompt, reply), full in zip(prepared.item.turns, prepared.log_probs, strict=True):
+            row.prompt(prompt[:-1])
+            columns["slots"].append(row.row.slots)
+            columns["tokens"].append(row.row.tokens)
+            fed = [prompt[-1], *reply]
+            got = agreement(full, row.reply(fed)[:-1], fed[:-1])
+            columns["kl"].append(got.kl)
+            columns["top1"].append(got.top1)
+            columns["reply_tokens"].append(len(reply))
+        # How much of the last turn's error comes from compressing in turns: the same slots, chosen all at once.
+        once = prepared.full.clone()
+        compress_tail(once, method.config, row.slots_before_reply - row.anchor, start=row.anchor)
+        got = agreement(full, once.feed(fed)[:-1], fed[:-1])
+        return values | columns | {"once_kl": got.kl, "once_top1": got.top1}
+
+    def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        parts = []
+        for (budget, method), chosen in sorted(grouped(rows, "budget", "method").items()):
+            parts.append(_table(chosen, f"{method}, {budget:.0%}"))
+        return "\n\n".join(parts)
+
+    def plot(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+        curves: dict[str, dict[float, float]] = {
+            f"{method}, {budget:.0%}": {
+                turn + 1: 100 * mean([row["top1"][turn] for row in chosen]).mean for turn in range(TURNS)
+            }
+            for (budget, method), chosen in sorted(grouped(rows, "budget", "method").items())
+        }
+        return [
+            plots.curves(curves, folder / "turns.png", "turn", "top-1 agreement with the full cache (%)", log=False)
+        ]
+
+
+class Conversation:
+    """A row that the server's rules compress turn by turn. `tail`: the slot where the raw part begins; its first
+    `carried` slots are what the last compression left raw."""
+
+    def __init__(self, row: Row, config: KeepKVConfig, budget: float, anchor: int) -> None:
+        self.row, self.config, self.budget = row, config, budget
+        self.anchor = self.tail = anchor
+        self.carried = 0
+        self.slots_before_reply = 0
+
+    def prompt(self, ids: Sequence[int]) -> None:
+        """Prefills a turn's prompt but its last token, then compresses the raw part."""
+        self.row.feed(ids, last=1)
+        n = self.row.slots - self.tail
+        m = slots_of(self.budget, n - self.carried) + self.carried
+        if n - self.carried < self.config.min_tokens or m >= n:
+            return
+        left = compress_tail(self.row, self.config, m, start=self.tail, carried=self.carried)
+        self.tail, self.carried = self.tail + m - left, left
+
+    def reply(self, ids: Sequence[int]) -> torch.Tensor:
+        """The prompt's last token and the reply: raw. Log-probabilities [len(ids), vocabulary]."""
+        self.slots_before_reply = self.row.slots
+        return self.row.feed(ids)
+
+
+def messages_of(text: str) -> list[Message]:
+    """A tau-bench dialogue. Tool calls, which the file does not show ('assistant: None'), are left out."""
+    parts = re.split(r"(?:^|\n)(user|assistant|tool): ", text)[1:]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [message(role, body.strip()) for role, body in pairs if body.strip() != "None"]
+
+
+def make_item(setup: Setup, number: int, source: str, messages: Sequence[Message]) -> Item | None:
+    """The first TURNS turns; None when there are fewer, or more than MOST_TOKENS tokens. A turn: everything up to an
+    answer of the agent of at least REPLY_TOKENS tokens; the first has at least FIRST_TOKENS before that answer."""
+    parts: list[tuple[Sequence[Message], bool]] = []
+    waiting, asked = [message("system", SYSTEM)], 0
+    for said in messages:
+        tokens = len(setup.probe.ids(said["content"]))
+        if said["role"] == "assistant" and tokens >= REPLY_TOKENS and (parts or asked >= FIRST_TOKENS):
+            parts += [(waiting, True), ([said], False)]
+            waiting = []
+        else:
+            waiting.append(said)
+            asked += tokens
+    if len(parts) < 2 * TURNS or any(not said for said, _ in parts[: 2 * TURNS]):
+        return None
+    cut = pieces(setup.probe, parts[: 2 * TURNS])
+    if sum(map(len, cut)) > MOST_TOKENS:
+        return None
+    border = message_border(setup.probe.tokenizer)
+    turns: list[tuple[list[int], list[int]]] = []
+    left: list[int] = []
+    for prompt, reply in zip(cut[::2], cut[1::2], strict=True):
+        # A model stops at the border; what the template puts behind it comes with the next prompt.
+        end = len(reply) - reply[::-1].index(border.token) if border and border.token in reply else len(reply)
+        turns.append((left + prompt, reply[:end]))
+        left = reply[end:]
+    return Item(number, source, first_message_end(cut[0], border), tuple(turns))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Per turn; and the paired difference to turn 1 over conversations."""
+    lines_ = [
+        f"**{title}: {len(rows)} conversations, anchor of {mean([row['anchor'] for row in rows]).mean:.0f} tokens**",
+        "",
+        "| turn | tokens | slots | top-1 % [95 %] | minus turn 1, points | KL gm [95 %] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for turn in range(TURNS):
+        top1 = [100 * row["top1"][turn] for row in rows]
+        change = mean([100 * (row["top1"][turn] - row["top1"][0]) for row in rows])
+        lines_.append(
+            f"| {turn + 1} | {mean([row['tokens'][turn] for row in rows]).mean:.0f}"
+            f" | {mean([row['slots'][turn] for row in rows]).mean:.0f} | {mean(top1).text(1)}"
+            f" | {change.text(1) if turn else '-'} | {geometric_mean([row['kl'][turn] for row in rows]).text(3)} |"
+        )
+    once = mean([100 * row["once_top1"] for row in rows])
+    gained = mean([100 * (row["top1"][-1] - row["once_top1"]) for row in rows])
+    lines_.append(
+        f"\nTurn {TURNS} with the same slots behind the anchor, compressed once from the full cache: top-1"
+        f" {once.text(1)} %, KL gm {geometric_mean([row['once_kl'] for row in rows]).text(3)}; in turns minus once:"
+        f" {gained.text(1)} points."
+    )
+    return "\n".join(lines_)
