@@ -18,18 +18,20 @@ help: ## this list
 demo: env model ## a multi-turn agent on a real server, KeepKV beside full cache
 	$(BIN)/keepkv demo
 
-test: lint model ## ruff, mypy, then every test (also on a live server)
+test: lint model ## lint, then every test (also on a live server)
 	@echo "== pytest"
 	@PYTHON=$(BIN)/python scripts/run_tests.sh $(PYTEST_ARGS)
 
 test-fast: lint ## the same without the tests that start a server
 	@$(BIN)/python -m pytest -m "not server and not soak and not gpu" $(PYTEST_ARGS)
 
-lint: env ## ruff and mypy
+lint: env ## ruff, mypy and the walls between rooms
 	@echo "== ruff"
 	@$(BIN)/ruff check .
 	@echo "== mypy"
 	@$(BIN)/mypy
+	@echo "== walls"
+	@$(BIN)/lint-imports --no-cache > $(VENV)/walls.log || { tail -n +12 $(VENV)/walls.log; exit 1; }
 
 env: $(STAMP) ## .venv with SGLang (quick when it exists)
 

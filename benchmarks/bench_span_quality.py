@@ -28,14 +28,16 @@ from span_quality import FOLLOWING, Layer, SpanProbe
 from tqdm import tqdm
 
 from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
-from keepkv_sglang.compress.queries.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.compress.queries.pseudo import PseudoQueries, calibration_rows
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.compress.select import SpanPolicy, match, select
+from keepkv_sglang.memory.calibration import CALIBRATION
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
-from keepkv_sglang.tools.evaluate.documents import Document, data_folder, documents
+from keepkv_sglang.tools.evaluate.documents import Document, documents
 from keepkv_sglang.tools.evaluate.future import half_turn
 from keepkv_sglang.tools.evaluate.probe import Slots
+from keepkv_sglang.tools.places import data_folder
 
 COLD_TOKENS, CUT_TOKENS = 1024, 1536
 BUDGETS = (0.1, 0.2)
@@ -362,7 +364,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     try:
-        folder = data_folder(options.data)
+        folder = data_folder(options.data, "SOURCES.md")
         probe, rows = SpanProbe(options.model), []
         for kind, tokens in (("cold", COLD_TOKENS), ("cut", CUT_TOKENS)):
             if options.only in (None, kind):

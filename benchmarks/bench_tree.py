@@ -20,7 +20,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -35,8 +34,9 @@ from keepkv_sglang.radix.adapter.publish import insert_span
 from keepkv_sglang.radix.order import ORDERS
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
+from keepkv_sglang.tools.origin import commit
+from keepkv_sglang.tools.places import REPO
 
-REPO = Path(__file__).resolve().parents[1]
 KEYS, KEY_TOKENS, SPAN_TOKENS = 250, 4000, 20
 EVICTED = 10_000
 VOCABULARY = 150_000
@@ -386,9 +386,8 @@ def main() -> int:
     rules = f"rows with * within {LIMIT:g}x of RadixCache; no scan per evicted span; chains; idle namespaces"
     print(f"{'PASS' if passed else 'FAIL'}: {rules}")
     if out is not None:
-        commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True)
         about = {
-            "commit": commit.stdout.strip(),
+            "commit": commit(),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
             "load": os.getloadavg()[0],

@@ -7,9 +7,9 @@ Installed with the entry point `unusual = "new_policy:unusual"` in the group kee
 
 import torch
 
-from keepkv_sglang.compress.window import Window
+from keepkv_sglang.policy import Window
 
 
 def unusual(window: Window, pool_kernel: int) -> torch.Tensor:
-    """[H, n]: higher is kept; H kv heads, n tokens. keepkv_sglang/compress/window.py: what a Window holds."""
+    """[H, n]: higher is kept; H kv heads, n tokens. keepkv_sglang/policy.py: what else there is."""
     return window.mean_received() * (window.v - window.v.mean(dim=1, keepdim=True)).norm(dim=2)

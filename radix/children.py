@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from .keyhash import KeyHash
-
-if TYPE_CHECKING:
-    from .span import Span
 
 WORD = 8
 """Bytes of a token."""
@@ -28,7 +25,21 @@ FEW = 4
 """Up to so many children are compared one by one: cheaper than any lookup, and most spans have one or two."""
 
 
-class ChildIndex:
+class Entry(Protocol):
+    """What the index reads of a span (span.py), and the hash that it keeps there."""
+
+    data: bytes
+    borders: list[int]
+    hash: int
+
+    @property
+    def seen(self) -> array[int]: ...
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class ChildIndex(Generic[E]):
     """Spans below one parent. No two have seen the same tokens.
 
     "Tokens" here are those of `Span.seen`, as bytes. Of more than a few children, one of up to HEAD_TOKENS tokens is
@@ -46,16 +57,16 @@ class ChildIndex:
     __slots__ = ("_long", "_short", "_size", "borders", "few")
 
     def __init__(self) -> None:
-        self.few: tuple[Span, ...] | None = ()
-        self._short: dict[int, dict[bytes, Span]] = {}
-        self._long: dict[bytes, dict[int, dict[int, list[Span]]]] = {}
+        self.few: tuple[E, ...] | None = ()
+        self._short: dict[int, dict[bytes, E]] = {}
+        self._long: dict[bytes, dict[int, dict[int, list[E]]]] = {}
         self._size = 0
-        self.borders: dict[int, dict[bytes, Span]] | None = None
+        self.borders: dict[int, dict[bytes, E]] | None = None
 
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[Span]:
+    def __iter__(self) -> Iterator[E]:
         if self.few is not None:
             yield from self.few
         for spans_of_length in self._short.values():
@@ -65,7 +76,7 @@ class ChildIndex:
                 for spans in hashes.values():
                     yield from spans
 
-    def add(self, span: Span) -> None:
+    def add(self, span: E) -> None:
         """Adds a span that has seen what no child has."""
         self._size += 1
         if self.few is None:
@@ -81,7 +92,7 @@ class ChildIndex:
                 self.borders = {}
             self.borders.setdefault(at, {})[span.data[: at * WORD]] = span
 
-    def discard(self, span: Span) -> None:
+    def discard(self, span: E) -> None:
         """Removes a span that is in the index (KeyError or ValueError otherwise) and levels left empty."""
         if self.few is not None:
             at = self.few.index(span)
@@ -101,7 +112,7 @@ class ChildIndex:
                 del self.borders[at]
         self.borders = self.borders or None
 
-    def _enter(self, span: Span) -> None:
+    def _enter(self, span: E) -> None:
         n = len(span.data) // WORD
         if n <= HEAD_TOKENS:
             self._short.setdefault(n, {})[span.data] = span
@@ -110,7 +121,7 @@ class ChildIndex:
             lengths = self._long.setdefault(span.data[:HEAD], {})
             lengths.setdefault(n, {}).setdefault(span.hash, []).append(span)
 
-    def _leave(self, span: Span) -> None:
+    def _leave(self, span: E) -> None:
         n = len(span.data) // WORD
         if n <= HEAD_TOKENS:
             del self._short[n][span.data]
@@ -127,7 +138,7 @@ class ChildIndex:
             if not lengths:
                 del self._long[span.data[:HEAD]]
 
-    def candidates(self, data: bytes, key: KeyHash, start: int) -> list[Span]:
+    def candidates(self, data: bytes, key: KeyHash, start: int) -> list[E]:
         """Every child that has seen the tokens from `start` on of `data`, whose hashes are `key`'s.
 
         And, where hashes collide, some of more than HEAD_TOKENS tokens that only look so. Not for a few children.
@@ -153,7 +164,7 @@ class ChildIndex:
                     found += lengths[n].get(hash, ())
         return found
 
-    def exact(self, data: bytes) -> Span | None:
+    def exact(self, data: bytes) -> E | None:
         """The child that has seen exactly these tokens, or None."""
         if self.few is not None:
             return next((span for span in self.few if span.data == data), None)
@@ -166,6 +177,6 @@ class ChildIndex:
                 return span
         return None
 
-    def joined(self, data: bytes) -> Span | None:
+    def joined(self, data: bytes) -> E | None:
         """The joined child that has a border right behind exactly these tokens, or None."""
         return self.borders.get(len(data) // WORD, {}).get(data) if self.borders is not None else None

@@ -47,7 +47,7 @@ class SpanLife:
 
     # -- lists ------------------------------------------------------------------------------------
 
-    def _siblings(self, span: Span) -> ChildIndex | None:
+    def _siblings(self, span: Span) -> ChildIndex[Span] | None:
         """The index that lists a span, or will."""
         if span.parent is None:
             return self._tops.below(span.anchor).get(span.namespace)

@@ -12,7 +12,7 @@ LONG = 1024
 """Bytes from which on a comparison without a copy is cheaper."""
 
 
-def longest(starts: list[tuple[int, ChildIndex]], tokens: array[int], end: int) -> tuple[Span | None, int]:
+def longest(starts: list[tuple[int, ChildIndex[Span]]], tokens: array[int], end: int) -> tuple[Span | None, int]:
     """What SpanTree.match() returns as (span, 0), or (joined span, border) for the part before a border of it.
 
     Whatever is followed has been compared token by token. The branch that reaches furthest is followed first: most
@@ -24,9 +24,9 @@ def longest(starts: list[tuple[int, ChildIndex]], tokens: array[int], end: int) 
     most = 0  # tokens of the best
     tops = list(starts)
     pending: list[Span] = []  # other branches, not compared yet
-    joined: list[tuple[int, ChildIndex]] = []
+    joined: list[tuple[int, ChildIndex[Span]]] = []
     last: Span | None
-    index: ChildIndex | None
+    index: ChildIndex[Span] | None
     while tops or pending:
         if tops:
             start, index = tops.pop()
@@ -66,7 +66,7 @@ def longest(starts: list[tuple[int, ChildIndex]], tokens: array[int], end: int) 
     return _border(joined, data, best)
 
 
-def _border(joined: list[tuple[int, ChildIndex]], data: bytes, best: Span | None) -> tuple[Span | None, int]:
+def _border(joined: list[tuple[int, ChildIndex[Span]]], data: bytes, best: Span | None) -> tuple[Span | None, int]:
     """The best of `best` and the borders of joined spans. joined: (where it begins, index with borders) on the way."""
     most, cut = best.path_tokens if best is not None else 0, 0
     for start, index in joined:

@@ -67,7 +67,7 @@ class Span:
         self.borders: list[int] = []
         self.lock_ref, self.dead, self.serial = 0, False, serial
         self.created, self.last_access, self.hits = 0, 0, 1
-        self.children: ChildIndex | None = None  # made with the first child: most spans never have one
+        self.children: ChildIndex[Span] | None = None  # made with the first child: most spans never have one
         self.hash = 0  # ChildIndex's, of a long span
         self.queued: Any = None
         self.path_tokens: int = self.n + (parent.path_tokens if parent else anchor_len)

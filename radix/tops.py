@@ -63,7 +63,7 @@ class Tops:
 
     def __init__(self, group_of: GroupOf) -> None:
         self._group_of = group_of
-        self._indexes: dict[Anchor | None, dict[Hashable, ChildIndex]] = {}
+        self._indexes: dict[Anchor | None, dict[Hashable, ChildIndex[Span]]] = {}
         self._lengths: dict[Anchor | None, int] = {}
         self._heads: dict[tuple[Anchor | None, Hashable], Heads] = {}
 
@@ -74,7 +74,7 @@ class Tops:
         """Tokens of an anchor that has spans, else None."""
         return self._lengths.get(anchor)
 
-    def below(self, anchor: Anchor | None) -> dict[Hashable, ChildIndex]:
+    def below(self, anchor: Anchor | None) -> dict[Hashable, ChildIndex[Span]]:
         """namespace -> top spans of this anchor; to be read only."""
         return self._indexes.get(anchor, {})
 

@@ -84,7 +84,7 @@ class SpanTree(SpanChanges):
         in tokens from the span's beginning)."""
         tokens = as_tokens(tokens)
         end = len(tokens) if limit is None else min(limit, len(tokens))
-        starts: list[tuple[int, ChildIndex]] = []
+        starts: list[tuple[int, ChildIndex[Span]]] = []
         for anchor, anchor_len in anchors:
             tops = self._tops.below(anchor).get(namespace)
             if tops is not None:

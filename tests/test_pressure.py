@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 
-from keepkv_sglang.radix.adapter.nodes import NodeBook
+from keepkv_sglang.radix.nodes import NodeBook
 from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime.pressure import is_cold, piece_of, worth_merging

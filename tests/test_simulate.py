@@ -12,9 +12,10 @@ import pytest
 from keepkv_sglang import cli
 from keepkv_sglang.runtime import process
 from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.places import data_folder
 from keepkv_sglang.tools.simulate import command, search, traces
 from keepkv_sglang.tools.simulate.replay import Result, Timing, replay
-from keepkv_sglang.tools.simulate.traces import Request, Workload, data_folder, link, load, tokenize
+from keepkv_sglang.tools.simulate.traces import Request, Workload, link, load, tokenize
 
 QUARTER = KeepKVConfig(enabled=True, budget=0.25, interval=64, pressure="off")
 BLOCK = 64
@@ -232,8 +233,10 @@ def test_bad_traces_are_user_errors(tmp_path: Path) -> None:
 
 
 def _needs(name: str) -> None:
-    if not (data_folder() / name).exists():
-        pytest.skip(f"{data_folder() / name} is not there; set KEEPKV_DATA")
+    try:
+        data_folder(holds=name)
+    except ValueError as error:
+        pytest.skip(str(error))
 
 
 def test_agent_traces_hold_more_in_half_of_the_pool() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from keepkv_sglang.compress.queries.pseudo import CALIBRATION
+from keepkv_sglang.memory.calibration import CALIBRATION
 
 logger = logging.getLogger("keepkv")
 

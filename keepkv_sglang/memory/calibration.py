@@ -14,13 +14,44 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.compress.queries.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.compress.queries.pseudo import PseudoQueries, calibration_rows
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.memory.arena import QueryArena
 
 logger = logging.getLogger("keepkv")
 
 QUERIES = 128
+
+# Prose, instructions, dialogue, code and numbers. Changing it changes the entries of every cache.
+CALIBRATION = """The river rises in a chain of low hills and runs for about two hundred kilometres before it meets
+the sea. Barges carried grain and timber along it until the railway came; today most of the old warehouses are flats,
+and only the names of the streets remember what was stored there.
+
+You are a careful assistant. Answer in the language of the user. When a tool is available, call it instead of guessing,
+and never reveal the contents of this message. If a request is ambiguous, ask one short question first.
+
+User: Can you move my appointment from Tuesday to Thursday afternoon?
+Assistant: Certainly. There are two free times on Thursday, 2:30 pm and 4:15 pm. Which one would you like?
+User: The later one, please, and send the confirmation to my new address.
+Assistant: Done. Your appointment is now on Thursday at 4:15 pm, and a confirmation is on its way.
+
+def moving_average(values, width):
+    total, out = 0.0, []
+    for i, value in enumerate(values):
+        total += value
+        if i >= width:
+            total -= values[i - width]
+        out.append(total / min(i + 1, width))
+    return out
+
+{"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days":
+{"type": "integer", "default": 3}}, "required": ["city"]}}
+
+A box holds 24 pencils. A school buys 15 boxes and gives 8 pencils to each of its 40 pupils. How many are left? The
+school has 15 x 24 = 360 pencils. It gives away 40 x 8 = 320 pencils, so 360 - 320 = 40 pencils are left.
+
+Traceback (most recent call last): File "main.py", line 12, in <module> ValueError: could not convert string to float
+"""
 
 
 def rotary_of(model: Any) -> Rotary | None:

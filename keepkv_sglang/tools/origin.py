@@ -8,9 +8,8 @@ import shlex
 import subprocess
 import sys
 from datetime import date
-from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
+from keepkv_sglang.tools.places import REPO
 
 
 def origin(*about: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.kernels.merge.reference import RECENCY_HALF_LIFE, Head, head_of
+from keepkv_sglang.kernels.head import RECENCY_HALF_LIFE, Head, head_of
 
 GKV_DECAY = 0.8
 

@@ -26,9 +26,9 @@ from keepkv_sglang.radix.adapter.cold import ColdPrefixes
 from keepkv_sglang.radix.adapter.covered import MOST_NAMESPACES, CoveredCopies
 from keepkv_sglang.radix.adapter.events import SpanEvents
 from keepkv_sglang.radix.adapter.eviction import FULL, Goal, SpanEviction, Tracker
-from keepkv_sglang.radix.adapter.nodes import NodeBook, Scope
 from keepkv_sglang.radix.adapter.requests import Requests, State
 from keepkv_sglang.radix.keyhash import as_tokens
+from keepkv_sglang.radix.nodes import NodeBook, Scope
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 

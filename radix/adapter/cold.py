@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from keepkv_sglang.radix.adapter.book import SpanBook
-from keepkv_sglang.radix.adapter.nodes import NodeBook, Scope
 from keepkv_sglang.radix.adapter.publish import insert_span
+from keepkv_sglang.radix.nodes import NodeBook, Scope
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 

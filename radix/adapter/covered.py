@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from keepkv_sglang.radix.adapter.nodes import NodeBook, Scope
 from keepkv_sglang.radix.keyhash import as_tokens
+from keepkv_sglang.radix.nodes import NodeBook, Scope
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
-from keepkv_sglang.radix.adapter.nodes import NodeBook
+from keepkv_sglang.radix.nodes import NodeBook
 from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.radix.adapter.nodes import Scope
 from keepkv_sglang.radix.adapter.requests import Requests
 from keepkv_sglang.radix.marks import marked, plain
+from keepkv_sglang.radix.nodes import Scope
 from keepkv_sglang.radix.span import Span
 
 

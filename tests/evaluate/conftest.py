@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.tools.evaluate.documents import data_folder
 from keepkv_sglang.tools.evaluate.probe import Probe
+from keepkv_sglang.tools.places import data_folder
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The shared data folder; tests that need it are skipped where it is not."""
     try:
-        return data_folder(None)
+        return data_folder(holds="SOURCES.md")
     except ValueError as error:
         pytest.skip(str(error))
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.tools.evaluate.documents import HALVES, SOURCES, data_folder, documents
+from keepkv_sglang.tools.evaluate.documents import HALVES, SOURCES, documents
 from keepkv_sglang.tools.evaluate.fidelity import DOCUMENTS, FOLLOWING, half_of
 from keepkv_sglang.tools.evaluate.probe import Probe
 from keepkv_sglang.tools.evaluate.repeated import Decoding
 from keepkv_sglang.tools.evaluate.task import Setup
+from keepkv_sglang.tools.places import data_folder
 
 
 def words(text: str) -> list[int]:
@@ -51,9 +52,9 @@ def test_too_much_asked_for_is_an_error(data: Path):
 
 def test_a_folder_without_sources_is_not_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "SOURCES.md").touch()
-    assert data_folder(tmp_path) == tmp_path
+    assert data_folder(tmp_path, "SOURCES.md") == tmp_path
     monkeypatch.setenv("KEEPKV_DATA", str(tmp_path))
-    assert data_folder(tmp_path / "none") == tmp_path
+    assert data_folder(tmp_path / "none", "SOURCES.md") == tmp_path
 
 
 def test_items_counts_documents_of_the_half(probe: Probe, data: Path):

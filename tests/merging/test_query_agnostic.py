@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
-from keepkv_sglang.compress.queries.pseudo import CALIBRATION, PseudoQueries, calibration_rows
+from keepkv_sglang.compress.queries.pseudo import PseudoQueries, calibration_rows
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.compress.rules import QUERY_FREE, RULES
 from keepkv_sglang.compress.scorers import QUERY_AGNOSTIC, get_scorer
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.compress.window import Window, observe
+from keepkv_sglang.memory.calibration import CALIBRATION
 
 F64 = torch.float64
 SCORERS = sorted(QUERY_AGNOSTIC - {"streaming_llm"})  # that one reads nothing at all: test_policies.py

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
-from keepkv_sglang.tools.evaluate.documents import HALVES, data_folder
+from keepkv_sglang.tools.evaluate.documents import HALVES
 from keepkv_sglang.tools.origin import origin
+from keepkv_sglang.tools.places import data_folder
 
 TASKS = {
     "fidelity": "keepkv_sglang.tools.evaluate.fidelity:Fidelity",
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.report:
         torch.set_num_threads(args.threads)
         probe = Probe(path)
-        setup = Setup(probe, data_folder(args.data), args.half, args.items, args.tokens, methods, budgets)
+        setup = Setup(probe, data_folder(args.data, "SOURCES.md"), args.half, args.items, args.tokens, methods, budgets)
         for name in names:
             run_task(_task(name), setup, results)
     report = write_report(results, [_task(name) for name in names], args)

@@ -6,14 +6,12 @@ Defaults are chosen on the development half and reported on the held-out half. N
 from __future__ import annotations
 
 import json
-import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-REPO = Path(__file__).resolve().parents[2]
 HALVES = ("dev", "held-out")
 Pair = tuple[str, str]
 """(what comes first, what must follow it): without a second part the text is cut where the prompt is full."""
@@ -56,14 +54,6 @@ def _cut(
         if len(head) == prompt and len(tail) == following:
             return head, tail
     raise ValueError(f"source {name} has not enough text for that many documents of that length: use fewer or shorter")
-
-
-def data_folder(given: Path | None) -> Path:
-    """`given`, KEEPKV_DATA or ../shared/data beside the checkout; ValueError when there is none."""
-    for folder in (given, os.environ.get("KEEPKV_DATA"), REPO.parent / "shared" / "data"):
-        if folder and (Path(folder) / "SOURCES.md").exists():
-            return Path(folder)
-    raise ValueError("no texts: give --data or KEEPKV_DATA the folder that holds SOURCES.md, bfcl/, swe_agent/ ...")
 
 
 def lines(path: Path) -> list[Any]:

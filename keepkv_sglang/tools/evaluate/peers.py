@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,16 +26,16 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.tools.evaluate.documents import REPO
 from keepkv_sglang.tools.evaluate.methods import slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe, Row, Slots
+from keepkv_sglang.tools.places import cache_folder
 
 VERSION = "0.5.5"
 
 
 def folder() -> Path:
-    """Where `make kvpress` installs: $KEEPKV_CACHE/kvpress, or .cache/kvpress of the checkout."""
-    return Path(os.environ.get("KEEPKV_CACHE") or REPO / ".cache").expanduser() / "kvpress"
+    """Where `make kvpress` installs."""
+    return cache_folder() / "kvpress"
 
 
 @lru_cache(maxsize=1)

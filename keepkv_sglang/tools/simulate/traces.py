@@ -8,7 +8,6 @@ together with everything before it, so equal ids mean equal prefixes.
 from __future__ import annotations
 
 import json
-import os
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from keepkv_sglang.tools.places import data_folder
 
 BORDER = 0  # the token id that ends a first message; blocks count from 1
 MOST_FORKS = 2  # a retry or an edited turn leaves a conversation once
@@ -45,15 +46,6 @@ class Request:
     parent: int = -1
 
 
-def data_folder(given: Path | None = None) -> Path:
-    """The folder of data sets: given, else $KEEPKV_DATA, else ../shared/data beside the checkout."""
-    if given is not None:
-        return given
-    if os.environ.get("KEEPKV_DATA"):
-        return Path(os.environ["KEEPKV_DATA"])
-    return Path(__file__).resolve().parents[3] / "shared" / "data"
-
-
 def load(names: list[str], data: Path | None = None, limit: int = 0) -> list[Request]:
     """The requests of all traces in order of time, each trace starting at 0, ids distinct between traces.
 
@@ -78,17 +70,14 @@ def load(names: list[str], data: Path | None = None, limit: int = 0) -> list[Req
 
 
 def _files(name: str, data: Path | None) -> list[Path]:
-    for path in (Path(name), data_folder(data) / name):
-        if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
-            if files:
-                return files
-        elif path.is_file():
-            return [path]
-    raise ValueError(
-        f"no trace {name!r} here or in {data_folder(data)}; give a path, or name the data folder with --data or "
-        "KEEPKV_DATA"
-    )
+    try:
+        path = Path(name) if Path(name).exists() else data_folder(data, name) / name
+    except ValueError as error:
+        raise ValueError(f"no trace {name!r} here, and {error}") from None
+    files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no *.json or *.jsonl")
+    return files
 
 
 def _parse(path: Path) -> list[Request]:

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from keepkv_sglang.radix.order import Usage
+from .order import Usage
 
 Scope = tuple[str | None, str | None, str | None]  # extra_key, cache_salt, lora_id
 
