@@ -15,7 +15,7 @@ from keepkv_sglang.compress.layer import LayerInput, compress_layer
 from keepkv_sglang.compress.rules.base import Clusters, Merged
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.settings import config as config_module
-from keepkv_sglang.settings.config import HELP, ConfigError, KeepKVConfig
+from keepkv_sglang.settings.config import OPTIONS, ConfigError, KeepKVConfig
 
 NUMBER = 7
 
@@ -71,7 +71,7 @@ def layer(w: int = 4) -> LayerInput:
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_every_named_scorer_runs(name, chunk):
     config = KeepKVConfig(enabled=True, scorer=name, chunk=chunk)
-    assert name in HELP["scorer"]
+    assert name in OPTIONS["scorer"].help
     result = compress_layer(layer(), SpanPolicy(10, config.merge, 4, 2, 0.5, scorer=config.scorer, chunk=config.chunk))
     assert result.kept.shape == (2, 10) and result.k.isfinite().all()
 

@@ -12,7 +12,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-from keepkv_sglang.settings.config import HELP, PRESSURE_MODES, ConfigError, KeepKVConfig, from_text
+from keepkv_sglang.settings.config import OPTIONS, ConfigError, KeepKVConfig, from_text
 
 logger = logging.getLogger("keepkv")
 
@@ -25,7 +25,6 @@ FLASHINFER_BACKEND = "keepkv_flashinfer"
 BACKEND_DEVICES = {CPU_BACKEND: "cpu", TRITON_BACKEND: "cuda", FLASHINFER_BACKEND: "cuda"}
 AUTO_BACKEND = {"cpu": CPU_BACKEND, "cuda": TRITON_BACKEND}
 """What --attention-backend auto means: SGLang's Triton kernels run on every CUDA device that it supports."""
-CHOICES = {"pressure": PRESSURE_MODES}
 
 
 def flag_name(field: str) -> str:
@@ -58,15 +57,16 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
     """AFTER hook on ServerArgs.add_cli_args."""
     group = parser.add_argument_group("KeepKV (keepkv-sglang plugin)")
     defaults = KeepKVConfig()
-    for field, text in HELP.items():
-        name = "--" + flag_name(field).replace("_", "-")
+    for field, option in OPTIONS.items():
+        name, text = "--" + flag_name(field).replace("_", "-"), option.help.replace("%", "%%")
         if field == "enabled":
             group.add_argument(name, action="store_true", help=text)
             continue
         default = getattr(defaults, field)
-        extra: dict[str, Any] = {"choices": CHOICES[field]} if field in CHOICES else {}
-        shown = "none" if default == "" else default
-        group.add_argument(name, type=_argparse_type(field), default=default, help=f"{text} Default: {shown}.", **extra)
+        extra: dict[str, Any] = {"choices": option.choices} if option.choices else {}
+        unit = f" Unit: {option.unit}." if option.unit else ""
+        text = f"{text}{unit} Default: {'none' if default == '' else default}."
+        group.add_argument(name, type=_argparse_type(field), default=default, help=text, **extra)
     _explain_switch(parser)
 
 
@@ -124,7 +124,7 @@ def _check_off(values: dict[str, Any]) -> None:
 def _warn_off(config: KeepKVConfig) -> None:
     """One line where flags were given that do nothing."""
     defaults = KeepKVConfig()
-    idle = [flag_name(field) for field in HELP if getattr(config, field) != getattr(defaults, field)]
+    idle = [flag_name(field) for field in OPTIONS if getattr(config, field) != getattr(defaults, field)]
     if idle:
         print(
             f"keepkv: {', '.join(idle)} without enable_keepkv: KeepKV is off and nothing is compressed; "
@@ -170,7 +170,7 @@ def after_from_cli_args(server_args: Any, _cls: Any, args: argparse.Namespace) -
     """AFTER hook on ServerArgs.from_cli_args: attach the configuration, refuse what cannot work."""
     defaults = KeepKVConfig()
     with _ExitOnConfigError():
-        config = KeepKVConfig(**{f: getattr(args, flag_name(f), getattr(defaults, f)) for f in HELP})
+        config = KeepKVConfig(**{f: getattr(args, flag_name(f), getattr(defaults, f)) for f in OPTIONS})
         attach(server_args, config)
     return server_args
 
@@ -179,7 +179,7 @@ def engine_server_args(server_args_class: Any) -> Any:
     """What Engine.server_args_class becomes: ServerArgs that also takes our keyword arguments."""
 
     def build(**kwargs: Any) -> Any:
-        taken = {f: kwargs.pop(flag_name(f)) for f in HELP if flag_name(f) in kwargs}
+        taken = {f: kwargs.pop(flag_name(f)) for f in OPTIONS if flag_name(f) in kwargs}
         config = KeepKVConfig(**taken)
         if config.enabled:
             _choose_backends(kwargs)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from keepkv_sglang.settings.config import HELP
+from keepkv_sglang.settings.config import OPTIONS
 from keepkv_sglang.start.flags import flag_name
 from keepkv_sglang.tools.server_process import ServerProcess
 
@@ -81,7 +81,7 @@ def test_offline_engine(model_path: Path) -> None:
 def test_gpu_server_is_valid_shell_and_names_flags_that_exist(tmp_path: Path) -> None:
     script = EXAMPLES / "gpu_server.sh"
     subprocess.run(["bash", "-n", script], check=True)
-    known = {"--" + flag_name(field).replace("_", "-") for field in HELP}
+    known = {"--" + flag_name(field).replace("_", "-") for field in OPTIONS}
     used = set(re.findall(r"--(?:enable-)?keepkv[a-z-]*", script.read_text()))
     assert "--enable-keepkv" in used and used <= known, used - known
 

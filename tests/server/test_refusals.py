@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from keepkv_sglang.settings.config import HELP, ConfigError, KeepKVConfig, from_text
+from keepkv_sglang.settings.config import OPTIONS, ConfigError, KeepKVConfig, from_text
 from keepkv_sglang.settings.values import SHOWN, budget
 from keepkv_sglang.start import flags, refuse
 
@@ -145,7 +145,7 @@ def test_no_number_on_the_command_line(text):
 
 def test_config_is_one_record():
     config = KeepKVConfig(enabled=True)
-    assert set(HELP) == set(config.__dataclass_fields__)
+    assert set(OPTIONS) == set(config.__dataclass_fields__)
     assert config.with_request({"budget": 0.3}).fingerprint() != config.fingerprint()
     assert config.with_request({}).fingerprint() == config.fingerprint() == KeepKVConfig(enabled=True).fingerprint()
     assert not KeepKVConfig().with_request({"enabled": True}).enabled, "a request cannot switch a server on"
@@ -213,7 +213,7 @@ def test_what_the_server_was_started_with_bounds_a_request():
     assert config.with_request(cheaper).window == 8
     with pytest.raises(ConfigError, match="--keepkv-request-keys window"):
         config.with_request({"window": 17})
-    assert KeepKVConfig(enabled=True, request_keys="window, chunk").request_keys == "window,chunk"
+    assert KeepKVConfig(enabled=True, request_keys="window, chunk").request_keys == "chunk,window", "in the order of the options"
     opened = KeepKVConfig(enabled=True, window=16, request_keys="window")
     assert opened.with_request({"window": 256}).window == 256
     with pytest.raises(ConfigError, match="use at least 128"):
