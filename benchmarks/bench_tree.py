@@ -35,7 +35,6 @@ from keepkv_sglang.radix.order import ORDERS
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.tools.origin import commit
-from keepkv_sglang.tools.places import REPO
 
 KEYS, KEY_TOKENS, SPAN_TOKENS = 250, 4000, 20
 EVICTED = 10_000
@@ -316,11 +315,9 @@ def idle_table(report: Report) -> None:
     """Requests through the whole cache manager, without a model: an empty cache beside one of 8,000 idle namespaces."""
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
-    sys.path.insert(0, str(REPO / "tests" / "radix"))
-    from served import OFF, Server, text
-
     from keepkv_sglang.settings.config import KeepKVConfig
     from keepkv_sglang.tools.simulate.world import World
+    from tests.support.served import OFF, Server, text
 
     report.title(f"one request's bookkeeping, {IDLE:,} idle namespaces (Unified: an empty cache), thread time")
     shared = text(0, 100)

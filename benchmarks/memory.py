@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py            the demo model's shape, measured; Llama-3-70B on 8 GPUs, from the formulas
 
-docs/scaling.md uses the formulas; tests/test_memory.py holds them against tensors and tracemalloc. No model is loaded.
+docs/scaling.md uses the formulas; tests/tools/test_memory.py holds them against tensors and tracemalloc. No model runs.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ not_long=() not_others=()
 for path in tests/* tests/server/test_*.py; do
     if [[ " ${long[*]} " == *" $path "* ]]; then
         not_others+=(--ignore "$path")
-    elif [[ $path != tests/server && $path != tests/conftest.py ]]; then
+    elif [[ $path != tests/server && $path != tests/conftest.py && $path != tests/__init__.py && $path != tests/support ]]; then
         not_long+=(--ignore "$path")
     fi
 done

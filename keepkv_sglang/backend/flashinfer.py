@@ -1,7 +1,7 @@
 """SGLang attention backend `keepkv_flashinfer`: FlashInfer's kernels with votes, on NVIDIA GPUs.
 
 Never run on a GPU: what is known comes from compiling (kernels/attention/flashinfer_table.json), from the declarations
-as host code, and from these classes with recording wrappers (tests/test_flashinfer_backend.py). So it is chosen by name
+as host code, and from these classes with recording wrappers (tests/backend/test_flashinfer.py). So it is chosen by name
 only. Importing this file needs neither a GPU nor FlashInfer.
 
 It is SGLang's FlashInferAttnBackend with three differences:

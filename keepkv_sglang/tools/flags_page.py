@@ -9,7 +9,8 @@ from keepkv_sglang.tools.places import REPO
 PAGE = REPO / "docs" / "flags.md"
 HEAD = """# Flags and request keys
 
-Made by `python -m keepkv_sglang.tools.flags_page` from `keepkv_sglang/settings/config.py`; a test fails when it is stale.
+`python -m keepkv_sglang.tools.flags_page` makes it from `keepkv_sglang/settings/config.py`. A test fails when it is
+stale.
 
 A flag is given to `launch_server` and `sglang serve`; `sgl.Engine` takes it as a keyword (`--keepkv-budget 0.1` is
 `keepkv_budget=0.1`). A request key goes into `custom_params` of the sampling parameters:

@@ -16,9 +16,10 @@ import pytest
 
 from keepkv_sglang.settings.config import OPTIONS
 from keepkv_sglang.start.flags import flag_name
+from keepkv_sglang.tools.places import REPO
 from keepkv_sglang.tools.server_process import ServerProcess
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+EXAMPLES = REPO / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,12 @@ On a machine with a CUDA device they are collected without the variable, and run
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from keepkv_sglang.kernels import attention
 
-sys.path.insert(0, str(Path(__file__).parent))  # paged.py, under --import-mode=importlib
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*_triton.py"]
 

@@ -7,14 +7,14 @@ import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import paged
 import pytest
 import torch
-from paged import ROUNDING, TOLERANCE
 from torch.nn.functional import scaled_dot_product_attention
 
 from keepkv_sglang.kernels import attention
 from keepkv_sglang.kernels.attention import reference
+from tests.support import paged
+from tests.support.paged import ROUNDING, TOLERANCE
 
 LENGTHS = [1, 63, 500, 0, 2047]
 

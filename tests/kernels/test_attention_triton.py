@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged import DEVICE, INTERPRETED, TOLERANCE, Case
 
 from keepkv_sglang.kernels.attention import triton_impl
+from tests.support.paged import DEVICE, INTERPRETED, TOLERANCE, Case
 
 # heads (q, kv), head_dim, dtype: GQA 1, 3, 4, 8, every head size, every storage
 SHAPES = [

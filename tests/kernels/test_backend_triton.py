@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
+
+from tests.support.paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
 
 pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
 

@@ -12,10 +12,9 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from graph_changes import CHANGES, LENS, STALE  # noqa: E402
-from paged import TOLERANCE, Case  # noqa: E402
-
 from keepkv_sglang.kernels.attention import triton_impl  # noqa: E402
+from tests.support.graph_changes import CHANGES, LENS, STALE  # noqa: E402
+from tests.support.paged import TOLERANCE, Case  # noqa: E402
 
 
 def captured(call):

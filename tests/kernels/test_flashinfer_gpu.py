@@ -17,9 +17,9 @@ if importlib.util.find_spec("flashinfer") is None:  # installed, but not importa
     pytest.skip("needs flashinfer", allow_module_level=True)
 
 import flashinfer  # noqa: E402
-from paged import Case  # noqa: E402
 
 from keepkv_sglang.kernels.attention.flashinfer_variants import decode_args, prefill_args  # noqa: E402
+from tests.support.paged import Case  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEADS, DIM = (8, 2), 64

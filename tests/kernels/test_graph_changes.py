@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from graph_changes import CHANGES, LENS, STALE
-from paged import Case
+
+from tests.support.graph_changes import CHANGES, LENS, STALE
+from tests.support.paged import Case
 
 
 def test_each_change_makes_the_output_before_it_wrong():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged import DEVICE
 
 from keepkv_sglang.compress.batch import Rows, Storage, compress_rows
 from keepkv_sglang.compress.layer import LayerInput, compress_layer
@@ -12,6 +11,7 @@ from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge import triton_impl as merge
 from keepkv_sglang.kernels.score import triton_impl as score
+from tests.support.paged import DEVICE
 
 
 def layer(dtype, n=130, context=40, heads=2, group=3, dim=64, references=24, window=8):

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nearest import check_nearest
-from segments import check_edges, check_segments, clusters
 
 from keepkv_sglang.compress.layer import LayerInput, compress_layer
 from keepkv_sglang.kernels import cpu_build
 from keepkv_sglang.kernels.merge import cpp_impl, torch_impl
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
+from tests.support.nearest import check_nearest
+from tests.support.segments import check_edges, check_segments, clusters
 
 TOLERANCE = 1e-5  # float32 sums of at most 256 products of size 1
 

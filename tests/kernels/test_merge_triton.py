@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nearest import check_nearest
-from paged import DEVICE
-from segments import check_edges, check_segments
 
 from keepkv_sglang.kernels.merge import torch_impl, triton_impl
+from tests.support.nearest import check_nearest
+from tests.support.paged import DEVICE
+from tests.support.segments import check_edges, check_segments
 
 # Sums of at most 256 float32 products of size 1: rounding of a few 1e-6.
 TOLERANCE = 1e-5

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from window_case import Case, check
 
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.sums import query_sums, recency
 from keepkv_sglang.compress.window import context_log_z, observe
 from keepkv_sglang.kernels import cpu_build
 from keepkv_sglang.kernels.score import cpp_impl
+from tests.support.window_case import Case, check
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
+
+from tests.support.paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
 
 pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
 

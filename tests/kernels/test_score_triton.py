@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from paged import DEVICE, INTERPRETED
-from window_case import TOLERANCE, Case, check
 
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.sums import query_sums
 from keepkv_sglang.compress.window import context_log_z, observe
 from keepkv_sglang.kernels.score import triton_impl
+from tests.support.paged import DEVICE, INTERPRETED
+from tests.support.window_case import TOLERANCE, Case, check
 
 # With 16-bit keys products are of TF32, queries and weights in two halves: 2^-21 of logits of size 10.
 SPLIT = TOLERANCE if INTERPRETED else 5 * TOLERANCE

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from keepkv_sglang.tools.places import REPO
+
 FOLDER = Path(__file__).parent
 
 
@@ -16,6 +18,6 @@ def test_every_triton_kernel_in_the_interpreter():
     assert len(modules) == 6
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-500:]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.radix.tree import SpanTree
-
-sys.path.insert(0, str(Path(__file__).parent))  # spans.py, under --import-mode=importlib
 
 
 @pytest.fixture

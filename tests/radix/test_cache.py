@@ -6,13 +6,13 @@ from array import array
 from collections.abc import Iterator
 
 import pytest
-from served import OFF, SYSTEM, Server, text
 
 from keepkv_sglang.radix.invariants import check_slots
 from keepkv_sglang.runtime import pressure
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
+from tests.support.served import OFF, SYSTEM, Server, text
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from served import OFF, SYSTEM, Server, text
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from spans import NO_ANCHOR, add
 
 from keepkv_sglang.radix.adapter.covered import MOST_NAMESPACES
 from keepkv_sglang.radix.adapter.publish import insert_span
@@ -18,6 +16,8 @@ from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
+from tests.support.served import OFF, SYSTEM, Server, text
+from tests.support.spans import NO_ANCHOR, add
 
 IDLE = 400
 

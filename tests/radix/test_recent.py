@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from served import OFF, SYSTEM, Server, text
 
 from keepkv_sglang.radix.adapter.eviction import FULL
 from keepkv_sglang.runtime import pressure
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
+from tests.support.served import OFF, SYSTEM, Server, text
 
 RECENT = 6
 

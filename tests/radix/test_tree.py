@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from spans import NO_ANCHOR, add
 
 from keepkv_sglang.radix import children
 from keepkv_sglang.radix.children import HEAD_TOKENS
 from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.radix.keyhash import KeyHash
 from keepkv_sglang.radix.tree import SpanTree
+from tests.support.spans import NO_ANCHOR, add
 
 # -- matching ------------------------------------------------------------------------------------------------
 

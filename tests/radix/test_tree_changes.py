@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from spans import NO_ANCHOR, add, fresh_slots
 
 from keepkv_sglang.radix.tree import SpanTree
+from tests.support.spans import NO_ANCHOR, add, fresh_slots
 
 # -- merging again ---------------------------------------------------------------------------------------------
 

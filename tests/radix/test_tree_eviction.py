@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from spans import NO_ANCHOR, add
 
 from keepkv_sglang.radix import children
 from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
+from tests.support.spans import NO_ANCHOR, add
 
 # -- eviction ------------------------------------------------------------------------------------------------
 

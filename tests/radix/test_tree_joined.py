@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from spans import NO_ANCHOR, add, fresh_slots
 
 from keepkv_sglang.radix.span import JOINED_TOKENS, Span
 from keepkv_sglang.radix.tree import SpanTree
+from tests.support.spans import NO_ANCHOR, add, fresh_slots
 
 
 def join(tree: SpanTree, span: Span, tokens: Any) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tree_model import ANCHORS, NAMESPACES, ORDERS, PICK, SHORT, TOKENS, Entry, Key, TreeModel
 
 from keepkv_sglang.radix import children
 from keepkv_sglang.radix.children import HEAD_TOKENS
@@ -20,6 +19,7 @@ from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.radix.keyhash import KeyHash
 from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.span import JOINED_TOKENS
+from tests.support.tree_model import ANCHORS, NAMESPACES, ORDERS, PICK, SHORT, TOKENS, Entry, Key, TreeModel
 
 SOAK = os.environ.get("KEEPKV_SOAK") == "1"
 

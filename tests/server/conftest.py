@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # client.py and replay.py, under --import-mode=importlib
-
-from client import STRICT
-
+from keepkv_sglang.tools.places import REPO
 from keepkv_sglang.tools.server_process import LAUNCH_SERVER, ServerProcess
+from tests.support.client import STRICT
 
 Launch = Callable[..., ServerProcess]
 
@@ -51,7 +48,8 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle(model_path: Path):
     """The empty float64 replay row; clone it. Loaded once."""
     import torch
-    from replay import Replay
+
+    from tests.support.replay import Replay
 
     torch.set_num_threads(2)
     return Replay.load(str(model_path))
@@ -62,5 +60,5 @@ def text_tokens(model_path: Path) -> list[int]:
     """Tokens of real English prose (this project's licence), without message borders."""
     from transformers import AutoTokenizer
 
-    licence = (Path(__file__).resolve().parents[2] / "LICENSE").read_text()
+    licence = (REPO / "LICENSE").read_text()
     return AutoTokenizer.from_pretrained(model_path).encode(licence)

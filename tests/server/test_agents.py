@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from client import flush, generate, numbers, tokens
 
 from keepkv_sglang.tools.agent_load import AgentLoad
 from keepkv_sglang.tools.bench.measure import summarise
 from keepkv_sglang.tools.bench.workloads import Agents
+from tests.support.client import flush, generate, numbers, tokens
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 
 import pytest
-from client import body, flush, generate, numbers, tokens
+
+from keepkv_sglang.tools.places import REPO
+from tests.support.client import body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
 LIVES = 200  # the request does not notice
@@ -48,7 +49,7 @@ def fault(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(launch, fault):
-    faults = str(Path(__file__).parent / "faults")
+    faults = str(REPO / "tests" / "support" / "faults")
     path = os.pathsep.join(filter(None, [faults, os.environ.get("PYTHONPATH")]))
     return launch(
         *("--enable-keepkv", "--keepkv-interval", "16", "--max-total-tokens", "600", "--chunked-prefill-size", "128"),

@@ -7,9 +7,9 @@ import urllib.error
 import urllib.request
 
 import pytest
-from client import body, flush, generate, numbers, tokens
 
 from keepkv_sglang.hooks.endpoints import ENDPOINTS
+from tests.support.client import body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
 HELLO = [{"role": "user", "content": "Hello"}]

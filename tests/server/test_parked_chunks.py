@@ -11,7 +11,8 @@ import threading
 import time
 
 import pytest
-from client import body, flush, generate, numbers, tokens
+
+from tests.support.client import body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
 FLAGS = (

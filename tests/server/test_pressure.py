@@ -7,8 +7,9 @@ import socket
 import threading
 
 import pytest
-from client import BORDER, Router, body, flush, generate, numbers, tokens
-from replay import events_of
+
+from tests.support.client import BORDER, Router, body, flush, generate, numbers, tokens
+from tests.support.replay import events_of
 
 pytestmark = pytest.mark.server
 BOUND = 3e-3  # the default rule fits: BOUND_FITTED of test_replay.py

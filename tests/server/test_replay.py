@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from client import Answer, flush, generate, numbers
-from replay import Replay, events_of
 
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
@@ -22,6 +20,8 @@ from keepkv_sglang.settings.config import MERGE_RULES, KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools.evaluate.methods import compress_with, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe
+from tests.support.client import Answer, flush, generate, numbers
+from tests.support.replay import Replay, events_of
 
 pytestmark = pytest.mark.server
 BOUND = 1e-4

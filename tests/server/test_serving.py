@@ -10,9 +10,9 @@ import urllib.request
 
 import openai
 import pytest
-from client import BORDER, body, flush, generate, numbers, tokens
 
 from keepkv_sglang.settings.config import KeepKVConfig
+from tests.support.client import BORDER, body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
 INTERVAL = KeepKVConfig().interval

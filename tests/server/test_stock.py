@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import pytest
-from client import Answer, body, flush, generate, numbers, tokens
+
+from tests.support.client import Answer, body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
 BOUND = 5e-5

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from client import BORDER, Answer, flush, generate, numbers
 
 from keepkv_sglang.tools.agent_load import AgentLoad
 from keepkv_sglang.tools.bench.workloads import Agents
+from tests.support.client import BORDER, Answer, flush, generate, numbers
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 RANKS = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.evaluate.methods import Full, compress_tail, ours, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe, Slots, agreement
+from tests.support.replay import Replay
 
 CONFIG = KeepKVConfig(enabled=True)
 # float32 against float32 or float64: one forward pass of this model differs from float64 by about 2e-5.
@@ -20,17 +20,8 @@ BOUND = 1e-4
 
 @pytest.fixture(scope="module")
 def replay(model_path: Path) -> Any:
-    """tests/server/replay.py: the oracle, which shares no code with the probe."""
-    path = Path(__file__).parents[1] / "server" / "replay.py"
-    spec = importlib.util.spec_from_file_location("replay_for_probe", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up.
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.Replay.load(str(model_path))
+    """tests/support/replay.py: the oracle, which shares no code with the probe."""
+    return Replay.load(str(model_path))
 
 
 def test_a_raw_row_is_the_plain_model(probe: Probe, ids: list[int]):

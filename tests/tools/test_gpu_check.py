@@ -11,15 +11,14 @@ import sys
 import tarfile
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu_bench, gpu_cases, gpu_modules, gpu_report
 from keepkv_sglang.kernels.attention import reference
+from keepkv_sglang.tools.places import REPO
 
-REPO = Path(__file__).resolve().parent.parent
 LOG = """
 tests/kernels/test_a_triton.py::test_one[(3, 3)-80-torch.float32] PASSED [ 25%]
 tests/kernels/test_a_triton.py::test_two FAILED                          [ 50%]

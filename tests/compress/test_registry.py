@@ -16,6 +16,7 @@ from keepkv_sglang.compress.rules.base import Clusters, Merged
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.settings import config as config_module
 from keepkv_sglang.settings.config import OPTIONS, ConfigError, KeepKVConfig
+from keepkv_sglang.tools.places import REPO
 
 NUMBER = 7
 
@@ -130,7 +131,7 @@ def test_what_cannot_work_stops_the_start(field, value, message):
         KeepKVConfig(enabled=True, **{field: value})
 
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = REPO / "examples"
 SCRIPT = """
 import torch
 from keepkv_sglang.settings.config import KeepKVConfig

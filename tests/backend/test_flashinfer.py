@@ -12,7 +12,7 @@ flashinfer = pytest.importorskip("flashinfer")
 from keepkv_sglang.backend import flashinfer as ours  # noqa: E402
 from keepkv_sglang.kernels.attention import reference  # noqa: E402
 from keepkv_sglang.settings.config import ConfigError  # noqa: E402
-from tests.flashinfer_stand_in import DIM, DTYPE, LAYERS, TOLERANCE, Module, Server, patch  # noqa: E402
+from tests.support.flashinfer_stand_in import DIM, DTYPE, LAYERS, TOLERANCE, Module, Server, patch  # noqa: E402
 
 
 @pytest.fixture

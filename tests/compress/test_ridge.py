@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_layers import layer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,6 +14,7 @@ from keepkv_sglang.compress.layer import compress_layer, merge_from_assignment
 from keepkv_sglang.compress.rules import ridge
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import cpp_impl
+from tests.support.layers import layer
 
 F64 = torch.float64
 LAMBDA = 0.03, 1e-3

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_layers import layer, policy
 
 from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.settings.config import SCORERS
+from tests.support.layers import layer, policy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # C++, torch

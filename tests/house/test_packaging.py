@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+from keepkv_sglang.tools.places import REPO
+
 LINKED = ("kernels", "radix")
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_layers import F64, layer, log_mass, one_cluster, policy, tiny
 
 from keepkv_sglang.compress.layer import compress_layer, merge_from_assignment
 from keepkv_sglang.compress.rules import RULES, get_rule
 from keepkv_sglang.compress.rules.least_squares import _ridge
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
+from tests.support.layers import F64, layer, log_mass, one_cluster, policy, tiny
 
 MERGING = [rule for rule in RULES if rule != "evict"]
 COPYING = [rule for rule in RULES if rule != "attention_matching"]

@@ -15,8 +15,9 @@ from importlinter.configuration import configure
 from importlinter.contracts.acyclic_siblings import AcyclicSiblingsContract
 from importlinter.contracts.forbidden import ForbiddenContract
 
-ROOT = Path(__file__).parent.parent
-CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+from keepkv_sglang.tools.places import REPO
+
+CONFIG = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["importlinter"]
 FORBIDDEN = [contract for contract in CONFIG["contracts"] if contract["type"] == "forbidden"]
 ARROWS = [
     (contract["name"], source, target)
@@ -66,8 +67,8 @@ def test_a_planted_circle_is_found(graph):
 
 def test_lint_imports_fails_on_a_file_with_a_forbidden_import(tmp_path):
     """The command that `make lint` runs, on a copy of the package."""
-    shutil.copytree(ROOT / "keepkv_sglang", tmp_path / "keepkv_sglang", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(REPO / "keepkv_sglang", tmp_path / "keepkv_sglang", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPO / "pyproject.toml", tmp_path)
     (tmp_path / "keepkv_sglang/turn/planted.py").write_text("from keepkv_sglang.runtime import due  # noqa\n")
     command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
@@ -76,11 +77,11 @@ def test_lint_imports_fails_on_a_file_with_a_forbidden_import(tmp_path):
 
 
 def test_only_the_doors_stand_loose():
-    assert sorted(path.name for path in (ROOT / "keepkv_sglang").glob("*.py")) == sorted(DOORS)
+    assert sorted(path.name for path in (REPO / "keepkv_sglang").glob("*.py")) == sorted(DOORS)
 
 
 def test_no_file_is_longer_than_400_lines():
-    files = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    files = files or [str(path.relative_to(ROOT)) for path in ROOT.glob("*/**/*.py") if ".venv" not in path.parts]
-    too_long = [file for file in files if len((ROOT / file).read_text().splitlines()) > 400]
+    files = subprocess.run(["git", "ls-files", "*.py"], cwd=REPO, capture_output=True, text=True).stdout.split()
+    files = files or [str(path.relative_to(REPO)) for path in REPO.glob("*/**/*.py") if ".venv" not in path.parts]
+    too_long = [file for file in files if len((REPO / file).read_text().splitlines()) > 400]
     assert not too_long
