@@ -20,6 +20,7 @@ from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools.evaluate.probe import Probe, Row, Slots
 from keepkv_sglang.turn.queries import reference_positions
+from keepkv_sglang.turn.spans import DueSpan
 
 
 class Method(Protocol):
@@ -97,16 +98,35 @@ def compress_with(
     lo = max(fed, row.tokens - (n if offline_scorer else config.window))
     spread = reference_positions(fed, lo, config.references)
     positions = [*spread, *range(lo, row.tokens)]
+    return _compress_slots(row, policy, positions, len(spread), start, n, row.tokens)
+
+
+def compress_span(row: Row, due: DueSpan) -> list[LayerResult]:
+    """What runtime/compressor.py does on the server to one span that is due."""
+    held = due.queries
+    positions = list(held.positions[: held.filled])
+    return _compress_slots(row, due.policy, positions, held.references, due.start, due.slots, due.end)
+
+
+def _compress_slots(
+    row: Row, policy: SpanPolicy, positions: Sequence[int], references: int, start: int, n: int, end: int
+) -> list[LayerResult]:
+    """The n slots from `start` on, which end before token `end`, become policy.m; positions: of their queries, which
+    must be among the tokens fed last."""
+    fed = row.tokens - row.queries[0].shape[0]
     rows = torch.tensor(positions) - fed
     device = row.queries[0].device
-    sample = QuerySample(positions, len(spread), row.tokens, n, row.probe.rotary, torch.float32, device)
-    results = []
+    sample = QuerySample(list(positions), references, end, n, row.probe.rotary, torch.float32, device)
+    results, layers = [], []
     for layer, queries in zip(row.layers, row.queries, strict=True):
         q = sample.place(queries[rows])
-        context, span = layer.cut(0, start), layer.cut(start, start + n)
+        context, span, behind = layer.cut(0, start), layer.cut(start, start + n), layer.cut(start + n, row.slots)
         x = LayerInput(q, sample.q_index, context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
-        results.append(compress_layer(x, policy))
-    row.replace_span([Slots(r.k, r.v, r.lv) for r in results], start)
+        result = compress_layer(x, policy)
+        results.append(result)
+        merged = Slots(result.k, result.v, result.lv)
+        layers.append(Slots(*(torch.cat(pair) for pair in zip(merged, behind, strict=True))))
+    row.replace_span(layers, start)
     return results
 
 

@@ -1,32 +1,29 @@
 """Task `turns`: a six-turn agent conversation, compressed once per turn as the server does, against the full cache.
 
-Real dialogues of tau-bench (users, tools, an agent) behind a system prompt of ours, teacher-forced. The server's rules
-(schedule.py): the first message is an anchor and stays whole; a turn's prompt, and what was left raw before it, is
-compressed after its prefill by its last `window` queries; its recent tokens stay raw inside its budget and join the
-next span; its last token begins the reply, which stays raw until the next turn's prompt (here in one piece: the server
-also compresses long replies while they grow, task `decoding`); a span shorter than min_tokens stays raw and joins the
-next; finished spans are never compressed again.
+Real dialogues of tau-bench (users, tools, an agent) behind a system prompt of ours, teacher-forced, in a row that turn/
+compresses turn by turn with the server's own rules (conversation_row.py).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from keepkv_sglang.settings.config import KeepKVConfig
-from keepkv_sglang.tools.evaluate import plots
 from keepkv_sglang.tools.evaluate.conversation import Message, message, pieces
+from keepkv_sglang.tools.evaluate.conversation_row import ConversationRow
 from keepkv_sglang.tools.evaluate.documents import HALVES, lines
-from keepkv_sglang.tools.evaluate.methods import DEFAULT, RELEASED, SNAPKV, Method, Ours, compress_tail, slots_of
+from keepkv_sglang.tools.evaluate.methods import DEFAULT, RELEASED, SNAPKV, Method, Ours, compress_tail
 from keepkv_sglang.tools.evaluate.probe import Row, agreement
 from keepkv_sglang.tools.evaluate.results import grouped
-from keepkv_sglang.tools.evaluate.statistics import geometric_mean, mean
 from keepkv_sglang.tools.evaluate.task import Setup, ours_only
+from keepkv_sglang.tools.report import plots, tables
+from keepkv_sglang.tools.report.statistics import geometric_mean, mean
 from keepkv_sglang.turn.anchor import first_message_end, message_border
 
 ITEMS = 30
@@ -98,22 +95,25 @@ class Turns:
 
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
         assert isinstance(method, Ours)
-        row = Conversation(setup.probe.row(), method.config, budget, prepared.item.anchor)
+        config = replace(method.config, budget=budget)
+        row = ConversationRow(setup.probe.row(), config, message_border(setup.probe.tokenizer))
         values: dict[str, Any] = {"source": prepared.item.source, "anchor": prepared.item.anchor}
         columns: dict[str, list[float]] = {"kl": [], "top1": [], "slots": [], "tokens": [], "reply_tokens": []}
         for (prompt, reply), full in zip(prepared.item.turns, prepared.log_probs, strict=True):
-            row.prompt(prompt[:-1])
+            row.prompt(prompt)
             columns["slots"].append(row.row.slots)
             columns["tokens"].append(row.row.tokens)
-            fed = [prompt[-1], *reply]
-            got = agreement(full, row.reply(fed)[:-1], fed[:-1])
+            got = agreement(full, row.reply(reply), [prompt[-1], *reply[:-1]])
             columns["kl"].append(got.kl)
             columns["top1"].append(got.top1)
             columns["reply_tokens"].append(len(reply))
+        assert row.state is not None
+        anchor = row.state.anchor_len
         # How much of the last turn's error comes from compressing in turns: the same slots, chosen all at once.
         once = prepared.full.clone()
-        compress_tail(once, method.config, row.slots_before_reply - row.anchor, start=row.anchor)
-        got = agreement(full, once.feed(fed)[:-1], fed[:-1])
+        compress_tail(once, method.config, row.slots_before_reply - anchor, start=anchor)
+        fed = [prompt[-1], *reply[:-1]]
+        got = agreement(full, once.feed(fed), fed)
         return values | columns | {"once_kl": got.kl, "once_top1": got.top1}
 
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -132,32 +132,6 @@ class Turns:
         return [
             plots.curves(curves, folder / "turns.png", "turn", "top-1 agreement with the full cache (%)", log=False)
         ]
-
-
-class Conversation:
-    """A row that the server's rules compress turn by turn. `tail`: the slot where the raw part begins; its first
-    `carried` slots are what the last compression left raw."""
-
-    def __init__(self, row: Row, config: KeepKVConfig, budget: float, anchor: int) -> None:
-        self.row, self.config, self.budget = row, config, budget
-        self.anchor = self.tail = anchor
-        self.carried = 0
-        self.slots_before_reply = 0
-
-    def prompt(self, ids: Sequence[int]) -> None:
-        """Prefills a turn's prompt but its last token, then compresses the raw part."""
-        self.row.feed(ids, last=1)
-        n = self.row.slots - self.tail
-        m = slots_of(self.budget, n - self.carried) + self.carried
-        if n - self.carried < self.config.min_tokens or m >= n:
-            return
-        left = compress_tail(self.row, self.config, m, start=self.tail, carried=self.carried)
-        self.tail, self.carried = self.tail + m - left, left
-
-    def reply(self, ids: Sequence[int]) -> torch.Tensor:
-        """The prompt's last token and the reply: raw. Log-probabilities [len(ids), vocabulary]."""
-        self.slots_before_reply = self.row.slots
-        return self.row.feed(ids)
 
 
 def messages_of(text: str) -> list[Message]:
@@ -198,25 +172,20 @@ def make_item(setup: Setup, number: int, source: str, messages: Sequence[Message
 
 def _table(rows: Sequence[Mapping[str, Any]], title: str) -> str:
     """Per turn; and the paired difference to turn 1 over conversations."""
-    lines_ = [
-        f"**{title}: {len(rows)} conversations, anchor of {mean([row['anchor'] for row in rows]).mean:.0f} tokens**",
-        "",
-        "| turn | tokens | slots | top-1 % [95 %] | minus turn 1, points | KL gm [95 %] |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = f"**{title}: {len(rows)} conversations, anchor of {mean([row['anchor'] for row in rows]).mean:.0f} tokens**"
+    columns = "turn", "tokens", "slots", "top-1 % [95 %]", "minus turn 1, points", "KL gm [95 %]"
+    turns: list[Sequence[object]] = []
     for turn in range(TURNS):
         top1 = [100 * row["top1"][turn] for row in rows]
         change = mean([100 * (row["top1"][turn] - row["top1"][0]) for row in rows])
-        lines_.append(
-            f"| {turn + 1} | {mean([row['tokens'][turn] for row in rows]).mean:.0f}"
-            f" | {mean([row['slots'][turn] for row in rows]).mean:.0f} | {mean(top1).text(1)}"
-            f" | {change.text(1) if turn else '-'} | {geometric_mean([row['kl'][turn] for row in rows]).text(3)} |"
-        )
+        tokens, slots = (f"{mean([row[name][turn] for row in rows]).mean:.0f}" for name in ("tokens", "slots"))
+        kl = geometric_mean([row["kl"][turn] for row in rows]).text(3)
+        turns.append((turn + 1, tokens, slots, mean(top1).text(1), change.text(1) if turn else "-", kl))
     once = mean([100 * row["once_top1"] for row in rows])
     gained = mean([100 * (row["top1"][-1] - row["once_top1"]) for row in rows])
-    lines_.append(
-        f"\nTurn {TURNS} with the same slots behind the anchor, compressed once from the full cache: top-1"
+    end = (
+        f"Turn {TURNS} with the same slots behind the anchor, compressed once from the full cache: top-1"
         f" {once.text(1)} %, KL gm {geometric_mean([row['once_kl'] for row in rows]).text(3)}; in turns minus once:"
         f" {gained.text(1)} points."
     )
-    return "\n".join(lines_)
+    return f"{head}\n\n{tables.markdown(columns, turns, text=0)}\n\n{end}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,51 +10,76 @@ import torch
 
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.evaluate.conversation import end_tokens, message, pieces, rendered
+from keepkv_sglang.tools.evaluate.conversation_row import ConversationRow
 from keepkv_sglang.tools.evaluate.documents import HALVES
 from keepkv_sglang.tools.evaluate.methods import ours, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe
 from keepkv_sglang.tools.evaluate.repeated import InPieces, decode, feed_in_pieces
 from keepkv_sglang.tools.evaluate.task import Setup
-from keepkv_sglang.tools.evaluate.turns import SYSTEM, TURNS, Conversation, Turns, make_item, messages_of
+from keepkv_sglang.tools.evaluate.turns import SYSTEM, TURNS, Turns, make_item, messages_of
+from keepkv_sglang.turn.anchor import MessageBorder
 
 CONFIG = KeepKVConfig(enabled=True)
 
 
+BORDER = MessageBorder(2, 0)  # the demo model's <|im_end|>
+
+
+def with_anchor(ids: list[int], anchor: int) -> list[int]:
+    """A text whose first `anchor` tokens are a message of their own."""
+    return [*ids[: anchor - 1], BORDER.token, *ids[anchor:]]
+
+
 def test_slots_after_every_turn(probe: Probe, ids: list[int]):
     """anchor + sum of ceil(budget * n) over compressed spans; a span of fewer than min_tokens joins the next. Recent
-    tokens are inside, at most half of the first span's slots or as many as came in, and join the next as well."""
+    tokens are inside, at most half of the first span's slots or as many as came in, and join the next as well. The last
+    token of a reply comes with the next prompt."""
     anchor, budget, at = 20, 0.2, 0
-    row = Conversation(probe.row(), CONFIG, budget, anchor)
+    ids = with_anchor(ids, anchor)
+    row = ConversationRow(probe.row(), replace(CONFIG, budget=budget), BORDER)
     turns = [(100, 30), (40, 10), (20, 5), (70, 12)]  # (prompt, reply) tokens; the first prompt has the anchor
-    spans, raw, finished = 0, -anchor, None
+    spans, raw, finished = 0, -anchor - 1, None
     for prompt, reply in turns:
         row.prompt(ids[at : at + prompt])
+        state = row.state
+        assert state is not None and state.anchor_len == anchor
         raw += prompt
         if raw >= CONFIG.min_tokens:
             spans, raw = spans + slots_of(budget, raw), 0
         assert row.row.slots == anchor + spans + raw
-        assert row.tail == anchor + spans - row.carried
+        assert state.tail_slots == anchor + spans - state.carried if not raw else True
         if finished is not None:  # finished turns are bit for bit what they were
             for old, new in zip(finished, row.row.layers, strict=True):
                 assert all(torch.equal(a, b[: len(a)]) for a, b in zip(old, new, strict=True))
-        finished = [slots.cut(0, row.tail) for slots in row.row.layers]
+        finished = [slots.cut(0, state.tail_slots) for slots in row.row.layers]
         assert row.reply(ids[at + prompt : at + prompt + reply]).shape[0] == reply
         raw += reply
         at += prompt + reply
-        assert row.row.tokens == at
-    assert spans == sum(slots_of(budget, n) for n in (80, 70, 105))  # the third turn's 30 tokens waited
+        assert row.row.tokens == at - 1
+    assert spans == sum(slots_of(budget, n) for n in (79, 70, 105))  # the third turn's 30 tokens waited
     carried = 0
-    for n in (80, 70, 105):
+    for n in (79, 70, 105):
         carried = min(CONFIG.recent, max(carried, (slots_of(budget, n) + carried) // 2))
-    assert row.carried == carried
+    assert row.spans[-1].left == carried
+
+
+def test_a_long_reply_is_compressed_at_every_interval(probe: Probe, ids: list[int]):
+    """120 tokens of reply at interval 32: compressed before decoding goes on behind 32, 64 and 96 of them."""
+    config = replace(CONFIG, interval=32, window=8, budget=0.25)
+    row = ConversationRow(probe.row(), config, BORDER)
+    row.prompt(ids[:80])
+    assert row.reply(ids[80:200]).shape[0] == 120
+    assert [span.end for span in row.spans] == [79, 79 + 32, 79 + 64, 79 + 96]
+    assert [span.is_prompt for span in row.spans] == [True, False, False, False]
+    assert row.row.slots == slots_of(0.25, 79) + sum(slots_of(0.25, 32) for _ in range(3)) + 120 - 96
 
 
 def test_full_budget_is_the_full_cache(probe: Probe, ids: list[int]):
-    row, full = Conversation(probe.row(), CONFIG, 1.0, 4), probe.row()
+    row, full = ConversationRow(probe.row(), replace(CONFIG, budget=1.0), None), probe.row()
     for at in (0, 80):
         row.prompt(ids[at : at + 70])
-        full.feed(ids[at : at + 70])
-        assert torch.equal(row.reply(ids[at + 70 : at + 80]), full.feed(ids[at + 70 : at + 80]))
+        full.feed(ids[full.tokens : row.row.tokens])
+        assert torch.equal(row.reply(ids[at + 70 : at + 80]), full.feed(ids[full.tokens : at + 79]))
 
 
 def test_messages_of():

@@ -1,0 +1,113 @@
+"""A row of the probe that turn/ compresses as it does on the server: one request per turn."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.evaluate.methods import compress_span
+from keepkv_sglang.tools.evaluate.probe import Row
+from keepkv_sglang.turn import limits, plan, spans
+from keepkv_sglang.turn.anchor import MessageBorder
+from keepkv_sglang.turn.protection import Protection
+from keepkv_sglang.turn.queries import capture, release, release_reply
+from keepkv_sglang.turn.spans import DueSpan, Raw
+from keepkv_sglang.turn.state import LOST, RequestState
+
+
+class EndlessArena:
+    """Arena rows for one request that shares them with nobody: the probe keeps the queries themselves."""
+
+    rows = free_rows = 1 << 40
+
+    def take(self, rows: int) -> list[int]:
+        """So many row numbers; they say nothing."""
+        return list(range(rows))
+
+    def give_back(self, rows: list[int]) -> None:
+        """Nothing to do."""
+
+
+class ConversationRow:
+    """The row of a conversation. Of each turn the prompt is prefilled in one chunk, then the reply decoded.
+
+    A reply's last token is not computed before the next turn, as on a server: there it was only sampled.
+    spans: what was compressed, in order. state: of the present turn's request.
+    """
+
+    def __init__(self, row: Row, config: KeepKVConfig, border: MessageBorder | None) -> None:
+        self.row, self.config = row, config
+        self.limits = limits.Limits(EndlessArena(), border=border)
+        self.spans: list[DueSpan] = []
+        self.state: RequestState | None = None
+        self.slots_before_reply = 0
+        self._tokens = array("q")  # the whole conversation
+        self._chain: plan.Chain | None = None
+        self._tail: tuple[int, int, int] | None = None  # where the raw part of what the cache has begins
+
+    def prompt(self, ids: Sequence[int]) -> None:
+        """Prefills a turn's prompt but its last token, and what was not computed of the reply before; then compresses
+        what is due. ids: what the prompt adds to the conversation."""
+        if self.state is not None:
+            anchor = self.state.anchor_len
+            self._chain = plan.Chain(anchor, self.row.slots, self.row.tokens, self._tail or (anchor, anchor, 0))
+        self._tokens.extend(ids)
+        first, end = self.row.tokens, len(self._tokens)
+        protection = Protection.of(self.config.protect, self.config.fair, self._tokens, self.limits.border)
+        self.state = RequestState(self.config, (), end, protection)
+        plan.begin(self.limits, self.state, limits.Row(self._tokens[:], end, first), self._chain)
+        plan.plan_chunk(self.limits, self.state, first, end, too_long=False)
+        self._feed(self._tokens[first : end - 1], last=1)
+        self._compress_plan(self.state)
+        self.slots_before_reply = self.row.slots
+
+    def reply(self, ids: Sequence[int]) -> torch.Tensor:
+        """Decodes a reply that is known, compressing at every interval. Returns log-probabilities [len(ids),
+        vocabulary]: row t is what the model expected in the place of ids[t]."""
+        assert self.state is not None and len(ids)
+        self._tokens.extend(ids)
+        log_probs = []
+        while left := len(self._tokens) - 1 - self.row.tokens:
+            due = self.state.interval_start + self.config.interval
+            step = min(left, max(1, due - self.row.tokens))
+            log_probs.append(self._feed(self._tokens[self.row.tokens : self.row.tokens + step]))
+            if step < left and spans.reply_due(self.state, self.row.slots):
+                self._compress_reply(self.state)
+        return torch.cat(log_probs)
+
+    def _feed(self, ids: Sequence[int], last: int | None = None) -> torch.Tensor:
+        assert self.state is not None
+        first = self.row.tokens
+        log_probs = self.row.feed(ids, last)
+        capture(self.limits, self.state, first, self.row.tokens, ([], []), 0)
+        return log_probs
+
+    def _compress_plan(self, state: RequestState) -> None:
+        while state.plan and state.plan[0].end <= self.row.tokens:
+            planned = state.plan.pop(0)
+            due = spans.planned_span(state, planned, self.row.slots)
+            if isinstance(due, DueSpan):
+                self._compress(state, due)
+            elif due is Raw.CLOSED:
+                end = planned.end - state.offset
+                spans.keep_raw(state, end, planned.end, cached_slots=end)
+            release(self.limits, planned)
+
+    def _compress_reply(self, state: RequestState) -> None:
+        assert state.reply_queries is not None and state.reply_queries.filled != LOST
+        due = spans.reply_span(state, self.row.slots)
+        if due is None:
+            spans.keep_reply(state, self.row.slots, cached_slots=0)
+        else:
+            self._compress(state, due)
+        release_reply(self.limits, state)
+
+    def _compress(self, state: RequestState, due: DueSpan) -> None:
+        compress_span(self.row, due)
+        state.offset += due.slots - due.m
+        spans.commit(state, due)
+        self.spans.append(due)
+        self._tail = state.tail_slots, state.tail_tokens, state.carried
