@@ -1,6 +1,6 @@
 """Several layers at once: their heads side by side, as if they were one layer's.
 
-Heads are independent of each other in everything that layer_compress.py does, so layers are too. A reply's interval is
+Heads are independent of each other in everything that compress/layer.py does, so layers are too. A reply's interval is
 small: one layer at a time, 30 layers spend most of their time on starting operations.
 """
 
@@ -89,7 +89,7 @@ def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scrat
     groups: list[list[int]] = []
     for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
         numbers = (len(rows.context) + len(rows.source)) * (keys.shape[1:].numel() + values.shape[1:].numel())
-        # As layer_compress._head_groups counts them.
+        # As compress/layer.py._head_groups counts them.
         logits = 0 if gpu_kernel_scores(keys) else 2 * len(rows.source) * queries * q_heads
         least = -(-heads_at_once(keys) // keys.shape[1])
         most = max(least, scratch_bytes // (max(numbers, logits, 1) * max(4, keys.element_size())))

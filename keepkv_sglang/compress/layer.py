@@ -29,7 +29,7 @@ class LayerInput:
     q [w, Hq, D]: window queries after RoPE, NOT scaled; q_index [w] int64: index in the span of each query's
     token (query j sees span tokens <= q_index[j] and all of the context). w is 0 for a span that is
     compressed with no queries at hand, as under memory pressure: q [0, Hq, D], q_index [0]; the policy then
-    names a scorer and a rule that need none (policies.py). k_ctx [c, Hkv, D], lv_ctx [c,
+    names a scorer and a rule that need none (registry.py). k_ctx [c, Hkv, D], lv_ctx [c,
     Hkv]: everything before the span, c may be 0; used for softmax normalisation only. k, v [n, Hkv, D] and
     lv [n, Hkv] (log votes): the span to compress. scale: softmax scale. q head h reads kv head h // (Hq /
     Hkv). Storage may be bfloat16, float16, float32 or float64; arithmetic is float32, or float64 when k is
@@ -65,7 +65,7 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     `scratch_bytes` bounds what holds window logits [heads, Q, tokens], Q = w * Hq / Hkv: kv heads are
     processed in groups (at least heads_at_once), and a context, or a span too long for one head at a time, in blocks of
     tokens. On top come float copies of the group's keys and values; of a rule that fits values to the queries a few
-    times merging/ridge.HELD_BYTES, or 256 slots of one head by the queries if that is more; of the C++ the logits of 64
+    times rules/ridge.HELD_BYTES, or 256 slots of one head by the queries if that is more; of the C++ the logits of 64
     queries per thread. Grouping changes results by rounding only.
     """
     _check(x, p)

@@ -18,7 +18,7 @@ from keepkv_sglang.kernels.merge import nearest_kept
 
 @dataclass(frozen=True)
 class SpanPolicy:
-    """How a span of n tokens becomes m slots. `merge`, `scorer`: names as policies.py resolves them.
+    """How a span of n tokens becomes m slots. `merge`, `scorer`: names as registry.py resolves them.
 
     recent: last tokens always kept (at most half of the slots that are not whole, or `carried`); sinks: first tokens
     always kept (0 unless the span starts at logical position 0); both count tokens that are not whole. Both, and the

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from keepkv_sglang.settings.config import OPTIONS, ConfigError, KeepKVConfig, from_text
+from keepkv_sglang.start import platform, refuse, seams
 
 logger = logging.getLogger("keepkv")
 
@@ -54,7 +55,12 @@ def _argparse_type(field: str) -> Any:
 
 
 def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> None:
-    """AFTER hook on ServerArgs.add_cli_args."""
+    """AFTER hook on ServerArgs.add_cli_args. No flags where the hook that reads them cannot sit: --enable-keepkv would
+    be taken, and a server without KeepKV would start."""
+    broken = [row for row in map(seams.check, seams.HOOKS) if row.name.endswith("from_cli_args") and not row.ok]
+    if broken:
+        logger.warning("KeepKV adds no flags, %s: %s", broken[0].name, broken[0].reason)
+        return
     group = parser.add_argument_group("KeepKV (keepkv-sglang plugin)")
     defaults = KeepKVConfig()
     for field, option in OPTIONS.items():
@@ -114,11 +120,20 @@ def _choose_backends(values: dict[str, Any]) -> None:
 
 
 def _check_off(values: dict[str, Any]) -> None:
-    """Without --enable-keepkv: ConfigError for our backends, which would do nothing."""
-    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "radix_cache_backend"):
-        if values.get(field) in (*BACKEND_DEVICES, RADIX_BACKEND):
+    """Without --enable-keepkv: ConfigError for our cache, which would do nothing; one line for our attention kernels,
+    which run without votes."""
+    if values.get("radix_cache_backend") == RADIX_BACKEND:
+        raise ConfigError(
+            f"--radix-cache-backend {RADIX_BACKEND} works with KeepKV only: add --enable-keepkv, or leave it out"
+        )
+    for field in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+        if values.get(field) in BACKEND_DEVICES:
             flag = "--" + field.replace("_", "-")
-            raise ConfigError(f"{flag} {values[field]} works with KeepKV only: add --enable-keepkv, or leave it out")
+            print(
+                f"keepkv: {flag} {values[field]} without --enable-keepkv: KeepKV's attention kernels run, nothing is "
+                "compressed; add --enable-keepkv",
+                file=sys.stderr,
+            )
 
 
 def _warn_off(config: KeepKVConfig) -> None:
@@ -151,9 +166,7 @@ def _check_backend(name: str, device: str) -> None:
 
 def default_device() -> str:
     """The device SGLang will choose here, as far as our platform decides it."""
-    from keepkv_sglang.start.platform import accelerator
-
-    return (accelerator() or "cpu").lower()
+    return (platform.accelerator() or "cpu").lower()
 
 
 def before_from_cli_args(cls: Any, args: argparse.Namespace) -> None:
@@ -194,14 +207,10 @@ def engine_server_args(server_args_class: Any) -> Any:
 
 def attach(server_args: Any, config: KeepKVConfig) -> None:
     """Check the combination and store the configuration on ServerArgs. Raises ConfigError."""
-    from keepkv_sglang.start import platform, refuse
-
     if platform.decide().active:
         refuse.check_cpu(server_args)
     if config.enabled:
         from sglang.srt.environ import envs
-
-        from keepkv_sglang.start import seams
 
         seams.require()
         refuse.check_server_args(server_args)
@@ -216,8 +225,6 @@ def attach(server_args: Any, config: KeepKVConfig) -> None:
 def _check_model(server_args: Any) -> None:
     """Refuses a model before any process is started. A model SGLang cannot read is left for SGLang to report."""
     from sglang.srt.configs.model_config import ModelConfig
-
-    from keepkv_sglang.start import refuse
 
     try:
         model_config = ModelConfig.from_server_args(server_args)

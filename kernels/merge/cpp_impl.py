@@ -96,7 +96,7 @@ def merge_segments(
 
 class Fit(NamedTuple):
     """votes [H, m]: fitted log votes. gram [H, m, m] = A A^T + lambda I and rhs [H, m, D] = A R of the values' normal
-    equations, in the notation of merging/attention_matching.py."""
+    equations, in the notation of compress/rules/attention_matching.py."""
 
     votes: torch.Tensor
     gram: torch.Tensor
@@ -124,7 +124,7 @@ def fit(
 ) -> Fit:
     """k [H, m, D], v [H, m, Dv], start [H, m] log votes: the slots to fit; first [H, m] int64: each one's first token
     in the span, -1 for a slot that no query may see. q [H, Q, D] scaled, position [Q] int64, log_z, log_z_ctx [H, Q],
-    output [H, Q, Dv], weight [Q]: the queries, as scoring.base.Window has them. All float32, D and Dv multiples of 8
+    output [H, Q, Dv], weight [Q]: the queries, as compress/window.Window has them. All float32, D and Dv multiples of 8
     (else ValueError); the rest as in attention_matching.
     """
     heads, m, dim = k.shape

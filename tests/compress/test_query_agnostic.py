@@ -4,46 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.layer import compress_layer, merge_from_assignment
 from keepkv_sglang.compress.queries.pseudo import PseudoQueries, calibration_rows
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.compress.rules import QUERY_FREE, RULES
 from keepkv_sglang.compress.scorers import QUERY_AGNOSTIC, get_scorer
 from keepkv_sglang.compress.select import SpanPolicy
-from keepkv_sglang.compress.window import Window, observe
 from keepkv_sglang.memory.calibration import CALIBRATION
+from tests.support import layers
+from tests.support.layers import F64, assert_same_slots, cast, permuted, random_layer, window_of
+from tests.support.rotary import rope, table
 
-F64 = torch.float64
-SCORERS = sorted(QUERY_AGNOSTIC - {"streaming_llm"})  # that one reads nothing at all: test_policies.py
+SCORERS = sorted(QUERY_AGNOSTIC - {"streaming_llm"})  # that one reads nothing at all: test_registry.py
 
 
-def cold_layer(n=60, heads=2, group=3, dim=8, dtype=F64, seed=0, ctx=0) -> LayerInput:
-    """A span without queries whose keys share a direction, so that many cosines pass 0.6."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=F64).to(dtype)
-
-    lv = torch.rand(n, heads, generator=g, dtype=F64).to(dtype) * 2
-    q, index = torch.zeros(0, heads * group, dim, dtype=dtype), torch.zeros(0, dtype=torch.int64)
-    k, v = normal(n, heads, dim) * 0.7 + 1, normal(n, heads, dim)
-    return LayerInput(q, index, normal(ctx, heads, dim), torch.zeros(ctx, heads, dtype=dtype), k, v, lv, dim**-0.5)
+# A span without queries.
+cold_layer = partial(random_layer, w=0)
 
 
 def policy(m: int, merge: str = "mean", **changes) -> SpanPolicy:
-    defaults = {"m": m, "merge": merge, "recent": 4, "sinks": 2, "threshold": 0.6, "scorer": "keydiff"}
-    return SpanPolicy(**{**defaults, **changes})
-
-
-def window_of(x: LayerInput) -> Window:
-    """What compress_layer makes of an input without queries."""
-    heads, dim = x.k.shape[1:]
-    k, v, lv = x.k.transpose(0, 1).contiguous(), x.v.transpose(0, 1).contiguous(), x.lv.T.contiguous()
-    return observe(k.new_zeros(heads, 0, dim), x.q_index, k, v, lv, k.new_zeros(heads, 0), 1 << 20)
+    return layers.policy(m, merge, **{"scorer": "keydiff", **changes})
 
 
 # Formulas, one token at a time, in Python floats
@@ -71,8 +56,7 @@ RAW = {"keydiff": raw_keydiff, "knorm": raw_knorm}
 def test_scores_by_the_formula(scorer, n):
     x = cold_layer(n=n, dim=6)
     for dtype, tolerance in ((F64, 1e-12), (torch.float32, 2e-6)):
-        y = replace(x, **{f: getattr(x, f).to(dtype) for f in ("q", "k", "v", "lv")})
-        scores = get_scorer(scorer)(window_of(y), 7)
+        scores = get_scorer(scorer)(window_of(cast(x, dtype)), 7)
         assert scores.dtype == dtype
         for h in range(2):
             expected = torch.tensor(RAW[scorer](x.k[:, h].tolist()), dtype=F64)
@@ -100,15 +84,8 @@ def test_a_permutation_of_tokens_permutes_the_result(scorer, rule):
     """Without sinks and recent tokens nothing depends on the order."""
     x = cold_layer(n=30)
     order = torch.randperm(30, generator=torch.Generator().manual_seed(3))
-    y = replace(x, k=x.k[order], v=x.v[order], lv=x.lv[order])
     p = policy(9, rule, recent=0, sinks=0, scorer=scorer)
-    a, b = compress_layer(x, p), compress_layer(y, p)
-    for h in range(2):
-        back = order[b.kept[h]]  # tokens of x, in y's order
-        assert back.sort().values.tolist() == a.kept[h].tolist()
-        rank = back.argsort()
-        for mine, theirs in ((a.k, b.k), (a.v, b.v), (a.lv, b.lv)):
-            torch.testing.assert_close(mine[:, h], theirs[rank, h])
+    assert_same_slots(compress_layer(x, p), compress_layer(permuted(x, order), p), order)
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -202,27 +179,6 @@ def test_agnostic_scorers_also_work_with_queries():
 
 
 # Pseudo queries
-
-
-BASE = 100.0
-
-
-def rope(x: torch.Tensor, position: float, rotated: int, neox: bool) -> torch.Tensor:
-    """x [..., D] at one position, pair by pair with complex numbers, on the first `rotated` dimensions."""
-    out, half = x.clone(), rotated // 2
-    for i in range(half):
-        a, b = (i, i + half) if neox else (2 * i, 2 * i + 1)
-        turned = torch.complex(x[..., a], x[..., b]) * torch.polar(
-            torch.tensor(1.0, dtype=F64), torch.tensor(position * BASE ** (-i / half), dtype=F64)
-        )
-        out[..., a], out[..., b] = turned.real, turned.imag
-    return out
-
-
-def table(positions: int, rotated: int, factor: float = 1.0) -> torch.Tensor:
-    half = rotated // 2
-    angle = torch.arange(positions, dtype=F64)[:, None] * BASE ** (-torch.arange(half, dtype=F64) / half)
-    return factor * torch.cat((angle.cos(), angle.sin()), 1)
 
 
 @pytest.mark.parametrize("neox", [True, False])

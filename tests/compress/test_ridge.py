@@ -1,8 +1,9 @@
-"""merging/ridge.py: exact up to its bounds, Gauss-Seidel above them; bounded memory, operations linear in the slots."""
+"""compress/rules/ridge.py: exact up to its bounds, Gauss-Seidel above them; bounded memory, operations linear in the slots."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from keepkv_sglang.compress.layer import compress_layer, merge_from_assignment
 from keepkv_sglang.compress.rules import ridge
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import cpp_impl
-from tests.support.layers import layer
+from tests.support import layers
+from tests.support.layers import F64, random_layer
 
-F64 = torch.float64
 LAMBDA = 0.03, 1e-3
 
 
@@ -94,12 +95,11 @@ def test_a_head_that_cannot_be_solved_is_told_and_alone(small):
         torch.testing.assert_close(delta[:1], good)
 
 
-def span(n: int, w: int, heads=2, dtype=F64):
-    return layer(n, heads, 2, w, ctx=7, dim=16, dtype=dtype, seed=n + w)
+span = partial(random_layer, ctx=7, group=2, dim=16)
 
 
 def policy(m: int, rule: str, **settings) -> SpanPolicy:
-    return SpanPolicy(m, rule, 4, 2, 0.3, scorer="rms", **settings)
+    return layers.policy(m, rule, threshold=0.3, scorer="rms", **settings)
 
 
 RULES = "attention_matching", "value_refit"
@@ -153,7 +153,7 @@ def test_blocks_come_near_the_exact_fit(monkeypatch, rule):
 def test_clusters_in_parts_are_the_same(rule, spread):
     """Scratch memory for 7 tokens of one head: clusters go 7 at a time, members 7 at a time. With spread 40 sums
     underflow and logarithms are taken term by term."""
-    x = layer(90, 1, 2, 12, ctx=5, dim=16, seed=3, spread=spread)
+    x = span(90, 12, heads=1, seed=3, spread=spread)
     p = policy(20, rule)
     whole, parts = compress_layer(x, p), compress_layer(x, p, 7 * 2 * 24 * 8)
     assert torch.equal(whole.assign, parts.assign) and int((whole.assign >= 0).sum()) > 40

@@ -5,7 +5,7 @@ float64 by about 2e-5, so the bound leaves a factor of five; a wrong vote, posit
 
 The fit of attention_matching amplifies: relative noise of 1e-5 on float64 queries, keys and values moves
 log-probabilities by up to 7e-4, with and without reference queries (docs/log.md). There the bound is 3e-3; the formulas
-themselves agree to 1e-9 (tests/merging).
+themselves agree to 1e-9 (tests/compress).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import torch
 
 from keepkv_sglang.runtime import attach, process
 from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
-from keepkv_sglang.start import flags
+from keepkv_sglang.start import flags, seams
+from keepkv_sglang.start.seams import Seam
 
 
 def chosen(**values):
@@ -71,3 +73,20 @@ def test_a_quantised_pool_is_refused():
     pool = SimpleNamespace(start_layer=0, layer_num=1, get_key_buffer=lambda layer: keys)
     with pytest.raises(ConfigError, match="float8_e4m3fn; use --kv-cache-dtype bfloat16"):
         attach.model_runner(process.Runtime(KeepKVConfig(enabled=True)), SimpleNamespace(token_to_kv_pool=pool), 0, 1)
+
+
+def test_our_attention_without_keepkv_runs_and_says_so(capsys):
+    flags._check_off({"attention_backend": "keepkv_cpu"})
+    assert "nothing is compressed; add --enable-keepkv" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--radix-cache-backend keepkv works with KeepKV only"):
+        flags._check_off({"radix_cache_backend": "keepkv"})
+
+
+def test_no_flags_where_the_hook_that_reads_them_cannot_sit(monkeypatch):
+    """--enable-keepkv is then an argument that the server does not know, and not one that does nothing."""
+    row = Seam("sglang.srt.server_args.ServerArgs.from_cli_args", ("cls", "namespace"), "BEFORE")
+    monkeypatch.setattr(seams, "HOOKS", (row,))
+    parser = argparse.ArgumentParser()
+    flags.add_cli_args(None, parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--enable-keepkv"])

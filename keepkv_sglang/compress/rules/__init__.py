@@ -11,5 +11,5 @@ QUERY_FREE = MERGE_RULES.query_free
 
 
 def get_rule(name: str) -> MergeRule:
-    """The rule called `name` (policies.py: what a name can be); ValueError for an unknown name."""
+    """The rule called `name` (registry.py: what a name can be); ValueError for an unknown name."""
     return MERGE_RULES.get(name)

@@ -20,7 +20,7 @@ what comes next looks where the prompt's end looks. Measured for KL and recall, 
 MAX_LOG_MASS = 20.0
 """A slot whose first token a query sees, but whose others it does not, may exceed the query's softmax denominator."""
 RIDGE = 0.03
-"""lambda as a multiple of the mean diagonal of A A^T. Measured: 0.01 and 0.03 alike with references, 0.3 worse."""
+"""lambda as a multiple of the mean diagonal of A^T A. Measured: 0.01 and 0.03 alike with references, 0.3 worse."""
 MIN_RIDGE = 1e-3
 """Added to lambda: slots that the queries hardly look at must not take on large values."""
 
@@ -43,11 +43,11 @@ def attention_matching(c: Clusters) -> Merged:
     What was dropped is thus spread over all slots. One Cholesky per head, of the smaller of [Q, Q] and [m, m], up to
     1,024 rows; where both are larger, blocks of slots one after the other (ridge.solve). A head whose factorisation
     fails or gives values that are not finite keeps V. Wants many queries that look at different things: with references
-    (scoring/references.py), not with the last few queries alone.
+    (compress/queries/references.py), not with the last few queries alone.
 
     Measured (SmolLM2-135M, 1,536 tokens, 20 held-out documents, window_references, 256 references, docs/quality.md):
-    KL to the full cache over that of SnapKV with eviction .57 at 10 % and .44 at 20 % kept, over that of the released
-    KeepKV .65 and .48.
+    KL to the full cache over that of SnapKV with eviction .60 at 10 % and .44 at 20 % kept, over that of the released
+    KeepKV .69 and .49.
 
     After Attention Matching (arXiv 2602.16284): votes are its biases, refitted values its C_v. Differs from the paper:
     keys are means of clusters, where it keeps the keys of the selected tokens; votes by multiplicative steps from the

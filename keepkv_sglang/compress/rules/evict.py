@@ -6,5 +6,5 @@ from keepkv_sglang.compress.rules.base import Clusters, Merged
 
 
 def evict(c: Clusters) -> Merged:
-    """Never called with more than one member per cluster: layer_compress does no matching for `evict`."""
+    """Never called with more than one member per cluster: compress/layer.py does no matching for `evict`."""
     raise AssertionError("evict merges nothing; its clusters have one member, which is copied")

@@ -16,7 +16,7 @@ def try_rule(rule: MergeRule) -> None:
         assign = torch.tensor([[0, 0, 1, 1, 1, -1, 0, 2]] * 2)
         merged = rule(Clusters(w.k, w.v, w.lv, assign, w, Segments.from_assignment(assign, 3)))
         if not isinstance(merged, Merged):
-            raise ValueError(f"it must return merging.base.Merged, not {type(merged).__name__}")
+            raise ValueError(f"it must return keepkv_sglang.policy.Merged, not {type(merged).__name__}")
         found = [tuple(t.shape) for t in merged[:3]]
         wanted = [(2, 3, 4), (2, 3, 4), (2, 3)]
         if found != wanted:

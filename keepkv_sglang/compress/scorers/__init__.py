@@ -10,5 +10,5 @@ QUERY_AGNOSTIC = SCORERS.query_free
 
 
 def get_scorer(name: str) -> Scorer:
-    """The scorer called `name` (policies.py: what a name can be); ValueError for an unknown name."""
+    """The scorer called `name` (registry.py: what a name can be); ValueError for an unknown name."""
     return SCORERS.get(name)

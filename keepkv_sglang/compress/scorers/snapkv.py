@@ -1,4 +1,4 @@
-"""Pooled window scores (SnapKV, arXiv 2404.14469), the default selection.
+"""Pooled window scores (SnapKV, arXiv 2404.14469).
 
 Measured: keeps passwords at a 10 % budget 12 times of 12, where KeepKV's own score keeps 10 or fewer
 (script not kept).

@@ -16,7 +16,7 @@ found, with 4 KL at 10 % kept is worse."""
 def window_references(window: Window, pool_kernel: int) -> torch.Tensor:
     """[H, n]: max(2 w_i / sum_j w_j, r_i / sum_j r_j), w_i = sqrt(sum_q g_q (p_i exp(l_qi) / Z_q)^2) over the window's
     queries that see token i, g_q = 2^(-age / 4), age in tokens before the newest; r_i likewise over the references
-    (scoring/references.py), g_q = 1; both pooled as in `snapkv`.
+    (compress/queries/references.py), g_q = 1; both pooled as in `snapkv`.
 
     `rms` takes one mean over all queries. There a word that only the question at the end of the prompt asks for is one
     of hundreds of wishes, and is dropped before what many references want a little. Not from a paper: the window is

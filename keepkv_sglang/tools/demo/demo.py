@@ -2,7 +2,7 @@
 
 One server with --enable-keepkv serves both runs: ``custom_params {"keepkv": {"enabled": false}}`` makes a
 request an ordinary SGLang request. Each run has its own cache_salt, so neither finds the other's prefix;
-within a run every turn reuses the previous ones. The tool results are written down in demo_conversation.py
+within a run every turn reuses the previous ones. The tool results are written down in conversation.py
 and come back as user turns: a model of 135 million parameters cannot be trusted to call tools
 (examples/agent_openai.py lets it try).
 """

@@ -106,7 +106,7 @@ class Probe:
         self._row: Row | None = None
 
     def _cos_sin(self, positions: int) -> torch.Tensor:
-        """[positions, D]: the model's rotary table, as scoring/rotary.py wants it."""
+        """[positions, D]: the model's rotary table, as compress/queries/rotary.py wants it."""
         cos, sin = self.model.model.rotary_emb(self.empty_q, torch.arange(positions)[None])
         half = cos.shape[2] // 2
         return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=1)

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 
 from keepkv_sglang.settings.config import KeepKVConfig
-from keepkv_sglang.tools.evaluate import fidelity, plots
+from keepkv_sglang.tools.evaluate import fidelity
 from keepkv_sglang.tools.evaluate.documents import Document
 from keepkv_sglang.tools.evaluate.methods import DEFAULT, SNAPKV, Method, Ours, compress_tail, slots_of
 from keepkv_sglang.tools.evaluate.probe import Row, agreement
 from keepkv_sglang.tools.evaluate.results import grouped
-from keepkv_sglang.tools.evaluate.statistics import Interval, geometric_mean, mean, paired_ratio
 from keepkv_sglang.tools.evaluate.task import Setup, ours_only
+from keepkv_sglang.tools.report import plots, tables
+from keepkv_sglang.tools.report.statistics import geometric_mean, mean, paired_ratio
 
 PIECES = (1, 2, 4, 8)
 PROMPT_TOKENS, REPLY_TOKENS, AFTER_TOKENS = 512, 256, 64
@@ -71,22 +72,23 @@ class Repeated:
         return {**values, "slots": slots, "kl": got.kl, "top1": got.top1}
 
     def report(self, rows: Rows) -> str:
-        lines = [
-            "| method | budget | pieces | finished pieces | documents | slots | KL gm [95 %] | KL / one piece [95 %]"
-            " | top-1 % | minus one piece, points |",
-            "|---" * 10 + "|",
-        ]
+        columns = (
+            "method", "budget", "pieces", "finished pieces", "documents", "slots", "KL gm [95 %]",
+            "KL / one piece [95 %]", "top-1 %", "minus one piece, points",
+        )  # fmt: skip
+        lines: list[Sequence[object]] = []
         for (base, budget), chosen in sorted(grouped(rows, "base", "budget").items()):
             one = [row for row in chosen if row["pieces"] == 1]
             for (again, pieces), mine in sorted(grouped(chosen, "again", "pieces").items()):
                 ratio, gained = _against(mine, one)
+                finished = "-" if pieces == 1 else AGAIN if again else ALONE
+                slots, top1 = (mean([r[name] for r in mine]).mean for name in ("slots", "top1"))
+                kl = geometric_mean([r["kl"] for r in mine]).text(3)
                 lines.append(
-                    f"| {base} | {budget:.0%} | {pieces} | {'-' if pieces == 1 else AGAIN if again else ALONE}"
-                    f" | {len(mine)} | {mean([r['slots'] for r in mine]).mean:.0f}"
-                    f" | {geometric_mean([r['kl'] for r in mine]).text(3)} | {ratio}"
-                    f" | {100 * mean([r['top1'] for r in mine]).mean:.1f} | {gained} |"
-                )
-        return "\n".join(lines)
+                    (base, f"{budget:.0%}", pieces, finished, len(mine), f"{slots:.0f}", kl, ratio, f"{100 * top1:.1f}",
+                     gained)
+                )  # fmt: skip
+        return tables.markdown(columns, lines, text=(0, 3))
 
     def plot(self, rows: Rows, folder: Path) -> list[Path]:
         curves: dict[str, dict[float, float]] = {}
@@ -145,14 +147,16 @@ class Decoding:
         }  # fmt: skip
 
     def report(self, rows: Rows) -> str:
-        lines = [
+        head = (
             f"Prompt of up to {PROMPT_TOKENS} tokens, whole; reply of {REPLY_TOKENS} tokens under the budget."
-            f" Ratios and differences: to interval {BASE_INTERVAL}, window {BASE_WINDOW}, over the same documents.",
-            "",
-            "| method | budget | interval | window | documents | reply slots, mean | KL along gm [95 %] | ratio [95 %]"
-            " | top-1 % | points | KL behind gm [95 %] | ratio [95 %] | top-1 % | points |",
-            "|---" * 14 + "|",
-        ]
+            f" Ratios and differences: to interval {BASE_INTERVAL}, window {BASE_WINDOW}, over the same documents."
+        )
+        columns = (
+            "method", "budget", "interval", "window", "documents", "reply slots, mean",
+            "KL along gm [95 %]", "ratio [95 %]", "top-1 %", "points",
+            "KL behind gm [95 %]", "ratio [95 %]", "top-1 %", "points",
+        )  # fmt: skip
+        lines: list[Sequence[object]] = []
         for (base, budget), chosen in sorted(grouped(rows, "base", "budget").items()):
             default = [r for r in chosen if (r["interval"], r["window"]) == (BASE_INTERVAL, BASE_WINDOW)]
             for (interval, window), mine in sorted(grouped(chosen, "interval", "window").items()):
@@ -162,10 +166,8 @@ class Decoding:
                     kl = geometric_mean([r[f"{prefix}kl"] for r in mine]).text(3)
                     cells += [kl, ratio, f"{100 * mean([r[f'{prefix}top1'] for r in mine]).mean:.1f}", gained]
                 slots = f"{mean([r['slots'] for r in mine]).mean:.0f}"
-                lines.append(
-                    f"| {base} | {budget:.0%} | {interval} | {window} | {len(mine)} | {slots} | {' | '.join(cells)} |"
-                )
-        return "\n".join(lines)
+                lines.append((base, f"{budget:.0%}", interval, window, len(mine), slots, *cells))
+        return f"{head}\n\n{tables.markdown(columns, lines)}"
 
     def plot(self, rows: Rows, folder: Path) -> list[Path]:
         """Error behind the reply against the slots that the reply holds on average, one line per budget."""
@@ -199,8 +201,8 @@ def feed_in_pieces(row: Row, ids: Sequence[int], method: InPieces, budget: float
 
 
 def decode(row: Row, ids: Sequence[int], config: KeepKVConfig, budget: float) -> tuple[torch.Tensor, float]:
-    """Feeds a reply; every `interval` tokens its raw tail becomes what the budget keeps (schedule.py). Tokens between
-    two compressions run as one batch: under a causal mask that is the same as one by one. Returns log-probabilities
+    """Feeds a reply; every `interval` tokens its raw tail becomes what the budget keeps (turn/spans.py). Tokens between two
+    compressions run as one batch: under a causal mask that is the same as one by one. Returns log-probabilities
     [len(ids), vocabulary] and the reply's slots, mean over its tokens."""
     config = replace(config, budget=budget)
     origin, held, made, left = row.slots, 0.0, [], 0
@@ -221,5 +223,5 @@ def _against(rows: Rows, base: Rows, prefix: str = "") -> tuple[str, str]:
     if not both or [r["method"] for r in rows[:1]] == [r["method"] for r in base[:1]]:
         return "-", "-"
     ratio = paired_ratio([row[f"{prefix}kl"] for row, _ in both], [other[f"{prefix}kl"] for _, other in both])
-    points: Interval = mean([100 * (row[f"{prefix}top1"] - other[f"{prefix}top1"]) for row, other in both])
+    points = mean([100 * (row[f"{prefix}top1"] - other[f"{prefix}top1"]) for row, other in both])
     return ratio.text(), points.text(1)
