@@ -28,6 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from keepkv_sglang.kernels import attention, cpu_build
 from keepkv_sglang.tools.origin import commit
+from keepkv_sglang.tools.report import tables
 
 HEADS_Q, HEADS_KV, DIM = 9, 3, 64
 DECODE = [(1, 256), (1, 2048), (8, 256), (8, 2048), (32, 256), (32, 2048)]
@@ -95,10 +96,10 @@ def medians(contenders: dict[str, Callable[[], None]], seconds: float) -> dict[s
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def row(label: str, contenders: dict[str, Callable[[], None]], seconds: float) -> None:
+def row(label: str, contenders: dict[str, Callable[[], None]], seconds: float) -> list[str]:
     found = medians(contenders, seconds)
     base = found["torch_native"]
-    print(f"{label:22}" + "".join(f"{us:11.0f} ({base / us:5.1f}x)" for us in found.values()), flush=True)
+    return [label, *(f"{us:.0f} ({base / us:.1f}x)" for us in found.values())]
 
 
 def reader(folder: str) -> Callable[..., None]:
@@ -121,8 +122,7 @@ def reader(folder: str) -> Callable[..., None]:
 def votes_and_bandwidth(seconds: float) -> None:
     """cpp alone, float32: with votes over without, and bytes of K and V per second over the reader's."""
     cpp = attention.load("cpp")
-    columns = {"us": 12, "votes cost": 14, "GB/s": 10, "reading alone": 16, "share": 10, "votes, in a row": 18}
-    print(f"{'cpp decode':22}" + "".join(f"{name:>{width}}" for name, width in columns.items()))
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
         read = reader(folder)
         for batch, length in DECODE:
@@ -135,12 +135,14 @@ def votes_and_bandwidth(seconds: float) -> None:
             }
             found = medians(calls, seconds)
             size = 2 * batch * length * HEADS_KV * DIM * 4 / 1e3
-            cells = f"{found['votes']:12.0f}{found['votes'] / found['none'] - 1:14.1%}{size / found['votes']:10.1f}"
-            cells += f"{size / found['read']:16.1f}{found['read'] / found['votes']:10.0%}"
+            line = [f"{batch} x {length}", f"{found['votes']:.0f}", f"{found['votes'] / found['none'] - 1:.1%}"]
+            line += [f"{size / found[name]:.1f}" for name in ("votes", "read")]
+            line += [f"{found['read'] / found['votes']:.0%}"]
             table.copy_(torch.arange(table.numel()).view(table.shape))
             found = medians({"votes": calls["votes"], "none": calls["none"]}, seconds)
-            cells += f"{found['votes'] / found['none'] - 1:18.1%}"
-            print(f"{f'{batch} x {length}':22}{cells}", flush=True)
+            lines.append([*line, f"{found['votes'] / found['none'] - 1:.1%}"])
+    columns = "cpp decode", "us", "votes cost", "GB/s", "reading alone", "share", "votes, in a row"
+    print("\n" + tables.plain(columns, lines))
 
 
 def main() -> None:
@@ -158,16 +160,16 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, commit {commit()}")
     shape = f"{HEADS_Q} q / {HEADS_KV} kv heads, head_dim {DIM}"
     print(f"{args.threads} thread(s), {args.dtype}, {shape}; us per call (times faster than torch_native)")
-    print(f"{'decode batch x KV':22}" + "".join(f"{n:>20}" for n in ("torch_native", args.kernel)))
+    lines = []
     for batch, length in DECODE:
         q, k, v, votes, table, rows, lens, news, scale, out = make(batch, length, 1, dtype)
         calls: dict[str, Callable[[], None]] = {
             "torch_native": lambda: torch_native(q, k, v, table, rows, lens, news, scale, out)  # noqa: B023
         }
         calls[args.kernel] = lambda: kernel.decode(q, k, v, votes, table, rows, lens, scale, out)  # noqa: B023
-        row(f"{batch} x {length}", calls, seconds)
-    columns = ("torch_native", "SDPA new only", args.kernel)
-    print(f"{'extend cached + new':22}" + "".join(f"{n:>20}" for n in columns))
+        lines.append(row(f"{batch} x {length}", calls, seconds))
+    print("\n" + tables.plain(("decode batch x KV", "torch_native", args.kernel), lines), flush=True)
+    lines = []
     for cached, new in EXTEND:
         q, k, v, votes, table, rows, lens, news, scale, out = make(1, cached + new, new, dtype)
         calls = {
@@ -175,7 +177,9 @@ def main() -> None:
             "SDPA new only": lambda: sdpa_new_queries(q, k, v, table, rows, lens, news, scale, out),  # noqa: B023
         }
         calls[args.kernel] = lambda: kernel.extend(q, k, v, votes, table, rows, lens, news, scale, out)  # noqa: B023
-        row(f"{cached} + {new}", calls, seconds)
+        lines.append(row(f"{cached} + {new}", calls, seconds))
+    columns = "extend cached + new", "torch_native", "SDPA new only", args.kernel
+    print("\n" + tables.plain(columns, lines), flush=True)
     if args.kernel == "cpp":
         votes_and_bandwidth(seconds)
 

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from keepkv_sglang.tools.report import tables
 from keepkv_sglang.tools.server_process import ServerProcess
 
 
@@ -66,10 +67,9 @@ def main() -> int:
             timed(server, prompt(64, 1), 8)
             results[name], produced = measure(server)
             outputs.append(produced)
-    print(f"{'case':36} {'stock s':>9} {'budget 1 s':>11} {'ratio':>7}")
-    for case, stock in results["stock"].items():
-        ours = results["keepkv"][case]
-        print(f"{case:36} {stock:9.2f} {ours:11.2f} {stock / ours:7.2f}")
+    pairs = [(case, stock, results["keepkv"][case]) for case, stock in results["stock"].items()]
+    rows = [(case, f"{stock:.2f}", f"{ours:.2f}", f"{stock / ours:.2f}") for case, stock, ours in pairs]
+    print(tables.plain(("case", "stock s", "budget 1 s", "ratio"), rows))
     print("outputs equal:", outputs[0] == outputs[1])
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))

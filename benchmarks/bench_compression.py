@@ -39,6 +39,7 @@ from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools import model
 from keepkv_sglang.tools.origin import commit
+from keepkv_sglang.tools.report import tables
 
 REFERENCES = (256, 128, 64, 0)
 
@@ -146,13 +147,14 @@ def grow(lm: Any, config: KeepKVConfig, lengths: list[int], repeats: int) -> Non
         found[-1]["fit, all of it"] = sum(x for part, x in found[-1].items() if part.startswith("fit: "))
         floor = ("gather", "sums over the queries", "selection", "nearest kept key")
         found[-1]["of these scores and matching"] = sum(found[-1].get(part, 0.0) for part in floor)
-    print(f"{'CPU seconds, tokens':40}{''.join(f'{n:>9}' for n in lengths)}    grows as n^")
+    lines = []
     for part in dict.fromkeys(part for row in found for part in row):
         row = [x.get(part, 0.0) for x in found]
         power = math.nan if min(row[0], row[-1]) < 0.01 or len(row) < 2 else math.log(row[-1] / row[0])
         if len(row) > 1:
             power /= math.log(lengths[-1] / lengths[0])
-        print(f"{part:40}{''.join(f'{x:9.3f}' for x in row)}    {power:9.2f}")
+        lines.append((part, *(f"{x:.3f}" for x in row), f"{power:.2f}"))
+    print(tables.plain(("CPU seconds, tokens", *map(str, lengths), "grows as n^"), lines))
 
 
 def main() -> None:
@@ -198,12 +200,10 @@ def main() -> None:
             if repeat:  # the first round warms up
                 times[name].append(time.perf_counter() - begin)
     print(f"torch {torch.__version__}, commit {commit()}, {args.threads} threads, {args.tokens} tokens")
-    base = statistics.median(times["prefill"])
-    print(f"{'prefill':28}{base * 1e3:9.0f} ms")
-    for name, found in times.items():
-        if name != "prefill":
-            median = statistics.median(found)
-            print(f"{'compress, ' + name:28}{median * 1e3:9.0f} ms {median / base:8.1%}")
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    base = medians.pop("prefill")
+    compressions = [(f"compress, {name}", f"{s * 1e3:.0f}", f"{s / base:.1%}") for name, s in medians.items()]
+    print(tables.plain(("", "ms", "of prefill"), [("prefill", f"{base * 1e3:.0f}", ""), *compressions]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import time
@@ -26,21 +25,9 @@ from keepkv_sglang.tools import model
 from keepkv_sglang.tools.bench.servers import Setup, flush, warm_up
 from keepkv_sglang.tools.bench.workloads import AllAtOnce
 from keepkv_sglang.tools.origin import commit
+from keepkv_sglang.tools.report.statistics import median_interval
 
 POOL = 40_000
-
-
-def interval(starts: list[list[float]], share: float = 0.9) -> tuple[float, float]:
-    """Bootstrap interval of the median: starts are drawn again, then the pairs of each."""
-    rng = random.Random(0)
-
-    def once() -> float:
-        drawn = rng.choices(starts, k=len(starts))
-        return statistics.median(x for ratios in drawn for x in rng.choices(ratios, k=len(ratios)))
-
-    medians = sorted(once() for _ in range(2000))
-    cut = round(len(medians) * (1 - share) / 2)
-    return medians[cut], medians[-cut - 1]
 
 
 def one_start(setup: Setup, load: AllAtOnce, pairs: int, seed: int) -> tuple[list[float], bool]:
@@ -81,7 +68,7 @@ def main() -> int:
         same &= equal
         print(f"start {start + 1}: median {statistics.median(ratios):.3f}", flush=True)
     every = [ratio for ratios in starts for ratio in ratios]
-    low, high = interval(starts)
+    low, high = median_interval(starts, 0.9)
     sizes = f"{options.starts} x {options.pairs} pairs of {options.requests} requests, 40 + 20 tokens"
     print(f"commit {commit()}, {sizes}")
     print(f"keepkv takes {statistics.median(every):.3f} of disabled's time, 90 % interval {low:.3f} to {high:.3f}")

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ from keepkv_sglang.tools.evaluate.documents import Document, documents
 from keepkv_sglang.tools.evaluate.future import half_turn
 from keepkv_sglang.tools.evaluate.probe import Slots
 from keepkv_sglang.tools.places import data_folder
+from keepkv_sglang.tools.report import tables
+from keepkv_sglang.tools.report.statistics import geometric_mean, paired_ratio
 
 COLD_TOKENS, CUT_TOKENS = 1024, 1536
 BUDGETS = (0.1, 0.2)
@@ -327,28 +330,16 @@ def table(rows: list[dict], kind: str, half: str, budget: float) -> str:
         by_name.setdefault(r["name"], {})[r["document"]] = r
     if not by_name:
         return ""
-    lines = [
-        f"\n{kind}, {half}, budget {budget:.0%}, {len(next(iter(by_name.values())))} documents\n",
-        "| selection and merge | KL gm | ratio [95 %] | top-1 % |", "|---|---|---|---|",
-    ]  # fmt: skip
+    lines = []
     for name, mine in by_name.items():
         base = by_name.get(BASE["cold"] if kind == "cold" else f"uncut {name.rsplit(' ', 1)[1]}")
-        logs = torch.tensor([math.log(mine[d]["kl"]) for d in mine])
-        ratio = "-"
-        if base:
-            difference = torch.tensor([math.log(mine[d]["kl"] / base[d]["kl"]) for d in mine])
-            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(*interval(difference))
-        top1 = sum(r["top1"] for r in mine.values()) / len(mine)
-        lines.append(f"| {name} | {float(logs.mean().exp()):.3f} | {ratio} | {100 * top1:.1f} |")
-    return "\n".join(lines)
-
-
-def interval(logs: torch.Tensor) -> tuple[float, float, float]:
-    """exp of the mean, and its 95 % bootstrap interval over documents."""
-    generator = torch.Generator().manual_seed(0)
-    draws = logs[torch.randint(len(logs), (4000, len(logs)), generator=generator)].mean(1)
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975])).tolist()
-    return math.exp(float(logs.mean())), math.exp(low), math.exp(high)
+        kl = [row["kl"] for row in mine.values()]
+        ratio = paired_ratio(kl, [base[document]["kl"] for document in mine]).text() if base else "-"
+        top1 = fmean(row["top1"] for row in mine.values())
+        lines.append((name, f"{geometric_mean(kl).mean:.3f}", ratio, f"{100 * top1:.1f}"))
+    head = f"{kind}, {half}, budget {budget:.0%}, {len(next(iter(by_name.values())))} documents"
+    columns = "selection and merge", "KL gm", "ratio [95 %]", "top-1 %"
+    return f"\n{head}\n\n{tables.markdown(columns, lines)}"
 
 
 def main() -> int:

@@ -35,6 +35,7 @@ from keepkv_sglang.radix.order import ORDERS
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.tools.origin import commit
+from keepkv_sglang.tools.report import tables
 
 KEYS, KEY_TOKENS, SPAN_TOKENS = 250, 4000, 20
 EVICTED = 10_000
@@ -129,17 +130,22 @@ def mean_us(call: Callable[[], Any], count: int) -> float:
 
 
 class Report:
-    """Rows as they come, and what they break."""
+    """Rows of all tables, and what they break. title: of the table that is being filled."""
 
     def __init__(self, have_sglang: bool) -> None:
         self.rows: list[dict[str, Any]] = []
         self.broken: list[str] = []
         self._have_sglang = have_sglang
-        self._title = ""
+        self.title = ""
 
-    def title(self, text: str) -> None:
-        self._title = text
-        print(f"\n{text}\n{'us per call':50}{'SpanTree':>10}{'RadixCache':>12}{'Unified':>10}{'ratio':>8}")
+    def show(self) -> None:
+        """Prints the rows of the table that is being filled."""
+        rows = [[*row.values()][1:] for row in self.rows if row["table"] == self.title]
+        lines = [
+            (name, *(us and f"{us:.1f}" for us in times), ratio and f"{ratio:.2f}") for name, *times, ratio in rows
+        ]
+        columns = "us per call", "SpanTree", "RadixCache", "Unified", "ratio"
+        print(f"\n{self.title}\n\n{tables.plain(columns, lines)}", flush=True)
 
     def row(
         self, name: str, ours: float, radix: float | None = None, unified: float | None = None, limit: float = 0.0
@@ -148,13 +154,10 @@ class Report:
         other = radix if radix is not None else unified
         ratio = ours / other if other else None
         limit = LIMIT if name.endswith("*") else limit
-        cells = (f"{value:{width}.1f}" if value is not None else " " * width for value, width in
-                 ((radix, 12), (unified, 10)))  # fmt: skip
-        print(f"{name:50}{ours:10.1f}{''.join(cells)}{f'{ratio:8.2f}' if ratio else ''}")
-        self.rows.append({"table": self._title, "row": name, "span_tree_us": ours, "radix_cache_us": radix,
+        self.rows.append({"table": self.title, "row": name, "span_tree_us": ours, "radix_cache_us": radix,
                           "unified_radix_cache_us": unified, "ratio": ratio})  # fmt: skip
         if limit and ratio is not None and ratio > limit:
-            self.broken.append(f"{name.rstrip(' *')}: {ratio:.2f}x, at most {limit:g}x ({self._title})")
+            self.broken.append(f"{name.rstrip(' *')}: {ratio:.2f}x, at most {limit:g}x ({self.title})")
 
 
 def evict_next(tree: SpanTree) -> None:
@@ -183,7 +186,7 @@ def request_table(report: Report, span_tokens: int) -> None:
     assert [span.path_tokens if span else 0 for span in found] == [KEY_TOKENS, shared, 0]
     assert all(cache.match(longer[0]) == KEY_TOKENS for cache in theirs)
 
-    report.title(f"{len(tree):,} spans of {span_tokens} tokens, chains of {KEY_TOKENS // span_tokens}")
+    report.title = f"{len(tree):,} spans of {span_tokens} tokens, chains of {KEY_TOKENS // span_tokens}"
 
     def row(name: str, ours: Call, others: Callable[[SGLang], Call] | None, arguments: Sequence[Any]) -> None:
         report.row(name, median_us(ours, arguments), *(median_us(others(c), arguments) for c in theirs if others))
@@ -248,7 +251,7 @@ def eviction_table(report: Report) -> None:
             times.append(mean_us(lambda c=cache, n=calls: [c.evict(at_once) for _ in range(n)], nodes))  # type: ignore[misc]
         return times
 
-    report.title("50,000 spans without children; eviction of 10,000, us per span")
+    report.title = "50,000 spans without children; eviction of 10,000, us per span"
     ours = {policy: evicting(policy, 5 * EVICTED, EVICTED) for policy in ORDERS}
     report.row("lru, against one evict() of 200,000 tokens", ours["lru"][0], *theirs(EVICTED * SPAN_TOKENS))
     report.row("lru, against evict() of 20 tokens each time", ours["lru"][0], *theirs(SPAN_TOKENS))
@@ -266,7 +269,7 @@ def nested_table(report: Report) -> None:
     rng = random.Random(2)
     key = random_key(rng, 6000)
     lengths = range(32, 5032)
-    report.title("match with 5,000 children of 32 to 5,031 tokens below one parent, all beginning alike")
+    report.title = "match with 5,000 children of 32 to 5,031 tokens below one parent, all beginning alike"
     for name, last, child in (
         ("none of them is in the key", -1, False),
         ("all of them are in the key", None, False),
@@ -284,7 +287,7 @@ def nested_table(report: Report) -> None:
 
 def depth_table(report: Report) -> None:
     """Turns of a token or two: each a span below the last one's. `left`: beside it, what another turn goes on from."""
-    report.title(f"chains of up to {DEPTHS[-1]:,} tiny spans, thread time")
+    report.title = f"chains of up to {DEPTHS[-1]:,} tiny spans, thread time"
     rng = random.Random(3)
     for name, own, left in (("2 tokens", 2, 0), ("3, beside 2 left raw", 3, 2)):
         key = random_key(rng, own * DEPTHS[-1] + 4)
@@ -319,7 +322,7 @@ def idle_table(report: Report) -> None:
     from keepkv_sglang.tools.simulate.world import World
     from tests.support.served import OFF, Server, text
 
-    report.title(f"one request's bookkeeping, {IDLE:,} idle namespaces (Unified: an empty cache), thread time")
+    report.title = f"one request's bookkeeping, {IDLE:,} idle namespaces (Unified: an empty cache), thread time"
     shared = text(0, 100)
     prompts = [[*shared, *text(10_000 * n, 900)] for n in range(1, 41)]
     names = {"": None, "salts": 0, "settings, other texts": 1, "settings, the same text": 2}
@@ -371,11 +374,10 @@ def main() -> int:
     report = Report(have_sglang)
     for span_tokens in (SPAN_TOKENS, KEY_TOKENS):
         request_table(report, span_tokens)
-    eviction_table(report)
-    nested_table(report)
-    depth_table(report)
-    if have_sglang:
-        idle_table(report)
+        report.show()
+    for table in (eviction_table, nested_table, depth_table, *([idle_table] if have_sglang else [])):
+        table(report)
+        report.show()
     print()
     for line in report.broken:
         print(f"broken: {line}")

@@ -4,7 +4,7 @@
 
 FOLDER/logs holds steps.txt, a line "name<TAB>exit status<TAB>seconds<TAB>remark" per step, and per step NAME.log and
 for pytest NAME.xml; FOLDER/bench.json is gpu_bench.py's. Any of them may be missing or cut: a step that ran out of time
-was killed. Needs no torch and no GPU.
+was killed. Needs tabulate; no torch, no GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.tools.origin import commit
+from keepkv_sglang.tools.report import tables
 
 PACKAGES = ("torch", "triton", "sglang", "flashinfer-python", "pytest")
 KILLED = {"124", "137"}  # what timeout exits with
@@ -120,8 +121,7 @@ def versions() -> dict[str, str]:
 
 
 def step_lines(steps: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| step | exit | s | tests | remark |", "|---|---|---|---|---|"]
-    details: list[str] = []
+    rows, details = [], []
     for name, step in steps.items():
         tests, code = step["tests"], step["exit"]
         counted = ""
@@ -133,8 +133,8 @@ def step_lines(steps: dict[str, dict[str, Any]]) -> list[str]:
         if not (tests and tests["failed"]) and step["tail"]:
             details += [f"- {name} ended with {code}:", "", "```", *step["tail"], "```"]
         remark = step["remark"] or ("out of time" if code in KILLED else "")
-        lines.append(f"| {name} | {code} | {step['seconds']} | {counted} | {remark} |")
-    return [*lines, "", *details]
+        rows.append((name, code, step["seconds"], counted, remark))
+    return [tables.markdown(("step", "exit", "s", "tests", "remark"), rows, text=range(5)), "", *details]
 
 
 def bench_lines(measured: dict[str, Any]) -> list[str]:
@@ -146,20 +146,25 @@ def bench_lines(measured: dict[str, Any]) -> list[str]:
         " not memory's alone. eager: not a CUDA graph, so Python's launches count.",
         "",
     ]
-    lines += ["| kernel | context | batch | budget | us, votes off | on | votes cost | GB/s | of copy | differs | |"]
-    lines += ["|---" * 11 + "|"]
+    columns = (
+        "kernel", "context", "batch", "budget", "us, votes off", "on", "votes cost", "GB/s", "of copy", "differs", "",
+    )  # fmt: skip
+    rows = []
     for row in measured.get("rows", []):
         marks = [mark for mark, on in (("L2", row["in_l2"]), ("eager", not row["graph"])) if on]
         differs = ", ".join(f"{row[key]:.4f}" for key in ("differs_off", "differs_on", "differs_float32"))
-        lines.append(
-            f"| {row['kernel']} | {row['context']} | {row['batch']} | {row['budget']} | {row['us_off']:.1f}"
-            f" | {row['us_on']:.1f} | {row['votes_cost']:+.1%} | {row['gb_per_s']:.0f}"
-            f" | {row['gb_per_s'] / ceiling:.0%} | {differs} | {' '.join(marks)} |"
-        )
-    lines += ["", "| compression, tokens | torch, ms a layer | Triton, ms a layer |", "|---|---|---|"]
-    for row in measured.get("compression", []):
-        times = (f"{row[name]:.2f}" if name in row else "-" for name in ("torch_ms", "triton_ms"))
-        lines.append(f"| {row['tokens']} | {' | '.join(times)} |")
+        rows.append(
+            (*(row[key] for key in ("kernel", "context", "batch", "budget")), f"{row['us_off']:.1f}",
+             f"{row['us_on']:.1f}", f"{row['votes_cost']:+.1%}", f"{row['gb_per_s']:.0f}",
+             f"{row['gb_per_s'] / ceiling:.0%}", differs, " ".join(marks))
+        )  # fmt: skip
+    lines += [tables.markdown(columns, rows), ""]
+    compressions = [
+        (row["tokens"], *(f"{row[name]:.2f}" if name in row else "-" for name in ("torch_ms", "triton_ms")))
+        for row in measured.get("compression", [])
+    ]
+    columns = "compression, tokens", "torch, ms a layer", "Triton, ms a layer"
+    lines += [tables.markdown(columns, compressions, text=())]
     why = Counter(
         f"{row['kernel']}: {row.get('eager_because', '')}" for row in measured.get("rows", []) if not row["graph"]
     )

@@ -25,6 +25,7 @@ from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime.attach import ARENA_MAX_BYTES, ARENA_WINDOWS
 from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools.report import tables
 from keepkv_sglang.turn.state import Planned, QueryRows, RequestState
 
 
@@ -162,14 +163,12 @@ def rows() -> list[tuple[str, float, float]]:
 
 
 def main() -> int:
-    print("| what | formula, bytes | measured, bytes |\n|---|---:|---:|")
-    for what, formula, found in rows():
-        print(f"| {what} | {formula:,.0f} | {found:,.0f} |")
+    both = [(what, f"{formula:,.0f}", f"{found:,.0f}") for what, formula, found in rows()]
+    print(tables.markdown(("what", "formula, bytes", "measured, bytes"), both))
     shape, config = LLAMA_70B_TP8, KeepKVConfig(enabled=True)
     queries = config.window + config.references
     print("\nLlama-3-70B, bfloat16, one of 8 tensor-parallel ranks, from the formulas:\n")
-    print("| what | bytes |\n|---|---:|")
-    for what, value in (
+    sizes = (
         ("K and V per slot", shape.kv),
         ("votes per slot", shape.votes),
         ("queries of one token", shape.query),
@@ -177,13 +176,15 @@ def main() -> int:
         ("arena", (shape.arena_rows(config) + 1) * shape.query),
         ("prompts whose queries the arena holds", shape.arena_rows(config) // queries),
         ("calibration", shape.calibration()),
-    ):
-        print(f"| {what} | {value:,} |")
+    )
+    print(tables.markdown(("what", "bytes"), [(what, f"{size:,}") for what, size in sizes]))
     print(f"\nAgents that decode at once: {KV_GIB} GiB per GPU for the pool, {SHARED:,} shared tokens,")
-    print(f"{OWN:,} of their own, replies of {REPLY}\n\n| budget | slots | agents |\n|---:|---:|---:|")
+    print(f"{OWN:,} of their own, replies of {REPLY}\n")
+    agents = []
     for budget in (1.0, 0.2, 0.1):
         pool = (KV_GIB << 30) // (shape.kv + (shape.votes if budget < 1 else 0))
-        print(f"| {budget:g} | {pool:,} | {concurrency(pool, SHARED, OWN, REPLY, budget):.1f} |")
+        agents.append((f"{budget:g}", f"{pool:,}", f"{concurrency(pool, SHARED, OWN, REPLY, budget):.1f}"))
+    print(tables.markdown(("budget", "slots", "agents"), agents, text=()))
     return 0
 
 

@@ -14,10 +14,10 @@
 # Then, alone on the GPU:
 # 5. Benchmark: votes on against off, budgets 0.1, 0.2 and 1, contexts of 2k to 64k, batch 1 to 64, GB/s beside a
 #    measured copy; compression with torch and with our Triton kernels.
-# Needs torch, triton and pytest; what needs SGLang, FlashInfer, nvcc or compute-sanitizer is skipped where they are not
-# installed, and the report says so. Exit status 0 only when nothing failed; a skip is not a failure, a step that runs
-# out of time or leaves no status is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled kernels
-# stay in KEEPKV_CACHE (default .cache) and in FlashInfer's own cache: a second run is faster.
+# Needs torch, triton, pytest and tabulate; what needs SGLang, FlashInfer, nvcc or compute-sanitizer is skipped where they
+# are not installed, and the report says so. Exit status 0 only when nothing failed; a skip is not a failure, a step that
+# runs out of time or leaves no status is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled
+# kernels stay in KEEPKV_CACHE (default .cache) and in FlashInfer's own cache: a second run is faster.
 # Never run by us: no GPU was at hand.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -31,11 +31,11 @@ out=$(realpath -m "${1:-gpu_check}")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
 # Prints the driver's library, which the process has loaded.
 probe='
-import pytest, sys, torch, triton
+import pytest, sys, tabulate, torch, triton
 if not torch.cuda.is_available(): sys.exit("torch sees no CUDA device")
 print(next((line.split()[-1] for line in open("/proc/self/maps") if "/libcuda.so" in line), ""))'
 if ! driver=$(timeout -k 5 60 "$python" -c "$probe"); then
-    echo "gpu_check: $python sees no CUDA device, or lacks torch, triton or pytest. Nothing was checked." >&2
+    echo "gpu_check: $python sees no CUDA device, or lacks torch, triton, pytest or tabulate. Nothing was checked." >&2
     exit 2
 fi
 logs=$out/logs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from keepkv_sglang.settings.config import OPTIONS, KeepKVConfig
 from keepkv_sglang.start.flags import flag_name
 from keepkv_sglang.tools.places import REPO
+from keepkv_sglang.tools.report import tables
 
 PAGE = REPO / "docs" / "flags.md"
 HEAD = """# Flags and request keys
@@ -23,8 +24,7 @@ The last column says how far a request may move away from the server's value. `-
 def page() -> str:
     """The whole of docs/flags.md."""
     defaults = KeepKVConfig()
-    rows = ["| flag | default | unit | request key |", "|---|---|---|---|"]
-    details = []
+    rows, details = [], []
     for name, option in OPTIONS.items():
         flag, default = "--" + flag_name(name).replace("_", "-"), getattr(defaults, name)
         shown = "off" if default is False else "none" if default == "" else str(default)
@@ -33,9 +33,10 @@ def page() -> str:
             key += f": {option.bound.text}"
         elif not option.server:
             key += ": false only" if name == "enabled" else ": any value"
-        rows.append(f"| `{flag}` | {shown} | {option.unit or '-'} | {key} |")
+        rows.append((f"`{flag}`", shown, option.unit or "-", key))
         details.append(f"- `{flag}`: {option.help}")
-    return "\n".join([HEAD, *rows, "", "## What each does", "", *details, ""])
+    table = tables.markdown(("flag", "default", "unit", "request key"), rows, padded=False)
+    return "\n".join([HEAD, table, "", "## What each does", "", *details, ""])
 
 
 def main() -> None:

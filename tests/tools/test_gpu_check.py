@@ -18,6 +18,7 @@ import torch
 from benchmarks import gpu_bench, gpu_cases, gpu_modules, gpu_report
 from keepkv_sglang.kernels.attention import reference
 from keepkv_sglang.tools.places import REPO
+from tests.tools.unpadded import unpadded
 
 LOG = """
 tests/kernels/test_a_triton.py::test_one[(3, 3)-80-torch.float32] PASSED [ 25%]
@@ -52,7 +53,8 @@ def test_a_report_names_what_failed_and_why(folder):
     measured = {"device": "H", "copy_gb_per_s": 100.0, "rows": [ROW], "errors": ["sglang: RuntimeError: y"]}
     measured |= {"compression": [{"tokens": 2000, "torch_ms": 1.0}], "skipped": ["x: out of time"]}
     (folder / "bench.json").write_text(json.dumps(measured))
-    text = gpu_report.report(folder)
+    report = gpu_report.report(folder)
+    text = unpadded(report)
     for part in (
         "| triton | 1 | 20 | 2 run, 1 failed, 1 skipped |", "test_two: assert 1 == 2\n", "1 of triton: no SGLang",
         "no compute-sanitizer", "| 76% | 0.0000, 0.0010, 0.0020 | L2 eager |", "ERROR: sglang: RuntimeError: y",
@@ -62,7 +64,7 @@ def test_a_report_names_what_failed_and_why(folder):
         assert part in text, part
     whole = json.loads((folder / "report.json").read_text())
     assert whole["bench"] == measured and whole["steps"]["triton"]["exit"] == "1"
-    assert (folder / "report.md").read_text() == text and not list(folder.glob("*.part"))
+    assert (folder / "report.md").read_text() == report and not list(folder.glob("*.part"))
 
 
 @pytest.mark.parametrize("xml", [None, XML[:300]])
@@ -72,7 +74,7 @@ def test_a_step_that_was_cut_is_told_by_its_log(xml, folder):
     if xml:
         (folder / "logs" / "triton.xml").write_text(xml)
     (folder / "bench.json").write_text('{"rows": [{"kernel"')
-    text = gpu_report.report(folder)
+    text = unpadded(gpu_report.report(folder))
     assert "| triton | 124 | 240 | 2 run, 1 failed, 1 skipped | out of time |" in text
     assert "FAILED tests/kernels/test_a_triton.py::test_two" in text
     assert "triton was cut in tests/kernels/test_a_triton.py::test_four[x-y]" in text
@@ -312,8 +314,8 @@ def test_the_script_stopped_from_outside_reports_and_ends_what_it_started(script
     running.send_signal(signal.SIGTERM)
     output, _ = running.communicate(timeout=60)
     assert running.returncode == 1, output
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "stopped from outside" in report and "| bench | no status | 0 |  | never ended |" in report
+    report = unpadded((tmp_path / "out" / "report.md").read_text())
+    assert "stopped from outside" in report and "| bench | no status | 0 | | never ended |" in report
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pids").read_text()), 0)
 

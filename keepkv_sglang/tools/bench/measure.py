@@ -8,20 +8,11 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from keepkv_sglang.tools.report.statistics import percentile
+
 from .client import Call
 
 PERCENTILES = (50, 90, 99)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the two nearest ranks; NaN of nothing."""
-    if not values:
-        return math.nan
-    ordered = sorted(values)
-    at = (len(ordered) - 1) * percent / 100
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
 def ratio(part: float, whole: float) -> float:

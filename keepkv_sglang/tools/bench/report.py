@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from keepkv_sglang.tools.evaluate import plots
+from keepkv_sglang.tools.report import plots, tables
+from keepkv_sglang.tools.report.statistics import median
 
 Row = Mapping[str, Any]
 
@@ -70,8 +70,7 @@ OUTPUT: dict[str, tuple[str, Callable[[float], str]]] = {
 
 def middle(rows: Sequence[Row], key: str) -> float:
     """Median of one number over repeats; NaN when it applies to none of them."""
-    values = [row[key] for row in rows if row.get(key) is not None and not math.isnan(row[key])]
-    return median(values) if values else math.nan
+    return median([row[key] for row in rows if row.get(key) is not None])
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
@@ -86,12 +85,11 @@ def groups(rows: Sequence[Row]) -> dict[tuple[int, str], list[Row]]:
 
 def table(rows: Sequence[Row], columns: Mapping[str, tuple[str, Callable[[float], str]]]) -> str:
     """One line per pool and server, medians of the repeats."""
-    lines = ["| pool | server | " + " | ".join(name.strip() for name in columns) + " |"]
-    lines.append("|---:|---|" + "---:|" * len(columns))
-    for (pool, server), group in groups(rows).items():
-        shown = [show(middle(group, key)) for key, show in columns.values()]
-        lines.append(f"| {pool:,} | {server} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    lines = [
+        [f"{pool:,}", server, *(show(middle(group, key)) for key, show in columns.values())]
+        for (pool, server), group in groups(rows).items()
+    ]
+    return tables.markdown(["pool", "server", *columns], lines, text=(1,))
 
 
 def paired(rows: Sequence[Row], key: str, base: str) -> list[tuple[int, str, list[float]]]:
@@ -108,30 +106,28 @@ def paired(rows: Sequence[Row], key: str, base: str) -> list[tuple[int, str, lis
 
 def ratios(rows: Sequence[Row], keys: Mapping[str, str], base: str) -> str:
     """Median of the paired ratios to one server, smallest and largest beside it; empty when it is alone."""
-    lines = [f"| pool | server | {' | '.join(keys)} |", "|---:|---|" + "---:|" * len(keys)]
     cells: dict[tuple[int, str], dict[str, str]] = {}
     for name, key in keys.items():
         for pool, server, values in paired(rows, key, base):
             text = f"{median(values):.2f}x ({min(values):.2f}–{max(values):.2f})"
             cells.setdefault((pool, server), {})[name] = text
-    for (pool, server), found in cells.items():
-        lines.append(f"| {pool:,} | {server} | " + " | ".join(found.get(name, "–") for name in keys) + " |")
-    return "\n".join(lines) if cells else ""
+    lines = [[f"{pool:,}", server, *(found.get(name, "–") for name in keys)] for (pool, server), found in cells.items()]
+    return tables.markdown(["pool", "server", *keys], lines, text=(1,)) if cells else ""
 
 
 def turns(rows: Sequence[Row]) -> str:
     """Seconds, slots and hit rate by turn, medians of the repeats; empty for workloads without turns."""
     if not any(len(row.get("by_turn", {})) > 1 for row in rows):
         return ""
-    lines = ["| pool | server | turn | tokens | slots held | hit rate | seconds |"]
-    lines.append("|---:|---|---:|---:|---:|---:|---:|")
+    lines = []
     for (pool, server), group in groups(rows).items():
         for turn in sorted({int(t) for row in group for t in row["by_turn"]}):
             found = [row["by_turn"][str(turn)] for row in group if str(turn) in row["by_turn"]]
             values = [middle(found, key) for key in ("tokens", "slots", "hit_rate", "seconds")]
             shown = [_whole(values[0]), _whole(values[1]), _percent(values[2]), _number(2)(values[3])]
-            lines.append(f"| {pool:,} | {server} | {turn + 1} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+            lines.append([f"{pool:,}", server, turn + 1, *shown])
+    columns = ["pool", "server", "turn", "tokens", "slots held", "hit rate", "seconds"]
+    return tables.markdown(columns, lines, text=(1,))
 
 
 def markdown(rows: Sequence[Row], origin: str, about: Sequence[str], base: str) -> str:

@@ -106,7 +106,7 @@ def write_report(results: Any, tasks: Sequence[Any], args: argparse.Namespace) -
     """Writes report.md, results.json and plots beside the results; returns the Markdown."""
     import json
 
-    from keepkv_sglang.tools.evaluate import plots
+    from keepkv_sglang.tools.report import plots
 
     folder = results.path.parent
     lines = [f"# keepkv eval, {args.half} half", "", origin(f"{args.threads} threads"), ""]

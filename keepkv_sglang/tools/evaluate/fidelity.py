@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.tools.evaluate import plots
 from keepkv_sglang.tools.evaluate.documents import SOURCES, Document, documents
 from keepkv_sglang.tools.evaluate.methods import RELEASED, SNAPKV, Method
 from keepkv_sglang.tools.evaluate.probe import Row, agreement
 from keepkv_sglang.tools.evaluate.results import grouped
-from keepkv_sglang.tools.evaluate.statistics import geometric_mean, mean, paired_ratio
 from keepkv_sglang.tools.evaluate.task import Setup
+from keepkv_sglang.tools.report import plots, tables
+from keepkv_sglang.tools.report.statistics import geometric_mean, mean, paired_ratio, percentile
 
 FOLLOWING = 128
 DOCUMENTS = 40
@@ -103,23 +103,23 @@ def _paired(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]
 def _table(rows: Sequence[Mapping[str, Any]], budget: float) -> str:
     by_method = {method: chosen for (method,), chosen in grouped(rows, "method").items()}
     documents_ = len({row["item"] for row in rows})
-    lines = [
-        f"**{budget:.0%} of the slots, {documents_} documents**",
-        "",
-        "| method | slots | KL gm [95 %] | KL p10 / p50 / p90 | KL / SnapKV | KL / released | top-1 % | perplexity x |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = (
+        "method", "slots", "KL gm [95 %]", "KL p10 / p50 / p90", *(f"KL / {name}" for name in BASES), "top-1 %",
+        "perplexity x",
+    )  # fmt: skip
+    lines: list[Sequence[str]] = []
     for method, chosen in sorted(by_method.items(), key=lambda pair: geometric_mean([r["kl"] for r in pair[1]]).mean):
         kl = [row["kl"] for row in chosen]
-        tenth = torch.quantile(torch.tensor(kl), torch.tensor([0.1, 0.5, 0.9])).tolist()
+        slots, top1 = (mean([r[name] for r in chosen]).mean for name in ("slots", "top1"))
+        spread = " / ".join(f"{percentile(kl, p):.3f}" for p in (10, 50, 90))
+        paired = [_paired(chosen, by_method.get(base, [])) for base in BASES.values()]
+        perplexity = geometric_mean([r["perplexity_ratio"] for r in chosen]).mean
         lines.append(
-            f"| {method} | {mean([r['slots'] for r in chosen]).mean:.0f} | {geometric_mean(kl).text(3)}"
-            f" | {' / '.join(f'{x:.3f}' for x in tenth)}"
-            f" | {' | '.join(_paired(chosen, by_method.get(base, [])) for base in BASES.values())}"
-            f" | {100 * mean([r['top1'] for r in chosen]).mean:.1f}"
-            f" | {geometric_mean([r['perplexity_ratio'] for r in chosen]).mean:.3f} |"
-        )
-    return "\n".join(lines)
+            (method, f"{slots:.0f}", geometric_mean(kl).text(3), spread, *paired, f"{100 * top1:.1f}",
+             f"{perplexity:.3f}")
+        )  # fmt: skip
+    head = f"**{budget:.0%} of the slots, {documents_} documents**"
+    return f"{head}\n\n{tables.markdown(columns, lines)}"
 
 
 def _by_source(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -128,13 +128,8 @@ def _by_source(rows: Sequence[Mapping[str, Any]]) -> str:
     names = [name for name in ("default", SNAPKV, RELEASED) if any(row["method"] == name for row in chosen)]
     if not names:
         return ""
-    lines = [
-        "**By source, 10 % of the slots (KL gm)**",
-        "",
-        f"| source | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
-    ]
+    lines: list[Sequence[str]] = []
     for (source,), mine in grouped(chosen, "source").items():
         cells = [geometric_mean([r["kl"] for r in mine if r["method"] == name] or [math.nan]).mean for name in names]
-        lines.append(f"| {source} | {' | '.join(f'{x:.3f}' for x in cells)} |")
-    return "\n".join(lines)
+        lines.append((source, *(f"{x:.3f}" for x in cells)))
+    return "**By source, 10 % of the slots (KL gm)**\n\n" + tables.markdown(("source", *names), lines)

@@ -29,8 +29,9 @@ from keepkv_sglang.tools.evaluate.fidelity import Fidelity
 from keepkv_sglang.tools.evaluate.future import ExpectedAttentionFull
 from keepkv_sglang.tools.evaluate.methods import Ours, ours
 from keepkv_sglang.tools.evaluate.results import grouped
-from keepkv_sglang.tools.evaluate.statistics import geometric_mean, paired_ratio
 from keepkv_sglang.tools.evaluate.task import Setup
+from keepkv_sglang.tools.report import tables
+from keepkv_sglang.tools.report.statistics import geometric_mean, paired_ratio
 
 TOLERANCE = 0.03
 BUDGETS = (0.1, 0.2)
@@ -88,10 +89,11 @@ class Parity(Fidelity):
         return [(side, b) for b in budgets for mine, theirs in PAIRS.values() for side in (mine, PEERS[theirs])]
 
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
-        lines = [
-            "| method | slots kept | documents | KL gm, ours | KL gm, kvpress | ours / kvpress [95 %] | within 3 % |",
-            "|---|---|---|---|---|---|---|",
-        ]
+        columns = (
+            "method", "slots kept", "documents", "KL gm, ours", "KL gm, kvpress", "ours / kvpress [95 %]",
+            f"within {100 * TOLERANCE:g} %",
+        )  # fmt: skip
+        lines: list[Sequence[object]] = []
         for (budget,), chosen in grouped(rows, "budget").items():
             by_method: dict[str, dict[int, float]] = {}
             for row in chosen:
@@ -101,19 +103,17 @@ class Parity(Fidelity):
                 both = sorted(a.keys() & b.keys())
                 if both:
                     lines.append(_line(label, budget, [a[i] for i in both], [b[i] for i in both]))
-        return "\n".join(lines)
+        return tables.markdown(columns, lines)
 
     def plot(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         return []
 
 
-def _line(label: str, budget: float, mine: Sequence[float], theirs: Sequence[float]) -> str:
+def _line(label: str, budget: float, mine: Sequence[float], theirs: Sequence[float]) -> Sequence[object]:
     ratio = paired_ratio(mine, theirs)
     verdict = "PASS" if abs(ratio.mean - 1) <= TOLERANCE else "FAIL"
-    return (
-        f"| {label} | {budget:.0%} | {len(mine)} | {geometric_mean(mine).mean:.4f} | {geometric_mean(theirs).mean:.4f}"
-        f" | {ratio.text(3)} | {verdict} |"
-    )
+    kl = (f"{geometric_mean(side).mean:.4f}" for side in (mine, theirs))
+    return label, f"{budget:.0%}", len(mine), *kl, ratio.text(3), verdict
 
 
 def _with_items(setup: Setup, items: int) -> Setup:

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from keepkv_sglang.tools.evaluate import fidelity, plots
+from keepkv_sglang.tools.evaluate import fidelity
 from keepkv_sglang.tools.evaluate.documents import HALVES, documents
 from keepkv_sglang.tools.evaluate.methods import Full, Method
 from keepkv_sglang.tools.evaluate.probe import Probe, Row
 from keepkv_sglang.tools.evaluate.results import grouped
-from keepkv_sglang.tools.evaluate.statistics import mean
 from keepkv_sglang.tools.evaluate.task import Setup
+from keepkv_sglang.tools.report import plots, tables
+from keepkv_sglang.tools.report.statistics import mean
 
 ITEMS = 100
 TOKENS = 1024  # at most: the texts around the facts are cut there
@@ -101,23 +102,18 @@ class Recall:
 
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
         of_full = [row for row in rows if row["method"] == FULL.name]
-        lines = [
-            f"Full cache: {_rate(of_full)} % of {sum(row['asked'] for row in of_full)} questions"
-            f" in {len(of_full)} prompts.",
-            "",
-            "| method | budget | prompts | questions | correct % [95 %] | of those the full cache answers, % |",
-            "|---|---|---|---|---|---|",
-        ]
+        asked = sum(row["asked"] for row in of_full)
+        head = f"Full cache: {_rate(of_full)} % of {asked} questions in {len(of_full)} prompts."
+        columns = "method", "budget", "prompts", "questions", "correct % [95 %]", "of those the full cache answers, %"
+        lines: list[Sequence[object]] = []
         known = {row["item"] for row in of_full if row["hits"] == row["asked"]}
         for (budget,), chosen in grouped([row for row in rows if row["method"] != FULL.name], "budget").items():
-            table = grouped(chosen, "method")
-            for (method,), mine in sorted(table.items(), key=lambda pair: -sum(row["hits"] for row in pair[1])):
+            by_method = grouped(chosen, "method")
+            for (method,), mine in sorted(by_method.items(), key=lambda pair: -sum(row["hits"] for row in pair[1])):
                 solvable = [row for row in mine if row["item"] in known]
-                lines.append(
-                    f"| {method} | {budget:.0%} | {len(mine)} | {sum(row['asked'] for row in mine)}"
-                    f" | {_rate(mine)} | {_rate(solvable)} |"
-                )
-        return "\n".join(lines)
+                asked = sum(row["asked"] for row in mine)
+                lines.append((method, f"{budget:.0%}", len(mine), asked, _rate(mine), _rate(solvable)))
+        return f"{head}\n\n{tables.markdown(columns, lines)}"
 
     def plot(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         curves: dict[str, dict[float, float]] = {}

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.tools.evaluate import fidelity, plots
+from keepkv_sglang.tools.evaluate import fidelity
 from keepkv_sglang.tools.evaluate.conversation import Message, end_tokens, message, pieces
 from keepkv_sglang.tools.evaluate.documents import documents
 from keepkv_sglang.tools.evaluate.methods import DEFAULT, RELEASED, SNAPKV, Method, Ours, compress_tail, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe, Row, agreement
 from keepkv_sglang.tools.evaluate.results import grouped
-from keepkv_sglang.tools.evaluate.statistics import mean
 from keepkv_sglang.tools.evaluate.task import Setup, ours_only
+from keepkv_sglang.tools.report import plots, tables
+from keepkv_sglang.tools.report.statistics import mean
 from keepkv_sglang.turn.anchor import first_message_end, message_border
 
 METHODS = (DEFAULT, SNAPKV, RELEASED)
@@ -118,25 +119,24 @@ class SystemPromptTask(ABC):
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
         first = list({row["item"]: row for row in rows}.values())
         full, without = (mean([100 * row[name] for row in first]).text(1) for name in ("full", "without"))
-        lines = [
+        head = (
             f"{self.scored} over {len(first)} prompts, system prompt of"
             f" {mean([row['system_tokens'] for row in first]).mean:.0f} tokens on average. Full cache: {full};"
-            f" without the system prompt: {without}. Both variants hold the same number of slots.",
-            "",
-            "| method | budget | slots | unprotected % | protected % | protected - unprotected"
-            " | protected - full | KL unprotected | KL protected |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
+            f" without the system prompt: {without}. Both variants hold the same number of slots."
+        )
+        columns = (
+            "method", "budget", "slots", "unprotected %", "protected %", "protected - unprotected", "protected - full",
+            "KL unprotected", "KL protected",
+        )  # fmt: skip
+        lines: list[Sequence[str]] = []
         for (budget, method), chosen in sorted(grouped(rows, "budget", "method").items()):
             gained = mean([100 * (row["protected"] - row["unprotected"]) for row in chosen])
             lost = mean([100 * (row["protected"] - row["full"]) for row in chosen])
             cells = [mean([100 * row[variant] for row in chosen]).text(1) for variant in VARIANTS]
             kl = [f"{mean([row[f'{variant}_kl'] for row in chosen]).mean:.3f}" for variant in VARIANTS]
-            lines.append(
-                f"| {method} | {budget:.0%} | {mean([row['slots'] for row in chosen]).mean:.0f} | {' | '.join(cells)}"
-                f" | {gained.text(1)} | {lost.text(1)} | {' | '.join(kl)} |"
-            )
-        return "\n".join(lines)
+            slots = f"{mean([row['slots'] for row in chosen]).mean:.0f}"
+            lines.append((method, f"{budget:.0%}", slots, *cells, gained.text(1), lost.text(1), *kl))
+        return f"{head}\n\n{tables.markdown(columns, lines)}"
 
     def plot(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         curves: dict[str, dict[float, float]] = {}

@@ -188,4 +188,4 @@ def _table(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         f" {once.text(1)} %, KL gm {geometric_mean([row['once_kl'] for row in rows]).text(3)}; in turns minus once:"
         f" {gained.text(1)} points."
     )
-    return f"{head}\n\n{tables.markdown(columns, turns, text=0)}\n\n{end}"
+    return f"{head}\n\n{tables.markdown(columns, turns, text=())}\n\n{end}"

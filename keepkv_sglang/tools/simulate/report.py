@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from keepkv_sglang.tools.report import plots, tables
+
 from .replay import Result
 from .search import Claim
 
@@ -40,11 +42,7 @@ def _micro(result: Result, name: str) -> str:
 
 def table(results: list[Result]) -> str:
     """Aligned columns, as Markdown."""
-    rows = [[name for name, _ in _COLUMNS], *([cell(r) for _, cell in _COLUMNS] for r in results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = ["| " + " | ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "|" + "|".join("-" * (w + 1) + ":" for w in widths) + "|")
-    return "\n".join(lines)
+    return tables.markdown([name for name, _ in _COLUMNS], [[cell(r) for _, cell in _COLUMNS] for r in results])
 
 
 def write_json(path: Path, results: list[Result], claims: list[Claim], settings: dict[str, Any]) -> None:
@@ -69,38 +67,19 @@ def write_json(path: Path, results: list[Result], claims: list[Claim], settings:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def require_matplotlib() -> Any:
+def require_matplotlib() -> None:
     """ValueError where it is missing: it is no dependency of the project, only this plot needs it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib; pip install matplotlib, or use --json") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    if not plots.available():
+        raise ValueError("--plot needs matplotlib; pip install matplotlib, or use --json")
 
 
 def plot(path: Path, results: list[Result], title: str) -> None:
     """Hit rate over pool size, one line per policy, budget and span length."""
-    pyplot = require_matplotlib()
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for r in results:
+    require_matplotlib()
+    lines: dict[str, dict[float, float]] = {}
+    for r in sorted(results, key=lambda r: r.pool):
         name = (
             "stock" if r.budget is None else f"keepkv {r.budget}" + (f", span {r.span_tokens}" if r.span_tokens else "")
         )
-        lines.setdefault(name, []).append((r.pool, 100 * r.hit_rate))
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, points in lines.items():
-        pools, rates = zip(*sorted(points), strict=True)
-        axes.plot(pools, rates, marker="o", label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel("KV pool (slots)")
-    axes.set_ylabel("token hit rate (%)")
-    axes.set_ylim(bottom=0)
-    axes.set_title(title)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+        lines.setdefault(name, {})[r.pool] = 100 * r.hit_rate
+    plots.curves(lines, path, "KV pool (slots)", "token hit rate (%)", log=False, log_x=True, bottom=0, title=title)

@@ -1,4 +1,4 @@
-"""The arithmetic of `keepkv bench`: percentiles, rates, the decode phase, agreement, paired ratios."""
+"""The arithmetic of `keepkv bench`: rates, the decode phase, agreement, paired ratios."""
 
 from __future__ import annotations
 
@@ -8,17 +8,11 @@ import pytest
 
 from keepkv_sglang.tools.bench import measure, report
 from keepkv_sglang.tools.bench.client import Call
+from tests.tools.unpadded import unpadded
 
 
 def call(arrivals: list[float], *, prompt: int = 10, sent: float = 0.0, turn: int = 0, **meta: object) -> Call:
     return Call(0, turn, list(range(prompt)), len(arrivals), sent, arrivals, list(range(len(arrivals))), dict(meta))
-
-
-def test_percentiles_lie_between_ranks():
-    assert measure.percentile([4, 1, 3, 2], 50) == 2.5
-    assert measure.percentile([1, 2], 90) == pytest.approx(1.9)
-    assert measure.percentile([7], 99) == 7
-    assert math.isnan(measure.percentile([], 50))
 
 
 def test_summary_of_two_requests_and_a_failed_one():
@@ -84,7 +78,7 @@ def rows(values: dict[tuple[int, str], list[float]]) -> list[dict]:
 def test_ratios_pair_runs_of_one_repeat_and_pool():
     made = rows({(100, "stock"): [1, 2, 4], (100, "keepkv"): [3, 4, 20], (50, "keepkv"): [9], (50, "stock"): [3]})
     assert report.paired(made, "requests_per_s", "stock") == [(100, "keepkv", [3, 2, 5]), (50, "keepkv", [3])]
-    text = report.ratios(made, {"requests/s": "requests_per_s"}, "stock")
+    text = unpadded(report.ratios(made, {"requests/s": "requests_per_s"}, "stock"))
     assert "| 100 | keepkv | 3.00x (2.00–5.00) |" in text
     assert report.ratios(rows({(1, "keepkv"): [1]}), {"x": "requests_per_s"}, "stock") == ""
 
