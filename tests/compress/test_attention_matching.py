@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,29 +12,17 @@ import torch
 from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
+from tests.support.layers import attended, looked_at_elsewhere, random_layer, tiny, with_context
 
-F64 = torch.float64
-
-
-def normal(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def layer(seed: int, n=200, w=48, group=3, dim=32, ctx=0) -> LayerInput:
-    """One kv head with random keys that share a direction; every query sees every token."""
-    k, v, q = normal(seed, n, 1, dim) * 0.7 + 1, normal(seed + 1, n, 1, dim), normal(seed + 2, w, group, dim)
-    k_ctx, lv = normal(seed + 3, ctx, 1, dim), torch.zeros(n, 1, dtype=F64)
-    return LayerInput(q, torch.full((w,), n - 1), k_ctx, k_ctx[:, :, 0] * 0, k, v, lv, dim**-0.5)
+# 200 tokens of one kv head; every query sees every token.
+layer = partial(random_layer, 200, heads=1, dim=32, sees_all=True, votes=0.0)
 
 
 def test_by_hand():
     """Keys 0, ln 2, ln 4 and q = 1, so a = 1/7, 2/7, 4/7. Tokens 0 and 1 merge: key (2/3) ln 2; token 2 is dropped.
     One slot and one query: M = S after the first step, so u = 7 / 2^(2/3), and all attention is on the slot, A = 1:
     the value moves from the mean 3 by R / (1 + lambda)."""
-    k = torch.tensor([0.0, math.log(2), math.log(4)], dtype=F64)[:, None, None]
-    v = torch.tensor([1.0, 4.0, -8.0], dtype=F64)[:, None, None]
-    lv = torch.zeros(3, 1, dtype=F64)
-    x = LayerInput(torch.ones(1, 1, 1, dtype=F64), torch.tensor([2]), k[:0], lv[:0], k, v, lv, 1.0)
+    x = tiny([[[1.0]]], [[0.0], [math.log(2)], [math.log(4)]], [[1.0], [4.0], [-8.0]], [1.0, 1.0, 1.0])
     k_r, v_r, lv_r = merge_from_assignment(x, torch.tensor([[0]]), torch.tensor([[0, 0, -1]]), "attention_matching")
     output = (1 + 2 * 4 - 4 * 8) / 7
     assert float(k_r) == pytest.approx(2 / 3 * math.log(2))
@@ -43,7 +32,7 @@ def test_by_hand():
 
 def test_slots_of_one_token_are_fitted_too():
     """Nothing merges, half is dropped: the kept keys stay bit for bit, votes and values take over what was dropped."""
-    x = layer(0)
+    x = layer(48)
     r = compress_layer(x, SpanPolicy(100, "attention_matching", 16, 4, 1.0))
     assert torch.equal(r.k, x.k[:, 0][r.kept[0]][:, None])
     assert not torch.equal(r.v, x.v[:, 0][r.kept[0]][:, None])
@@ -52,8 +41,7 @@ def test_slots_of_one_token_are_fitted_too():
 
 def outputs(q: torch.Tensor, x: LayerInput, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor) -> torch.Tensor:
     """With a context whose values are 0: [Q, D]."""
-    keys, votes = torch.cat((x.k_ctx, k))[:, 0], torch.cat((x.lv_ctx, lv))[:, 0]
-    return (torch.softmax(q @ keys.T * x.scale + votes, 1) @ torch.cat((x.k_ctx * 0, v))[:, 0]).flatten()
+    return attended(q, *with_context(x, k, v, lv, x.k_ctx * 0), x.scale)
 
 
 @pytest.mark.parametrize("ctx", [0, 60])
@@ -61,10 +49,11 @@ def test_queries_and_later_queries_come_closer(ctx):
     """Mean over 5 random layers, 10 % kept, against the same clusters merged by `mean`, and against least_squares."""
     error: dict[str, list[float]] = {}
     for seed in range(0, 50, 10):
-        x = layer(seed, ctx=ctx)
+        gen = torch.Generator().manual_seed(seed)
+        x, later = layer(48, ctx=ctx, seed=gen), torch.randn(96, 32, generator=gen, dtype=torch.float64)
         for rule in ("mean", "least_squares", "attention_matching"):
             r = compress_layer(x, SpanPolicy(20, rule, 8, 4, 0.6, scorer="rms"))
-            for i, q in enumerate((x.q.flatten(0, 1), normal(seed + 5, 96, 32))):
+            for i, q in enumerate((x.q.flatten(0, 1), later)):
                 off = outputs(q, x, r.k, r.v, r.lv) - outputs(q, x, x.k, x.v, x.lv)
                 error.setdefault(rule, [0.0, 0.0])[i] += float(off.norm())
     for fitted, squares, mean in zip(*(error[r] for r in ("attention_matching", "least_squares", "mean")), strict=True):
@@ -75,15 +64,7 @@ def test_queries_and_later_queries_come_closer(ctx):
 def test_slots_that_nobody_looks_at_stay_small(far):
     """Both queries want tokens 5 and 6; 6 is dropped, and so is most of the rest. Filling a gap with slots of e^-far of
     the attention would take values or votes of e^far."""
-    x = layer(0, n=40, w=2, group=1)
-    q = x.q.flatten(0, 1)
-    wanted = torch.linalg.pinv(q) @ torch.ones(2, dtype=F64) / x.scale  # key with logit 1 at both queries
-    k = (x.k - (x.k @ q.T) @ torch.linalg.pinv(q).T).clone()  # logits 0
-    k[5] = k[6] = wanted * (far + math.log(40))
-    assign = (torch.arange(40) % 3)[None]
-    assign[0, 5], assign[0, 6] = 3, -1
-    args = torch.tensor([[0, 1, 2, 5]]), assign
-    x = replace(x, k=k)
+    x, *args = looked_at_elsewhere(far)
     _, v, lv = merge_from_assignment(x, *args, "attention_matching")
     _, base, votes = merge_from_assignment(x, *args, "mean")
     # singular values of (A A^T + 0.001)^-1 A are at most 16; R has two rows, each at most twice the largest value
@@ -93,7 +74,7 @@ def test_slots_that_nobody_looks_at_stay_small(far):
 
 def test_protected_tokens_stay_and_the_others_make_up_for_it():
     """SpanPolicy.whole: bit for bit as they were; the result equals the float64 loops."""
-    x = layer(0)
+    x = layer(48)
     p = SpanPolicy(60, "attention_matching", 8, 4, 0.6, scorer="rms", whole=((50, 62), (90, 100)))
     r = compress_layer(x, p)
     kept = torch.tensor([*range(50, 62), *range(90, 100)])
@@ -115,8 +96,7 @@ def test_the_oracle_has_the_same_constants():
 @pytest.mark.parametrize("references", [0, 20])
 def test_the_default_equals_float64_loops(references):
     """Scorer, rule and weights of a server's default, with and without reference queries behind the span."""
-    x = layer(0)
-    x = replace(x, q_index=torch.cat((200 + torch.arange(references), torch.arange(200 - 48 + references, 200))))
+    x = layer(48 - references, references=references, sees_all=False)
     p = SpanPolicy(60, "attention_matching", 8, 4, 0.6, scorer="window_references")
     alone = p if references else replace(p, scorer="rms")  # what it is without references
     for ours, theirs in zip(compressed(x, p), reference.compress(x, alone), strict=True):

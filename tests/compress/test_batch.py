@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from keepkv_sglang.compress.batch import Rows, Storage, compress_rows, layer_groups
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.select import SpanPolicy
+from tests.support.layers import in_slots
 
 LAYERS, SLOTS, HEADS, GROUP, DIM = 5, 90, 2, 3, 8
 ROWS = Rows(torch.arange(5, 17), torch.arange(20, 63), torch.tensor([70, 3, 71, 20, 21, 88]))
@@ -40,10 +41,7 @@ def test_side_by_side_is_one_at_a_time(rule, scratch):
     untouched[ROWS.target] = False
     for i, result in enumerate(results):
         k, v, lv = before.keys[i], before.values[i], before.log_votes[i]
-        x = LayerInput(
-            q[i], index, k[ROWS.context], lv[ROWS.context], k[ROWS.source], v[ROWS.source], lv[ROWS.source], 0.3
-        )
-        alone = compress_layer(x, policy)
+        alone = compress_layer(in_slots(q[i], index, (k, v, lv), ROWS.source, ROWS.context, 0.3), policy)
         assert torch.equal(result.kept, alone.kept) and torch.equal(result.assign, alone.assign)
         # Sums of a batch of another size may be taken in another order.
         for name, buffers in (("k", after.keys), ("v", after.values), ("lv", after.log_votes)):

@@ -15,7 +15,7 @@ from keepkv_sglang.compress.rules import RULES, get_rule
 from keepkv_sglang.compress.rules.least_squares import _ridge
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
-from tests.support.layers import F64, layer, log_mass, one_cluster, policy, tiny
+from tests.support.layers import F64, log_mass, one_cluster, permuted, policy, random_layer, tiny
 
 MERGING = [rule for rule in RULES if rule != "evict"]
 COPYING = [rule for rule in RULES if rule != "attention_matching"]
@@ -95,7 +95,7 @@ def test_zip_averages_over_the_window_as_eq_8():
 @pytest.mark.parametrize("rule", ["zip", "tangent"])
 def test_exact_for_the_one_query_it_is_built_on(rule):
     """Theorem 3, for a whole cluster: one query, one head, p_r exp(q.k_r scale) = sum w, same output."""
-    x = replace(layer(n=12, heads=1, group=1, w=1), scale=0.5)
+    x = replace(random_layer(n=12, heads=1, group=1, w=1), scale=0.5)
     k, v, votes = one_cluster(x, rule)
     q, logits = x.q[0, 0], x.k[:, 0] @ x.q[0, 0] * 0.5 + x.lv[:, 0]
     assert votes * float((q @ k * 0.5).exp()) == pytest.approx(float(logits.exp().sum()), rel=1e-9)
@@ -106,7 +106,7 @@ def test_exact_for_the_one_query_it_is_built_on(rule):
 @given(seed=st.integers(0, 9999), n=st.integers(2, 30))
 def test_tangent_is_never_above_the_true_mass(seed, n):
     """log sum p exp(q.k) is convex in q: its tangent at the one window query lies below it elsewhere."""
-    x = replace(layer(n=n, heads=1, group=1, w=1, seed=seed), scale=1.0)
+    x = replace(random_layer(n=n, heads=1, group=1, w=1, seed=seed), scale=1.0)
     k, _, votes = one_cluster(x, "tangent")
     later = torch.randn(200, 8, dtype=F64, generator=torch.Generator().manual_seed(seed + 1)) * 3
     true = log_mass(later, x.k[:, 0], x.lv[:, 0])
@@ -117,7 +117,7 @@ def test_least_squares_fits_the_window_better_than_tangent():
     """Mean squared error of the cluster's log mass at the window's queries, over 20 clusters."""
     error = {"tangent": 0.0, "least_squares": 0.0}
     for seed in range(20):
-        x = layer(n=20, heads=1, group=3, w=8, dim=16, seed=seed)
+        x = random_layer(n=20, heads=1, group=3, w=8, dim=16, seed=seed)
         q = x.q.flatten(0, 1)
         true = log_mass(q, x.k[:, 0], x.lv[:, 0], x.scale)
         for rule in error:
@@ -144,7 +144,7 @@ def test_both_forms_of_the_ridge_solve_agree():
 
 def test_least_squares_falls_back_to_tangent_where_the_solve_fails(monkeypatch):
     """Head 1's factorisation is declared failed: tangent there, least squares in head 0."""
-    x = layer()
+    x = random_layer()
     done = {r: compress_layer(x, policy(12, r)) for r in ("tangent", "least_squares")}
     real = torch.linalg.cholesky_ex
 
@@ -166,7 +166,7 @@ def test_least_squares_falls_back_to_tangent_where_the_solve_fails(monkeypatch):
 @pytest.mark.parametrize("group", [1, 3, 4])
 @pytest.mark.parametrize(("n", "m", "ctx"), [(17, 1, 0), (17, 5, 37), (63, 20, 0), (63, 62, 37), (200, 31, 37)])
 def test_equals_reference_float64(rule, group, n, m, ctx):
-    x = layer(n=n, group=group, ctx=ctx, seed=n + m + group, behind=n % 4)
+    x = random_layer(n=n, group=group, ctx=ctx, seed=n + m + group, behind=n % 4)
     p = policy(m, rule)
     result = compress_layer(x, p)
     kept, assign, k, v, lv = reference.compress(x, p)
@@ -181,8 +181,7 @@ def test_equals_reference_float64(rule, group, n, m, ctx):
 @pytest.mark.parametrize("ctx", [0, 37])
 def test_recorded_selection_replays_in_float64(rule, dtype, ctx):
     """How the server's results are checked: its selection, merged again by the reference in float64."""
-    x = layer(n=150, group=3, ctx=ctx, dim=60, w=11, dtype=dtype)
-    x = replace(x, lv=x.lv.float(), lv_ctx=x.lv_ctx.float())
+    x = random_layer(n=150, group=3, ctx=ctx, dim=60, w=11, dtype=dtype, lv_dtype=torch.float32)
     result = compress_layer(x, policy(31, rule, sinks=4, recent=8))
     again = merge_from_assignment(x, result.kept, result.assign, rule)
     for a, b in zip(again, (result.k, result.v, result.lv), strict=True):
@@ -205,7 +204,7 @@ def test_recorded_selection_replays_in_float64(rule, dtype, ctx):
 )  # fmt: skip
 def test_equals_reference_for_any_policy(rule, n, data, group, ctx, threshold, seed, scorer, strong):
     w = data.draw(st.integers(1, min(n, 6)))
-    x = layer(n=n, group=group, w=w, ctx=ctx, seed=seed, dim=5, behind=data.draw(st.integers(0, min(2, n - w))))
+    x = random_layer(n=n, group=group, w=w, ctx=ctx, seed=seed, dim=5, behind=data.draw(st.integers(0, min(2, n - w))))
     p = SpanPolicy(
         data.draw(st.integers(1, n - 1)), rule, data.draw(st.integers(0, 9)), data.draw(st.integers(0, 5)),
         threshold, 5, strong, scorer,
@@ -219,7 +218,7 @@ def test_equals_reference_for_any_policy(rule, n, data, group, ctx, threshold, s
 @pytest.mark.parametrize("scratch", [1, 40_000, 150_000])
 def test_scratch_limits_do_not_change_the_result(rule, scratch):
     """One head at a time, and tokens in blocks down to one, against everything at once."""
-    x, p = layer(n=120, heads=3, w=16, ctx=37), policy(24, rule)
+    x, p = random_layer(n=120, heads=3, w=16, ctx=37), policy(24, rule)
     whole, blocked = compress_layer(x, p), compress_layer(x, p, scratch)
     assert torch.equal(whole.kept, blocked.kept)
     assert torch.equal(whole.assign, blocked.assign)
@@ -234,7 +233,7 @@ def test_scratch_limits_do_not_change_the_result(rule, scratch):
 @pytest.mark.parametrize("rule", COPYING)
 def test_unmerged_slots_are_copied_bit_for_bit(rule, dtype):
     """Protected tokens and clusters of one member: key, value and votes exactly as stored."""
-    x = replace(layer(n=100, dtype=dtype), lv=torch.rand(100, 2) * 3)
+    x = replace(random_layer(n=100, dtype=dtype), lv=torch.rand(100, 2) * 3)
     result = compress_layer(x, policy(25, rule, strong_fraction=0.2))
     singles = 0
     for h in range(2):
@@ -255,14 +254,14 @@ def test_unmerged_slots_are_copied_bit_for_bit(rule, dtype):
 
 
 def test_evict_drops_everything_else():
-    x = layer()
+    x = random_layer()
     result = compress_layer(x, policy(12, "evict"))
     assert int((result.assign >= 0).sum()) == 2 * 12
     assert torch.equal(result.lv, x.lv.gather(0, result.kept.T))
 
 
 def test_votes_of_mean_are_the_tokens_they_stand_for():
-    x = replace(layer(n=80), lv=torch.zeros(80, 2, dtype=F64))
+    x = random_layer(n=80, votes=0.0)
     result = compress_layer(x, policy(12, "mean", threshold=-1.0))
     torch.testing.assert_close(result.lv.exp().sum(0), torch.full((2,), 80.0, dtype=F64))
     result = compress_layer(x, policy(12, "mean", threshold=0.8))
@@ -272,11 +271,9 @@ def test_votes_of_mean_are_the_tokens_they_stand_for():
 @pytest.mark.parametrize("rule", MERGING)
 def test_order_inside_a_cluster_does_not_matter(rule):
     """Any permutation of a cluster's members gives the same slot (queries see all tokens)."""
-    x = layer(n=20, heads=1, w=4)
-    x = replace(x, q_index=torch.full((4,), 19))
+    x = random_layer(n=20, heads=1, w=4, sees_all=True)
     order = torch.cat((torch.tensor([0]), 1 + torch.randperm(19, generator=torch.Generator().manual_seed(1))))
-    y = replace(x, k=x.k[order], v=x.v[order], lv=x.lv[order])
-    for a, b in zip(one_cluster(x, rule), one_cluster(y, rule), strict=True):
+    for a, b in zip(one_cluster(x, rule), one_cluster(permuted(x, order), rule), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
 
@@ -311,7 +308,7 @@ def test_zip_guard_refuses_the_whole_cluster(q, first, second, votes):
 @pytest.mark.parametrize("case", ["huge", "zero queries", "duplicate keys", "zero keys", "future", "context"])
 def test_extreme_inputs_stay_finite(rule, dtype, case):
     """Logits up to 1e4 either way; exp of them overflows in every dtype."""
-    x = layer(n=70, ctx=9, dtype=dtype, behind=5)
+    x = random_layer(n=70, ctx=9, dtype=dtype, behind=5)
     big = 1e4 / float((x.q.double().reshape(6, 2, 3, 8) @ x.k.double().permute(1, 2, 0)).abs().max()) / x.scale
     if case == "huge":
         x = replace(x, q=x.q * big)
@@ -335,7 +332,7 @@ def test_extreme_inputs_stay_finite(rule, dtype, case):
 @pytest.mark.parametrize("rule", MERGING)
 def test_the_exact_path_for_vanishing_clusters(rule):
     """Sharp attention: whole clusters get less than float32 can hold. Their logarithms are still right."""
-    x = layer(n=90, dtype=torch.float32, spread=60.0)
+    x = random_layer(n=90, dtype=torch.float32, spread=60.0)
     result = compress_layer(x, policy(20, rule, threshold=0.3))
     k, v, lv = reference.merge_from_assignment(x, result.kept, result.assign, rule)
     # float32 logits of some 300 carry errors of 1e-4, and the logarithm of a mass is as large
@@ -345,7 +342,7 @@ def test_the_exact_path_for_vanishing_clusters(rule):
 
 
 def test_inputs_are_not_mutated():
-    x = layer(ctx=5)
+    x = random_layer(ctx=5)
     before = [t.clone() for t in (x.q, x.q_index, x.k_ctx, x.lv_ctx, x.k, x.v, x.lv)]
     for rule in RULES:
         compress_layer(x, policy(12, rule))
@@ -354,7 +351,7 @@ def test_inputs_are_not_mutated():
 
 
 def test_impossible_requests():
-    x = layer(n=20)
+    x = random_layer(n=20)
     for bad, message in (
         ({"m": 20}, "keep 20 of 20"), ({"m": 0}, "keep 0 of 20"), ({"pool_kernel": 4}, "odd"),
         ({"strong_fraction": 1.5}, "strong_fraction"), ({"merge": "kmeans"}, "least_squares"),

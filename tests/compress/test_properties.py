@@ -1,25 +1,35 @@
 """What the merge rules promise, on random cases drawn by hypothesis, in float64 unless storage is the point.
 
-The oracle is attention itself (Eq. 6), written out below: output(q) = sum p s v / sum p s over slots.
+The oracle is attention itself (Eq. 6), `attended`: sum p s v / sum p s over slots.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.layer import compress_layer, merge_from_assignment
 from keepkv_sglang.compress.rules import RULES
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.settings.config import SCORERS
+from tests.support.layers import (
+    F64,
+    assert_same_slots,
+    attended,
+    cast,
+    log_masses,
+    permuted,
+    random_layer,
+    with_context,
+)
 
-F64 = torch.float64
 MERGING = [rule for rule in RULES if rule != "evict"]
 COPYING = [rule for rule in RULES if rule != "attention_matching"]
 SUMS_VOTES = ("mean", "zip")
@@ -27,17 +37,8 @@ SUMS_VOTES = ("mean", "zip")
 seeds = st.integers(0, 1 << 20)
 
 
-def layer(seed: int, n: int, heads=1, group=1, w=1, dim=6, ctx=0, spread=1.0, votes=1.0, shift=1.0) -> LayerInput:
-    """Queries at the end of the span that see all of it."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=F64)
-
-    q, k, v = normal(w, heads * group, dim) * spread, normal(n, heads, dim) + shift, normal(n, heads, dim)
-    k_ctx, lv_ctx = normal(ctx, heads, dim), torch.zeros(ctx, heads, dtype=F64)
-    lv = torch.rand(n, heads, generator=g, dtype=F64) * votes
-    return LayerInput(q, torch.full((w,), n - 1), k_ctx, lv_ctx, k, v, lv, dim**-0.5)
+# Queries at the end of the span that see all of it.
+layer = partial(random_layer, w=1, heads=1, group=1, dim=6, noise=1.0, votes=1.0, sees_all=True)
 
 
 def everything_merges(m: int, merge: str, **changes) -> SpanPolicy:
@@ -54,21 +55,6 @@ def random_clusters(seed: int, n: int, m: int, heads=1) -> tuple[torch.Tensor, t
     return kept, assign.scatter(1, kept, torch.arange(m).expand(heads, -1))
 
 
-def log_masses(q: torch.Tensor, k: torch.Tensor, lv: torch.Tensor, scale: float) -> torch.Tensor:
-    """log p_i s_i(q) [Q, slots] of one head: q [Q, D], k [slots, D], lv [slots]."""
-    return q @ k.T * scale + lv
-
-
-def output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, scale: float) -> torch.Tensor:
-    """Eq. 6 of one head -> [Q, D]."""
-    return torch.softmax(log_masses(q, k, lv, scale), 1) @ v
-
-
-def with_context(x: LayerInput, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, v_ctx: torch.Tensor):
-    """Context and slots of kv head 0, one after the other."""
-    return torch.cat((x.k_ctx, k))[:, 0], torch.cat((v_ctx, v))[:, 0], torch.cat((x.lv_ctx, lv))[:, 0]
-
-
 # Exactness
 
 
@@ -80,8 +66,7 @@ def with_context(x: LayerInput, k: torch.Tensor, v: torch.Tensor, lv: torch.Tens
 )  # fmt: skip
 def test_single_member_clusters_are_bit_identical(rule, dtype, n, data, threshold, chunk, scorer, seed):
     """Key, value and votes as stored, whatever happens to the other clusters; one-token clusters above all."""
-    x = layer(seed, n, heads=2, group=2, w=3, votes=3.0)
-    x = replace(x, q=x.q.to(dtype), k=x.k.to(dtype), v=x.v.to(dtype), k_ctx=x.k_ctx.to(dtype))
+    x = layer(n, seed=seed, heads=2, group=2, w=3, votes=3.0, dtype=dtype, lv_dtype=F64)
     p = SpanPolicy(data.draw(st.integers(1, n - 1)), rule, 3, 2, threshold, scorer=scorer, chunk=chunk)
     r = compress_layer(x, p)
     for h in range(2):
@@ -100,14 +85,14 @@ def test_single_member_clusters_are_bit_identical(rule, dtype, n, data, threshol
 def test_the_query_it_is_built_on_gets_its_output_back(rule, n, data, ctx, seed, spread):
     """Theorem 3 for whole clusters and a whole cache: one query head, nothing dropped, output equal to 1e-6."""
     m = data.draw(st.integers(1, n - 1))
-    x = layer(seed, n, ctx=ctx, spread=spread)
+    x = layer(n, seed=seed, ctx=ctx, spread=spread)
     kept, assign = random_clusters(seed, n, m)
     k, v, lv = merge_from_assignment(x, kept, assign, rule)
     # zip divides by ln s_hat: where that is next to 0 its key is any size, and rounding grows with it
     assume(float(k.abs().max()) < 1e3)
     v_ctx = torch.randn(ctx, 1, 6, dtype=F64, generator=torch.Generator().manual_seed(seed))
-    before = output(x.q[:, 0], *with_context(x, x.k, x.v, x.lv, v_ctx), x.scale)
-    after = output(x.q[:, 0], *with_context(x, k, v, lv, v_ctx), x.scale)
+    before = attended(x.q[:, 0], *with_context(x, x.k, x.v, x.lv, v_ctx), x.scale)
+    after = attended(x.q[:, 0], *with_context(x, k, v, lv, v_ctx), x.scale)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
@@ -115,11 +100,11 @@ def test_the_query_it_is_built_on_gets_its_output_back(rule, n, data, ctx, seed,
 @given(n=st.integers(2, 30), data=st.data(), seed=seeds, spread=st.floats(0.1, 5))
 def test_the_whole_pipeline_is_exact_for_tangent(n, data, seed, spread):
     """The same through scores, selection and matching."""
-    x = layer(seed, n, spread=spread)
+    x = layer(n, seed=seed, spread=spread)
     r = compress_layer(x, everything_merges(data.draw(st.integers(1, n - 1)), "tangent"))
     assert (r.assign >= 0).all()
-    before = output(x.q[:, 0], x.k[:, 0], x.v[:, 0], x.lv[:, 0], x.scale)
-    after = output(x.q[:, 0], r.k[:, 0], r.v[:, 0], r.lv[:, 0], x.scale)
+    before = attended(x.q[:, 0], x.k[:, 0], x.v[:, 0], x.lv[:, 0], x.scale)
+    after = attended(x.q[:, 0], r.k[:, 0], r.v[:, 0], r.lv[:, 0], x.scale)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
@@ -127,7 +112,7 @@ def test_the_whole_pipeline_is_exact_for_tangent(n, data, seed, spread):
 @given(n=st.integers(2, 30), data=st.data(), seed=seeds, later=st.floats(0, 10))
 def test_tangent_never_exceeds_the_true_mass(n, data, seed, later):
     """Of any cluster, at any later query: a convex function lies above its tangent."""
-    x = layer(seed, n)
+    x = layer(n, seed=seed)
     kept, assign = random_clusters(seed, n, data.draw(st.integers(1, n - 1)))
     k, _, lv = merge_from_assignment(x, kept, assign, "tangent")
     q = torch.randn(50, 6, dtype=F64, generator=torch.Generator().manual_seed(seed + 1)) * later
@@ -151,7 +136,7 @@ def test_theorem_5_bounds_the_perturbation(n, data, w, seed, drift, spread, shif
     ||v_i - v_j|| <= gamma: the output moves by less than 2 eps (1 + eps) gamma / (1 - eps)^2. The window's queries
     scatter around one direction and the later query is one more of them, so that Eq. 8's s_hat predicts s. The bound
     is loose: of 2,408 such cases with eps < 1, the worst reached 17 % of it, the median 0.3 %."""
-    x = layer(seed, n, w=w, shift=shift)
+    x = layer(n, seed=seed, w=w, shift=shift)
     g = torch.Generator().manual_seed(seed + 1)
     around = torch.randn(6, dtype=F64, generator=g) * spread
     near = around + drift * torch.randn(w + 1, 6, dtype=F64, generator=g)
@@ -170,8 +155,8 @@ def test_theorem_5_bounds_the_perturbation(n, data, w, seed, drift, spread, shif
     eps = float((1 - ratio).abs().max())
     assume(0 < eps < 1)
     gamma = float(torch.cdist(x.v[:, 0], x.v[:, 0]).max())
-    before = output(later, x.k[:, 0], x.v[:, 0], x.lv[:, 0], x.scale)
-    after = output(later, k[:, 0], v[:, 0], lv[:, 0], x.scale)
+    before = attended(later, x.k[:, 0], x.v[:, 0], x.lv[:, 0], x.scale)
+    after = attended(later, k[:, 0], v[:, 0], lv[:, 0], x.scale)
     assert float((after - before).norm()) < 2 * eps * (1 + eps) * gamma / (1 - eps) ** 2
 
 
@@ -184,7 +169,7 @@ def test_theorem_5_bounds_the_perturbation(n, data, w, seed, drift, spread, shif
        threshold=st.sampled_from([-1.0, 0.4, 0.8]))  # fmt: skip
 def test_votes_are_the_tokens_they_stand_for(rule, n, data, votes, seed, threshold):
     """p_r = sum p, slot by slot, twice in a row; with first votes of 1, all votes add up to the tokens not dropped."""
-    x = layer(seed, n, heads=2, group=2, w=3, votes=votes)
+    x = layer(n, seed=seed, heads=2, group=2, w=3, votes=votes)
     p = everything_merges(data.draw(st.integers(1, n - 1)), rule, threshold=threshold)
     r = compress_layer(x, p)
     for h in range(2):
@@ -208,21 +193,10 @@ def test_votes_are_the_tokens_they_stand_for(rule, n, data, votes, seed, thresho
        scorer=st.sampled_from([s for s in SCORERS if s != "streaming_llm"]))  # fmt: skip
 def test_order_of_the_tokens_does_not_matter(rule, n, data, seed, scorer):
     """Where every query sees every token, the span is a set: a permutation of it gives the same slots."""
-    x = layer(seed, n, heads=2, group=2, w=3, votes=2.0)
+    x = layer(n, seed=seed, heads=2, group=2, w=3, votes=2.0)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + 1))
-    y = replace(x, k=x.k[order], v=x.v[order], lv=x.lv[order])
     p = everything_merges(data.draw(st.integers(1, n - 1)), rule, threshold=0.3, scorer=scorer)
-    a, b = compress_layer(x, p), compress_layer(y, p)
-    assert_same_slots(a, b, order)
-
-
-def assert_same_slots(a: LayerResult, b: LayerResult, order: torch.Tensor) -> None:
-    for h in range(a.kept.shape[0]):
-        there = order[b.kept[h]]
-        at = there.argsort()
-        assert torch.equal(there[at], a.kept[h])
-        for ours, theirs in ((a.k, b.k), (a.v, b.v), (a.lv, b.lv)):
-            torch.testing.assert_close(ours[:, h], theirs[at, h], rtol=1e-7, atol=1e-7)  # two small solves
+    assert_same_slots(compress_layer(x, p), compress_layer(permuted(x, order), p), order)
 
 
 # Extremes
@@ -238,20 +212,20 @@ def assert_same_slots(a: LayerResult, b: LayerResult, order: torch.Tensor) -> No
 def test_nothing_overflows(rule, dtype, seed, n, data, ctx, scorer, top, keys, threshold, chunk):
     """Logits up to 1e4 either way, queries of zeros, attention that underflows, duplicate and zero keys, clusters of
     one token: every result is finite, votes do not vanish, and a query over the slots has a finite output."""
-    x = layer(seed, n, heads=2, group=2, w=3, ctx=ctx, votes=2.0, shift=0.0)
+    x = layer(n, seed=seed, heads=2, group=2, w=3, ctx=ctx, votes=2.0, shift=0.0)
     if keys != "random":
         x = replace(x, k={"two kinds": x.k[:2].repeat(n, 1, 1)[:n], "equal": x.k[:1].expand_as(x.k),
                           "zero": torch.zeros_like(x.k)}[keys])  # fmt: skip
     logits = torch.einsum("whgd,nhd->whgn", x.q.unflatten(1, (2, 2)), torch.cat((x.k, x.k_ctx))).abs().max() * x.scale
     x = replace(x, q=x.q * (top / float(logits) if keys != "zero" else top))
-    x = LayerInput(x.q.to(dtype), x.q_index, x.k_ctx.to(dtype), x.lv_ctx, x.k.to(dtype), x.v.to(dtype), x.lv, x.scale)
+    x = cast(x, dtype, lv_dtype=F64)
     p = SpanPolicy(data.draw(st.integers(1, n - 1)), rule, 2, 1, threshold, scorer=scorer, chunk=chunk)
     r = compress_layer(x, p)
     for t in (r.k, r.v, r.lv):
         assert t.isfinite().all()
     assert ((r.assign >= -1) & (r.assign < p.m)).all()
     for h in range(2):
-        after = output(x.q[:, 2 * h].double(), r.k[:, h].double(), r.v[:, h].double(), r.lv[:, h].double(), x.scale)
+        after = attended(x.q[:, 2 * h].double(), r.k[:, h].double(), r.v[:, h].double(), r.lv[:, h].double(), x.scale)
         assert after.isfinite().all()
     if rule in SUMS_VOTES:
         assert (r.lv > -1e-2).all()  # first votes are at least 1; bfloat16 is not used for votes here
@@ -259,9 +233,9 @@ def test_nothing_overflows(rule, dtype, seed, n, data, ctx, scorer, top, keys, t
 
 def test_gamma_zero_is_no_perturbation():
     """Equal values: whatever happens to keys and votes, the output is that value, to rounding."""
-    x = layer(3, 20, heads=1, group=2, w=3)
+    x = layer(20, group=2, w=3)
     x = replace(x, v=torch.ones_like(x.v) * math.pi)
     for rule in MERGING:
         r = compress_layer(x, everything_merges(5, rule))
-        after = output(x.q[:, 0] * 2, r.k[:, 0], r.v[:, 0], r.lv[:, 0], x.scale)
+        after = attended(x.q[:, 0] * 2, r.k[:, 0], r.v[:, 0], r.lv[:, 0], x.scale)
         torch.testing.assert_close(after, torch.full_like(after, math.pi))

@@ -17,24 +17,9 @@ from keepkv_sglang.turn.limits import Limits
 from keepkv_sglang.turn.plan import plan_chunk
 from keepkv_sglang.turn.queries import capture, drop_plan, reference_positions
 from keepkv_sglang.turn.state import Planned, RequestState
+from tests.support.rotary import rope, table
 
 DIM = 8
-
-
-def frequencies() -> torch.Tensor:
-    return 1e4 ** (-torch.arange(DIM // 2, dtype=torch.float64) / (DIM // 2))
-
-
-def rotary(positions: int = 400) -> Rotary:
-    angle = torch.arange(positions)[:, None] * frequencies()
-    return Rotary(torch.cat((angle.cos(), angle.sin()), dim=1))
-
-
-def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
-    """RoPE of x [Hq, DIM], pairs (i, i + DIM / 2), written as complex numbers."""
-    angle = position * frequencies()
-    z = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat((z.real, z.imag), dim=-1)
 
 
 @given(st.integers(0, 50), st.integers(0, 60), st.integers(0, 70))
@@ -49,11 +34,12 @@ def test_positions_are_spread_evenly_and_never_more_than_there_are(first, length
 def test_references_stand_behind_the_span_and_the_window_stays():
     raw = torch.randn(7, 3, DIM, dtype=torch.float64)
     positions = [10, 14, 18, 22, 27, 28, 29]  # 4 references, a window of 3
-    q = torch.stack([rotated(x, p) for x, p in zip(raw, positions, strict=True)])
-    sample = QuerySample(positions, 4, 30, 25, rotary(), torch.float64, torch.device("cpu"))
+    q = torch.stack([rope(x, p, DIM) for x, p in zip(raw, positions, strict=True)])
+    rotary = Rotary(table(400, DIM))
+    sample = QuerySample(positions, 4, 30, 25, rotary, torch.float64, torch.device("cpu"))
     moved = sample.place(q)
     for j in range(4):
-        torch.testing.assert_close(moved[j], rotated(raw[j], 30 + j), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(moved[j], rope(raw[j], 30 + j, DIM), rtol=1e-9, atol=1e-9)
     assert torch.equal(moved[4:], q[4:])
     assert sample.q_index.tolist() == [25, 26, 27, 28, 22, 23, 24], "references see all 25 slots"
 

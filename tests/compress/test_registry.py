@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from keepkv_sglang.compress import registry
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.rules.base import Clusters, Merged
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.settings import config as config_module
 from keepkv_sglang.settings.config import OPTIONS, ConfigError, KeepKVConfig
 from keepkv_sglang.tools.places import REPO
+from tests.support.layers import random_layer
 
 NUMBER = 7
 
@@ -57,15 +60,7 @@ def importable(monkeypatch):
     registry._get.cache_clear()
 
 
-def layer(w: int = 4) -> LayerInput:
-    g = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g)
-
-    k = normal(40, 2, 8) + 1
-    q, index = normal(w, 4, 8), torch.arange(40 - w, 40)
-    return LayerInput(q, index, k[:0], k[:0, :, 0], k, normal(40, 2, 8), torch.zeros(40, 2), 0.35)
+layer = partial(random_layer, 40, group=2, votes=0.0, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", config_module.SCORERS)
@@ -90,7 +85,8 @@ def test_a_path_by_flag_but_not_by_request():
     result = compress_layer(x, p)
     expected = (-x.k.norm(dim=2)).T.topk(10).indices.sort(dim=1).values
     assert torch.equal(result.kept, expected)
-    mean = compress_layer(layer(0), SpanPolicy(10, "mean", 0, 0, 0.3, scorer=config.scorer, strong_fraction=0.0))
+    x = replace(x, q=x.q[:0], q_index=x.q_index[:0])
+    mean = compress_layer(x, SpanPolicy(10, "mean", 0, 0, 0.3, scorer=config.scorer, strong_fraction=0.0))
     assert torch.equal(mean.kept, expected)  # it needs no queries, and says so
     assert config.with_request({"budget": 0.5}).scorer == config.scorer
     assert config.with_request({"scorer": "tova", "merge": "mean", "chunk": 8}).scorer == "tova"
@@ -121,7 +117,7 @@ def test_a_request_imports_nothing(monkeypatch):
         ("scorer", "policies_of_a_test:not_a_number", "returned NaN"),
         ("scorer", ":", "cannot be imported"),
         ("merge", "sum", "unknown merge rule 'sum': use one of least_squares, tangent"),
-        ("merge", "policies_of_a_test:not_merged", "must return merging.base.Merged, not Tensor"),
+        ("merge", "policies_of_a_test:not_merged", "must return keepkv_sglang.policy.Merged, not Tensor"),
         ("chunk", 0, "chunk 0 is out of range"),
         ("chunk", "x", "chunk 'x' is not a whole number"),
     ],

@@ -1,4 +1,4 @@
-"""compress/rules/ridge.py: exact up to its bounds, Gauss-Seidel above them; bounded memory, operations linear in the slots."""
+"""The ridge fit: exact up to its bounds, Gauss-Seidel above them; bounded memory, operations linear in the slots."""
 
 from __future__ import annotations
 

@@ -4,41 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.registry import SCORERS
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy
-from keepkv_sglang.compress.window import Window, context_log_z, observe
+from keepkv_sglang.compress.window import Window, observe
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.kernels.score import reference as reference_scores
+from tests.support.layers import F64, cast, random_layer, window_of
 
-F64 = torch.float64
 WINDOWED = ("tova", "gkv", "value_norm", "expected_attention", "keydiff", "knorm", "streaming_llm")
 
 
-def layer(n=40, heads=2, group=3, w=6, ctx=0, dim=6, dtype=F64, behind=0, spread=1.0) -> LayerInput:
-    g = torch.Generator().manual_seed(n + group + ctx)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=F64).to(dtype)
-
-    lv, lv_ctx = (normal(t, heads).abs() for t in (n, ctx))
-    q_index = torch.arange(n - w - behind, n - behind)
-    q, k = normal(w, heads * group, dim) * spread, normal(n, heads, dim) + 1
-    return LayerInput(q, q_index, normal(ctx, heads, dim), lv_ctx, k, normal(n, heads, dim), lv, dim**-0.5)
-
-
-def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
-    w, _, dim = x.q.shape
-    heads = x.k.shape[1]
-    q = (x.q * x.scale).reshape(w, heads, -1, dim).transpose(0, 1).flatten(1, 2)
-    k, v = x.k.transpose(0, 1).contiguous(), x.v.transpose(0, 1).contiguous()
-    log_z = context_log_z(q, x.k_ctx, x.lv_ctx, block_tokens)
-    return observe(q, x.q_index, k, v, x.lv.T.contiguous(), log_z, block_tokens)
+layer = partial(random_layer, n=40, dim=6, noise=1.0)
 
 
 def test_every_scorer_has_a_reference():
@@ -55,9 +38,9 @@ def test_equals_loops_in_float64(name, group, ctx, behind):
     expected = reference_scores.score(x, name)
     for block in (1 << 20, 7):  # blocks of 7 tokens exercise every seam
         torch.testing.assert_close(get_scorer(name)(window_of(x, block), 7), expected, rtol=1e-10, atol=1e-11)
-    single = replace(x, **{f: getattr(x, f).float() for f in ("q", "k_ctx", "lv_ctx", "k", "v", "lv")})
+    single = get_scorer(name)(window_of(cast(x, torch.float32)), 7)
     # float32: logits of order 10 carry errors of 1e-6
-    torch.testing.assert_close(get_scorer(name)(window_of(single), 7).double(), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(single.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_h2o_wants_every_query():
@@ -100,8 +83,7 @@ HAND = by_hand([[0.0, L3, 0.0], [L2, L5, L3]], [[1.0, -1.0], [3.0, 4.0], [0.0, -
 @pytest.mark.parametrize("ctx", [0, 7])
 @pytest.mark.parametrize("references", [1, 4])
 def test_window_references_equals_loops(ctx, references):
-    x = layer(ctx=ctx)
-    x = replace(x, q_index=torch.cat((40 + torch.arange(references), x.q_index[references:])))
+    x = layer(w=6 - references, references=references, ctx=ctx)
     expected = reference_scores.score(x, "window_references")
     for block in (1 << 20, 7):
         torch.testing.assert_close(get_scorer("window_references")(window_of(x, block), 7), expected)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, match, select
-from keepkv_sglang.compress.window import Window, context_log_z, observe
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.kernels.merge.torch_impl import (
     Segments,
@@ -21,34 +21,12 @@ from keepkv_sglang.kernels.merge.torch_impl import (
     segment_softmax,
     segment_sum,
 )
+from tests.support import layers
+from tests.support.layers import random_layer, tiny, window_of
 
 
 def policy(m: int, merge: str = "evict", **changes) -> SpanPolicy:
-    return SpanPolicy(**{"m": m, "merge": merge, "recent": 0, "sinks": 0, "threshold": 0.6, **changes})
-
-
-def layer(n=60, heads=2, group=3, w=6, ctx=0, dim=8, dtype=torch.float64, seed=0, behind=0) -> LayerInput:
-    """Random layer; the window's queries end `behind` tokens before the end of the span."""
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-
-    lv = [torch.rand(t, heads, generator=g, dtype=torch.float64) * 2 for t in (ctx, n)]
-    q_index = torch.arange(n - w - behind, n - behind)
-    return LayerInput(
-        normal(w, heads * group, dim), q_index, normal(ctx, heads, dim), lv[0].to(dtype),
-        normal(n, heads, dim) * 0.7 + 1, normal(n, heads, dim), lv[1].to(dtype), dim**-0.5,
-    )  # fmt: skip
-
-
-def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
-    w, _, dim = x.q.shape
-    heads = x.k.shape[1]
-    q = (x.q * x.scale).reshape(w, heads, -1, dim).transpose(0, 1).flatten(1, 2)
-    log_z = context_log_z(q, x.k_ctx, x.lv_ctx, block_tokens)
-    k, v = x.k.transpose(0, 1).contiguous(), x.v.transpose(0, 1).contiguous()
-    return observe(q, x.q_index, k, v, x.lv.T.contiguous(), log_z, block_tokens)
+    return layers.policy(m, merge, **{"recent": 0, "sinks": 0, **changes})
 
 
 # Scores
@@ -56,11 +34,8 @@ def window_of(x: LayerInput, block_tokens: int = 1 << 20) -> Window:
 
 def test_snapkv_by_hand():
     """One head, D = 1, keys are the logits: query 0 sees tokens 0..1, query 1 sees 0..2."""
-    one = torch.ones(2, 1, 1, dtype=torch.float64)
-    k = torch.tensor([0.0, math.log(3.0), math.log(4.0)], dtype=torch.float64)[:, None, None]
-    lv = torch.tensor([[math.log(2.0)], [0.0], [0.0]], dtype=torch.float64)
-    none = torch.zeros(0, 1, 1, dtype=torch.float64)
-    x = LayerInput(one, torch.tensor([1, 2]), none, none[:, :, 0], k, k, lv, 1.0)
+    k = [[0.0], [math.log(3.0)], [math.log(4.0)]]
+    x = tiny([[[1.0]], [[1.0]]], k, k, [2.0, 1.0, 1.0], seen=[1, 2])
     # weights p e^l: 2, 3, 4; Z = 5 and 9. Token 2 is seen by one query only.
     raw = torch.tensor([(2 / 5 + 2 / 9) / 2, (3 / 5 + 3 / 9) / 2, 4 / 9], dtype=torch.float64)
     torch.testing.assert_close(get_scorer("snapkv")(window_of(x), 1)[0], raw)
@@ -70,11 +45,8 @@ def test_snapkv_by_hand():
 
 def test_keepkv_by_hand():
     """Two queries of age 1 and 0: EMA weights 0.9 and 1, normalised; votes multiply."""
-    q = torch.tensor([1.0, 2.0], dtype=torch.float64)[:, None, None]
-    k = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)[:, None, None]
-    lv = torch.tensor([[math.log(3.0)], [0.0], [0.0]], dtype=torch.float64)
-    none = torch.zeros(0, 1, 1, dtype=torch.float64)
-    x = LayerInput(q, torch.tensor([0, 1]), none, none[:, :, 0], k, k, lv, 1.0)
+    k = [[0.5], [1.0], [1.5]]
+    x = tiny([[[1.0]], [[2.0]]], k, k, [3.0, 1.0, 1.0], seen=[0, 1])
     s0 = (0.9 * math.exp(0.5) + math.exp(1.0)) / 1.9
     expected = torch.tensor([math.log(3 * s0), 2.0, -math.inf], dtype=torch.float64)  # nobody sees token 2
     torch.testing.assert_close(get_scorer("keepkv")(window_of(x), 7)[0], expected)
@@ -85,7 +57,7 @@ def test_keepkv_by_hand():
 @pytest.mark.parametrize("ctx", [0, 37])
 @pytest.mark.parametrize("behind", [0, 3])
 def test_scores_equal_reference(dtype, group, ctx, behind):
-    x = layer(group=group, ctx=ctx, dtype=dtype, behind=behind)
+    x = random_layer(group=group, ctx=ctx, dtype=dtype, behind=behind)
     tolerance = {"rtol": 2e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
     for block in (1 << 20, 7):  # blocks of 7 tokens exercise every seam
         window = window_of(x, block)
@@ -96,16 +68,16 @@ def test_scores_equal_reference(dtype, group, ctx, behind):
 
 def test_received_attention_is_a_distribution():
     """Summed over the span, each query has given exactly 1, without a context."""
-    window = window_of(layer())
+    window = window_of(random_layer())
     queries = torch.full((2,), float(window.q.shape[1]), dtype=torch.float64)
     torch.testing.assert_close(window.received().sum(1), queries)
 
 
 def test_future_keys_do_not_change_scores_of_what_is_seen():
-    x = layer(behind=10)
+    x = random_layer(behind=10)
     changed = x.k.clone()
     changed[-10:] *= 50
-    y = LayerInput(x.q, x.q_index, x.k_ctx, x.lv_ctx, changed, x.v, x.lv, x.scale)
+    y = replace(x, k=changed)
     for name in ("snapkv", "keepkv"):
         a, b = get_scorer(name)(window_of(x), 1), get_scorer(name)(window_of(y), 1)
         assert torch.equal(a[:, :-10], b[:, :-10])
@@ -186,7 +158,7 @@ def test_nothing_may_absorb():
     best, _ = nearest_kept(torch.randn(2, 9, 4), torch.zeros(2, 3).long(), torch.ones(2, 2).long(),
                            torch.zeros(2, 2).bool())  # fmt: skip
     assert (best == -torch.inf).all()
-    x = layer(n=20)
+    x = random_layer(n=20)
     everything_protected = compress_layer(x, policy(4, "mean", threshold=-1.0, strong_fraction=1.0))
     assert int((everything_protected.assign >= 0).sum()) == 2 * 4
 

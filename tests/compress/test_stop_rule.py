@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from keepkv_sglang.compress.layer import LayerInput
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.compress.stop_rule import attention_lost, smallest_m
 from keepkv_sglang.kernels.merge import reference
+from tests.support.layers import random_layer
 
-F64 = torch.float64
 P = SpanPolicy(20, "mean", 4, 2, 0.6, pool_kernel=1, whole=((5, 8),))
 
-
-def layer(seed: int = 0, n: int = 100, sharp: float = 1.0) -> LayerInput:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=F64)
-
-    lv = torch.rand(n, 2, generator=g, dtype=F64)
-    return LayerInput(normal(4, 6, 8) * sharp, torch.arange(n - 4, n), normal(5, 2, 8), lv[:5], normal(n, 2, 8),
-                      normal(n, 2, 8), lv, 0.35)  # fmt: skip
+layer = partial(random_layer, n=100, w=4, ctx=5, shift=0.0, noise=1.0, votes=1.0)
 
 
 def test_loss_equals_the_formula():
@@ -41,7 +32,7 @@ def test_loss_equals_the_formula():
 
 
 def test_it_goes_down_until_the_worst_layer_loses_too_much():
-    layers = [layer(0, sharp=30.0), layer(1, sharp=6.0)]
+    layers = [layer(seed=0, spread=30.0), layer(seed=1, spread=6.0)]
     ladder = (0.9, 0.5, 0.2, 0.1, 0.05)
     steps = [3 + -(-97 * int(b * 100) // 100) for b in ladder]
     for threshold in (0.001, 0.01, 0.1):
@@ -49,7 +40,7 @@ def test_it_goes_down_until_the_worst_layer_loses_too_much():
         lost = {s: max(attention_lost(x, replace(P, m=s)) for x in layers) for s in steps}
         fine = [s for s in steps if all(lost[t] <= threshold for t in steps if t >= s)]
         assert m == min(fine, default=100), (threshold, lost)
-    assert smallest_m(layers[:1], P, ladder, 0.01) < smallest_m([layer(2, sharp=0.0)], P, ladder, 0.01) == 100
+    assert smallest_m(layers[:1], P, ladder, 0.01) < smallest_m([layer(seed=2, spread=0.0)], P, ladder, 0.01) == 100
     assert smallest_m(layers, P, ladder, 1.0) == min(steps), "a threshold that nothing exceeds: the last step"
     assert smallest_m(layers, P, ladder, 1.0, floor=22) == steps[2] == 23
     assert smallest_m(layers, P, (), 1.0) == 100 == smallest_m(layers, P, (1.0,), 1.0)

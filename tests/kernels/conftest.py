@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from keepkv_sglang.kernels import attention
+from tests.support.paged import STOCK_DTYPES
 
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*_triton.py"]
@@ -21,6 +22,17 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 def kernel(request):
     """The implementations of attention on a CPU."""
     return attention.load(request.param)
+
+
+@pytest.fixture
+def gen():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(params=STOCK_DTYPES, ids=str)
+def stock_dtype(request):
+    """The storages of SGLang's own kernels."""
+    return request.param
 
 
 @pytest.fixture

@@ -6,16 +6,23 @@ import logging
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from keepkv_sglang.kernels import attention
-from keepkv_sglang.kernels.attention import reference
 from tests.support import paged
-from tests.support.paged import ROUNDING, TOLERANCE
+from tests.support.paged import (
+    TOLERANCE,
+    check_nothing_but_out_is_written,
+    check_strided_tensors,
+    check_votes_count_like_copies,
+)
+from tests.support.threads import threads
 
+Case = partial(paged.Case, device="cpu")
 LENGTHS = [1, 63, 500, 0, 2047]
 
 
@@ -26,24 +33,8 @@ def cpp():
 
 @pytest.fixture(autouse=True)
 def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
-    yield
-    torch.set_num_threads(before)
-
-
-class Case(paged.Case):
-    """On the CPU, compared with float64 by running a kernel."""
-
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named, device="cpu")
-
-    def error(self, impl, **kwargs):
-        """Largest deviation from float64 beyond the rounding of the output's dtype."""
-        wanted = self.run(reference, q=self.q.double(), **{k: v for k, v in kwargs.items() if k != "q"})
-        got = self.run(impl, **kwargs)
-        assert got.isfinite().all()
-        return ((got.double() - wanted).abs() - ROUNDING[got.dtype] * wanted.abs()).max().item()
+    with threads(1):  # tiny tensors: threads would only wait for each other
+        yield
 
 
 SHAPES = [((9, 3), 64), ((4, 4), 80), ((8, 1), 128), ((4, 1), 256), ((6, 2), 72)]
@@ -53,7 +44,7 @@ SHAPES = [((9, 3), 64), ((4, 4), 80), ((8, 1), 128), ((4, 1), 256), ((6, 2), 72)
 @pytest.mark.parametrize(("heads", "dim"), SHAPES)
 def test_decode_is_equation_6(kernel, heads, dim, dtype):
     case = Case(LENGTHS, heads=heads, dim=dim, dtype=dtype)
-    assert case.error(kernel) < TOLERANCE
+    assert case.error(case.run(kernel)) < TOLERANCE
     assert case.run(kernel)[3].eq(0).all()  # the request without KV
 
 
@@ -62,12 +53,12 @@ def test_decode_is_equation_6(kernel, heads, dim, dtype):
 def test_extend_is_equation_6(kernel, heads, dim, dtype):
     # empty prefix (1 of 1, 63 of 63), one new token, a prefix that ends inside a key block, no new token
     case = Case([1, 63, 500, 900, 0, 130], [1, 63, 1, 77, 0, 0], heads=heads, dim=dim, dtype=dtype)
-    assert case.error(kernel) < TOLERANCE
+    assert case.error(case.run(kernel)) < TOLERANCE
 
 
 def test_extend_without_causality_is_equation_6(kernel):
     case = Case([1, 63, 500], [1, 63, 77])
-    assert case.error(kernel, causal=False) < TOLERANCE
+    assert case.error(case.run(kernel, causal=False), causal=False) < TOLERANCE
 
 
 def test_padding_rows_of_an_extend_give_zeros(kernel):
@@ -79,20 +70,12 @@ def test_padding_rows_of_an_extend_give_zeros(kernel):
 def test_large_votes_dominate_and_stay_finite(kernel):
     case = Case([300, 2047])
     case.votes[case.slots(1)[1234]] = 1e4
-    assert case.error(kernel) < TOLERANCE
+    assert case.error(case.run(kernel)) < TOLERANCE
     assert torch.equal(case.run(kernel)[1, :3], case.v[case.slots(1)[1234], 0].expand(3, -1))
 
 
 def test_votes_count_like_copies(kernel):
-    """Votes of 3 equal the same entry three times: the meaning of Eq. 6, without the reference."""
-    case = Case([40])
-    slots = case.slots(0)
-    case.votes[slots] = 0.0
-    case.table[case.rows[0], 38:40] = slots[0].int()
-    copies = case.run(kernel)
-    case.votes[slots[0]] = torch.tensor(3.0).log()
-    votes = case.run(kernel, lens=torch.tensor([38]))
-    assert (copies - votes).abs().max() < TOLERANCE
+    check_votes_count_like_copies(Case([40]), kernel)
 
 
 @pytest.mark.parametrize("masked", [float("-inf"), -1e30])
@@ -103,7 +86,7 @@ def test_masked_entries(kernel, masked, news):
     case.votes[case.slots(0)] = masked
     case.votes[keep, :2] = 0.5
     case.votes[case.slots(1)[:257]] = masked
-    assert case.error(kernel) < TOLERANCE
+    assert case.error(case.run(kernel)) < TOLERANCE
     assert case.run(kernel)[:1, 6:].eq(0).all()
 
 
@@ -126,29 +109,14 @@ def test_zero_votes_are_plain_attention(kernel):
 
 @pytest.mark.parametrize("news", [None, [40, 500, 9]])
 def test_strided_tensors(kernel, news):
-    """q as a view of a fused qkv, K and V interleaved in one buffer, out as a view: only its own elements
-    change."""
     case = Case([300, 500, 9], news)
-    n, hq, dim = case.q.shape
-    fused = torch.randn(n, (hq + 6) * dim)
-    q = fused[:, : hq * dim].view(n, hq, dim)
-    q.copy_(case.q)
-    pool = torch.stack([case.k, case.v], dim=1)
-    wide = torch.full((n, hq + 2, dim), 7.0)
-    wide[:, 1:-1] = float("nan")
-    out = case.run(kernel, q=q, k=pool[:, 0], v=pool[:, 1], out=wide[:, 1:-1])
-    assert torch.equal(out, case.run(kernel))
-    assert wide[:, 0].eq(7).all() and wide[:, -1].eq(7).all()
+    check_strided_tensors(case, kernel)
     transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(case.run(kernel, q=transposed), out)
+    assert torch.equal(case.run(kernel, q=transposed), case.run(kernel))
 
 
 def test_nothing_but_out_is_written(kernel):
-    case = Case([300, 40], [30, 40])
-    before = [x.clone() for x in (case.q, case.k, case.v, case.votes, case.table)]
-    case.run(kernel)
-    after = (case.q, case.k, case.v, case.votes, case.table)
-    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(after, before, strict=True))
+    check_nothing_but_out_is_written(Case([300, 40], [30, 40]), kernel)
 
 
 @pytest.mark.parametrize("news", [None, [5, 70, 200, 1]])
@@ -262,4 +230,4 @@ def test_other_instruction_sets_built_in_a_race(march, builders, tmp_path, monke
     monkeypatch.setattr(cpp_impl, "_function", function)
     for dtype in (torch.float32, torch.bfloat16):
         for case in (Case(LENGTHS, dim=72, dtype=dtype), Case([300, 9], [100, 9], dim=72, dtype=dtype)):
-            assert case.error(cpp_impl) < TOLERANCE
+            assert case.error(case.run(cpp_impl)) < TOLERANCE

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from keepkv_sglang.kernels.attention import triton_impl
-from tests.support.paged import DEVICE, INTERPRETED, TOLERANCE, Case
+from tests.support.paged import (
+    INTERPRETED,
+    TOLERANCE,
+    Case,
+    check_nothing_but_out_is_written,
+    check_strided_tensors,
+    check_votes_count_like_copies,
+)
 
 # heads (q, kv), head_dim, dtype: GQA 1, 3, 4, 8, every head size, every storage
 SHAPES = [
@@ -74,15 +81,7 @@ def test_no_votes_and_zero_votes_are_the_same_bits(news):
 
 
 def test_votes_count_like_copies():
-    """Votes of 3 equal the same entry three times: the meaning of Eq. 6, without the reference."""
-    case = Case([40])
-    slots = case.slots(0)
-    case.votes[slots] = 0.0
-    case.table[case.rows[0], 38:40] = slots[0].int()
-    copies = case.run(triton_impl)
-    case.votes[slots[0]] = torch.tensor(3.0).log()
-    votes = case.run(triton_impl, lens=torch.tensor([38], device=DEVICE))
-    assert (copies - votes).abs().max() < TOLERANCE
+    check_votes_count_like_copies(Case([40]), triton_impl)
 
 
 @pytest.mark.parametrize("news", [None, [3, 2]])
@@ -112,25 +111,11 @@ def test_masked_entries_weigh_exactly_nothing(masked, news):
 
 @pytest.mark.parametrize("news", [None, [40, 9]])
 def test_strided_tensors(news):
-    """q as a view of a fused qkv, K and V in one buffer, out as a view: only its own elements change."""
-    case = Case([100, 9], news)
-    n, hq, dim = case.q.shape
-    fused = torch.randn(n, (hq + 6) * dim, device=DEVICE)
-    q = fused[:, : hq * dim].view(n, hq, dim)
-    q.copy_(case.q)
-    pool = torch.stack([case.k, case.v], dim=1)
-    wide = torch.full((n, hq + 2, dim), 7.0, device=DEVICE)
-    out = case.run(triton_impl, q=q, k=pool[:, 0], v=pool[:, 1], out=wide[:, 1:-1])
-    assert torch.equal(out, case.run(triton_impl))
-    assert wide[:, 0].eq(7).all() and wide[:, -1].eq(7).all()
+    check_strided_tensors(Case([100, 9], news), triton_impl)
 
 
 def test_nothing_but_out_is_written():
-    case = Case([70, 40], [30, 40])
-    before = [x.clone() for x in (case.q, case.k, case.v, case.votes, case.table)]
-    case.run(triton_impl)
-    after = (case.q, case.k, case.v, case.votes, case.table)
-    assert all(torch.equal(a.nan_to_num(9), b.nan_to_num(9)) for a, b in zip(after, before, strict=True))
+    check_nothing_but_out_is_written(Case([70, 40], [30, 40]), triton_impl)
 
 
 def test_tensors_outside_the_contract_raise():

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
+from tests.support.paged import DEVICE, TOLERANCE, Case, clean, ragged
 
 pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
 
@@ -34,9 +34,7 @@ class Stand:
     """A backend over one Case: layer FIRST + 1 uses the case's pool and votes."""
 
     def __init__(self, case, monkeypatch):
-        self.case = case
-        for pool in (case.k, case.v):
-            pool[0] = pool[0].nan_to_num(0)
+        self.case = clean(case)
         dim = case.q.shape[2]
         self.votes = VoteStore(LAYERS, len(case.k), HEADS[1], DEVICE)
         self.votes.log_votes[1].copy_(case.votes)
@@ -69,20 +67,15 @@ class Stand:
             v_scale=None,
         )  # fmt: skip
 
-    def ragged(self, lens):
-        case = self.case
-        indptr = torch.cat([torch.zeros(1, dtype=torch.int64, device=DEVICE), lens.cumsum(0)]).int()
-        return indptr, torch.cat([case.table[r, :n] for r, n in zip(case.rows, lens, strict=True)]).long()
-
     def metadata(self, backend):
         case, fields = self.case, dict.fromkeys(ForwardMetadata.__dataclass_fields__)
         if case.news is None:
-            indptr, indices = self.ragged(case.lens)
+            indptr, indices = ragged(case.table, case.rows, case.lens)
             backend.forward_metadata = ForwardMetadata(
                 **fields | self.scratch() | dict(kv_indptr=indptr, kv_indices=indices)
             )
             return
-        indptr, indices = self.ragged(case.lens - case.news)
+        indptr, indices = ragged(case.table, case.rows, case.lens - case.news)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64, device=DEVICE), case.news.cumsum(0)])
         more = dict(kv_indptr=indptr, kv_indices=indices, qo_indptr=starts, max_extend_len=int(case.news.max()))
         backend.forward_metadata = ForwardMetadata(**fields | more)
@@ -100,9 +93,10 @@ class Stand:
         backend.cuda_graph_kv_indices = torch.zeros(1000, dtype=torch.int64, device=DEVICE)
 
     def graph_metadata(self, backend):
-        if self.case.news is not None:
+        case = self.case
+        if case.news is not None:
             return
-        indptr, indices = self.ragged(self.case.lens)
+        indptr, indices = ragged(case.table, case.rows, case.lens)
         backend.kv_indptr[: len(indptr)], backend.cuda_graph_kv_indices[: len(indices)] = indptr, indices
         static = dict(kv_indptr=backend.kv_indptr[: len(indptr)], kv_indices=backend.cuda_graph_kv_indices)
         fields = dict.fromkeys(ForwardMetadata.__dataclass_fields__)
@@ -125,14 +119,9 @@ class Stand:
         return call(q, k, v, self.layer, batch, save_kv_cache=False).view_as(case.q)
 
 
-@pytest.fixture(params=STOCK_DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
 @pytest.mark.parametrize("news", [None, [40, 3, 9]])
-def test_a_forward_weights_by_votes_resets_what_it_writes_and_keeps_queries(news, dtype, monkeypatch):
-    stand = Stand(Case([40, 90, 9], news, heads=HEADS, dtype=dtype), monkeypatch)
+def test_a_forward_weights_by_votes_resets_what_it_writes_and_keeps_queries(news, stock_dtype, monkeypatch):
+    stand = Stand(Case([40, 90, 9], news, heads=HEADS, dtype=stock_dtype), monkeypatch)
     case, batch = stand.case, stand.batch()
     others = stand.votes.log_votes[0].clone()
     before = case.votes.clone()
@@ -149,10 +138,10 @@ def test_a_forward_weights_by_votes_resets_what_it_writes_and_keeps_queries(news
     assert stand.runtime.scales == {FIRST + 1: case.scale} and stand.runtime.capture is None
 
 
-def test_a_graph_reads_static_memory_only(dtype, monkeypatch):
+def test_a_graph_reads_static_memory_only(stock_dtype, monkeypatch):
     """Captured once, replayed with another batch: the Python of forward_decode does not run again in a server, so all
     that changes must lie behind addresses that it recorded."""
-    stand = Stand(Case([40, 60], heads=HEADS, dtype=dtype), monkeypatch)
+    stand = Stand(Case([40, 60], heads=HEADS, dtype=stock_dtype), monkeypatch)
     backend, case, batch = stand.backend, stand.case, stand.batch()
     backend.init_cuda_graph_state(4, 4)
     addresses = (backend._graph_table.rows.data_ptr(), backend.layers._graph_rows.data_ptr())
@@ -179,8 +168,8 @@ def test_a_graph_reads_static_memory_only(dtype, monkeypatch):
     assert case.error(out) < TOLERANCE
 
 
-def test_a_graph_of_an_extend_and_a_second_score_mod_are_refused(dtype, monkeypatch):
-    stand = Stand(Case([40], [3], heads=HEADS, dtype=dtype), monkeypatch)
+def test_a_graph_of_an_extend_and_a_second_score_mod_are_refused(stock_dtype, monkeypatch):
+    stand = Stand(Case([40], [3], heads=HEADS, dtype=stock_dtype), monkeypatch)
     with pytest.raises(ConfigError, match="no CUDA graph of a EXTEND"):
         stand.backend.init_forward_metadata_out_graph(stand.batch())
     stand.backend.init_forward_metadata(stand.batch())
@@ -191,8 +180,8 @@ def test_a_graph_of_an_extend_and_a_second_score_mod_are_refused(dtype, monkeypa
         stand.attend(stand.batch())
 
 
-def test_without_keepkv_it_is_the_stock_backend(dtype, monkeypatch):
-    stand = Stand(Case([40, 9], heads=HEADS, dtype=dtype), monkeypatch)
+def test_without_keepkv_it_is_the_stock_backend(stock_dtype, monkeypatch):
+    stand = Stand(Case([40, 9], heads=HEADS, dtype=stock_dtype), monkeypatch)
     layers = stand.backend.layers
     layers.runtime = None
     stand.backend._attach(layers)

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from keepkv_sglang.compress.batch import Rows, Storage, compress_rows
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge import triton_impl as merge
 from keepkv_sglang.kernels.score import triton_impl as score
+from tests.support.layers import random_layer
 from tests.support.paged import DEVICE
 
-
-def layer(dtype, n=130, context=40, heads=2, group=3, dim=64, references=24, window=8):
-    gen = torch.Generator().manual_seed(n)
-    rows = references + window
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=gen).to(DEVICE)
-
-    index = torch.cat([torch.full((references,), n), torch.arange(n - window, n)]).to(DEVICE)
-    topics = randn(6, heads, dim)[torch.randint(6, (n,), generator=gen).to(DEVICE)]  # near duplicates, which merge
-    return LayerInput(
-        q=randn(rows, heads * group, dim).to(dtype), q_index=index, k_ctx=randn(context, heads, dim).to(dtype),
-        lv_ctx=randn(context, heads).abs(), k=(topics + randn(n, heads, dim) / 3).to(dtype),
-        v=randn(n, heads, dim).to(dtype), lv=randn(n, heads).abs(), scale=dim**-0.5,
-    )  # fmt: skip
+# Keys are near duplicates, which merge.
+layer = partial(
+    random_layer, 130, 8, references=24, ctx=40, dim=64, topics=6, noise=1 / 3, lv_dtype=torch.float32, device=DEVICE
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("scorer", "rule"), [("window_references", "attention_matching"), ("snapkv", "mean")])
 def test_it_is_what_torch_gives(scorer, rule, dtype, monkeypatch):
-    x, policy = layer(dtype), SpanPolicy(m=26, merge=rule, recent=4, sinks=2, threshold=0.6, scorer=scorer)
+    x, policy = layer(dtype=dtype), SpanPolicy(m=26, merge=rule, recent=4, sinks=2, threshold=0.6, scorer=scorer)
     calls = []
     for module, name in ((score, "window_sums"), (merge, "nearest_kept"), (merge, "merge_segments")):
         function = getattr(module, name)
@@ -56,7 +48,7 @@ def test_it_is_what_torch_gives(scorer, rule, dtype, monkeypatch):
 
 def test_slots_of_a_pool(monkeypatch):
     """compress_rows gathers with our kernel too, and writes what compress_layer gives."""
-    x, policy = layer(torch.bfloat16), SpanPolicy(m=26, merge="mean", recent=4, sinks=2, threshold=0.6)
+    x, policy = layer(dtype=torch.bfloat16), SpanPolicy(m=26, merge="mean", recent=4, sinks=2, threshold=0.6)
     slots = torch.randperm(256, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     rows = Rows(slots[:40], slots[40:170], slots[170:196])
 

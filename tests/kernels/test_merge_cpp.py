@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.kernels import cpu_build
 from keepkv_sglang.kernels.merge import cpp_impl, torch_impl
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
-from tests.support.nearest import check_nearest
+from tests.support.layers import cast, random_layer
+from tests.support.nearest import check_nearest, check_nearest_edges
 from tests.support.segments import check_edges, check_segments, clusters
+from tests.support.threads import threads
 
 TOLERANCE = 1e-5  # float32 sums of at most 256 products of size 1
-
-
-@pytest.fixture
-def gen():
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(3, 1, 64), (63, 20, 80), (500, 100, 128), (130, 64, 256)])
@@ -30,27 +28,7 @@ def test_nearest_kept(gen, n, m, dim, poisoned):
 
 
 def test_nearest_kept_at_the_edges(gen):
-    """Ties take the lower column, also across panels; nothing allowed: -inf and 0; a zero key: similarity 0; a key that
-    is not finite is nobody's nearest."""
-    k = torch.randn(1, 80, 64, generator=gen)
-    k[0, 2] = k[0, 50] = k[0, 70] = k[0, 79]
-    k[0, 78] = 0.0
-    kept, dropped = torch.arange(75)[None], torch.tensor([[79, 78]])
-    allowed = torch.ones(1, 75, dtype=torch.bool)
-    best, column = cpp_impl.nearest_kept(k, dropped, kept, allowed)
-    assert column[0].tolist() == [2, 0] and abs(best[0, 0] - 1) < 1e-6 and best[0, 1] == 0
-    allowed[0, 2] = False
-    assert cpp_impl.nearest_kept(k, dropped, kept, allowed)[1][0, 0] == 50
-    best, column = cpp_impl.nearest_kept(k, dropped, kept, torch.zeros_like(allowed))
-    assert best.eq(-torch.inf).all() and column.eq(0).all()
-    none = cpp_impl.nearest_kept(k, dropped, kept[:, :0], allowed[:, :0])
-    assert none[0].eq(-torch.inf).all() and none[1].eq(0).all()
-    for bad in (torch.nan, torch.inf):
-        broken = k.clone()
-        broken[0, 51, 3] = bad
-        assert cpp_impl.nearest_kept(broken, dropped, kept, allowed)[1][0, 0] == 50
-    with pytest.raises(ValueError, match="float32"):
-        cpp_impl.nearest_kept(k.double(), dropped, kept, allowed)
+    check_nearest_edges(cpp_impl.nearest_kept, torch.randn(1, 80, 64, generator=gen))
 
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 64), (63, 20, 80), (200, 30, 128), (70, 9, 256)])
@@ -65,39 +43,16 @@ def test_merge_segments_at_the_edges(gen):
 def test_means_are_the_same_on_any_number_of_threads(gen):
     k, v, lv, assign = clusters(gen, 300, 90, 64, "cpu")
     seg = torch_impl.Segments.from_assignment(assign, 90)
-    log_w, threads = torch.randn(len(seg.rows), generator=gen), torch.get_num_threads()
+    log_w = torch.randn(len(seg.rows), generator=gen)
     wanted = cpp_impl.merge_segments(k, v, lv, log_w, seg)
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         alone = cpp_impl.merge_segments(k, v, lv, log_w, seg)
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(wanted, alone, strict=True))
     with pytest.raises(ValueError, match="do not belong"):
         cpp_impl.merge_segments(k, v, lv, log_w[:-1], seg)
 
 
-def layer(n, w, references, context=0, group=3, heads=2, dim=64, dtype=torch.float32):
-    gen = torch.Generator().manual_seed(n + w)
-    return LayerInput(
-        q=torch.randn(w + references, heads * group, dim, generator=gen) * 2,
-        q_index=torch.cat([torch.arange(n, n + references), torch.arange(n - w, n)]),
-        k_ctx=torch.randn(context, heads, dim, generator=gen).to(dtype),
-        lv_ctx=torch.rand(context, heads, generator=gen),
-        k=torch.randn(n, heads, dim, generator=gen).to(dtype),
-        v=torch.randn(n, heads, dim, generator=gen).to(dtype),
-        lv=torch.rand(n, heads, generator=gen),
-        scale=dim**-0.5,
-    )
-
-
-def doubled(x):
-    return LayerInput(
-        **{
-            name: y.double() if isinstance(y, torch.Tensor) and y.is_floating_point() else y
-            for name, y in vars(x).items()
-        }
-    )
+layer = partial(random_layer, dim=64, shift=0.0, noise=1.0, votes=1.0, spread=2.0, dtype=torch.float32)
 
 
 def policy(m, whole=()):
@@ -105,11 +60,11 @@ def policy(m, whole=()):
 
 
 CASES = {
-    "prompt": (layer(300, 32, 64), policy(60)),
-    "reply": (layer(192, 32, 0, context=150), policy(77)),
-    "protected": (layer(700, 8, 60, context=33, dim=80, group=1), policy(60, whole=((0, 20), (40, 50)))),
-    "more slots than queries": (layer(257, 16, 10, context=5, dim=128, group=4), policy(200)),
-    "one slot": (layer(70, 5, 3, group=8), policy(1)),
+    "prompt": (layer(300, 32, references=64), policy(60)),
+    "reply": (layer(192, 32, ctx=150), policy(77)),
+    "protected": (layer(700, 8, references=60, ctx=33, dim=80, group=1), policy(60, whole=((0, 20), (40, 50)))),
+    "more slots than queries": (layer(257, 16, references=10, ctx=5, dim=128, group=4), policy(200)),
+    "one slot": (layer(70, 5, references=3, group=8), policy(1)),
 }
 
 
@@ -118,7 +73,7 @@ def test_the_fit_against_float64(name):
     """The whole compression of a layer: same tokens kept, same clusters; keys, values and votes to float32 rounding, of
     which the solved equations amplify some."""
     x, p = CASES[name]
-    got, wanted = compress_layer(x, p), compress_layer(doubled(x), p)
+    got, wanted = compress_layer(x, p), compress_layer(cast(x, torch.float64), p)
     assert torch.equal(got.kept, wanted.kept) and torch.equal(got.assign, wanted.assign)
     assert (got.k - wanted.k).abs().max() < TOLERANCE
     assert (got.lv - wanted.lv).abs().max() < 5e-5
@@ -169,13 +124,10 @@ PER_HEAD = (0, 1, 2, 3, 4, 6, 7, 8)
 
 
 def test_bits_do_not_depend_on_threads_or_on_other_heads():
-    arguments, threads = fit_arguments(), torch.get_num_threads()
+    arguments = fit_arguments()
     wanted = cpp_impl.fit(*arguments, **NUMBERS)
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         alone = cpp_impl.fit(*arguments, **NUMBERS)
-    finally:
-        torch.set_num_threads(threads)
     last = cpp_impl.fit(*(x[2:] if i in PER_HEAD else x for i, x in enumerate(arguments)), **NUMBERS)
     for name in wanted._fields:
         assert torch.equal(getattr(alone, name), getattr(wanted, name)), name
@@ -183,7 +135,7 @@ def test_bits_do_not_depend_on_threads_or_on_other_heads():
 
 
 def test_normal_equations_in_float64(poisoned):
-    """Votes by the five steps, A and R as merging/attention_matching.py defines them, term by term."""
+    """Votes by the five steps, A and R as compress/rules/attention_matching.py defines them, term by term."""
     k, v, start, first, q, position, log_z, log_z_ctx, output, weight = (
         x.double() if x.is_floating_point() else x for x in fit_arguments()
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keepkv_sglang.kernels.merge import torch_impl, triton_impl
-from tests.support.nearest import check_nearest
+from tests.support.nearest import check_nearest, check_nearest_edges
 from tests.support.paged import DEVICE
 from tests.support.segments import check_edges, check_segments
 
@@ -14,11 +14,6 @@ from tests.support.segments import check_edges, check_segments
 TOLERANCE = 1e-5
 NAN = float("nan")
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-@pytest.fixture
-def gen():
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(3, 1, 64), (63, 20, 80), (500, 100, 128), (130, 40, 256)])
@@ -30,30 +25,9 @@ def test_nearest_kept(gen, n, m, dim):
 
 
 def test_nearest_kept_at_the_edges(gen):
-    """Ties take the lower column, also across tiles; nothing allowed: -inf and 0; a zero key: similarity 0.
-
-    Keys of 64 ones and minus ones have norm 8, so that every product is exact: the interpreter's NumPy may round equal
-    columns of other keys differently.
-    """
-    k = torch.randn(1, 80, 64, generator=gen).sign().to(DEVICE)
-    k[0, 2] = k[0, 50] = k[0, 70] = k[0, 79]
-    k[0, 78] = 0.0
-    kept, dropped = torch.arange(75, device=DEVICE)[None], torch.tensor([[79, 78]], device=DEVICE)
-    allowed = torch.ones(1, 75, dtype=torch.bool, device=DEVICE)
-    best, column = triton_impl.nearest_kept(k, dropped, kept, allowed)
-    assert column[0].tolist() == [2, 0] and abs(best[0, 0] - 1) < 1e-6 and best[0, 1] == 0
-    allowed[0, 2] = False
-    assert triton_impl.nearest_kept(k, dropped, kept, allowed)[1][0, 0] == 50
-    best, column = triton_impl.nearest_kept(k, dropped, kept, torch.zeros_like(allowed))
-    assert best.eq(-torch.inf).all() and column.eq(0).all()
-    none = triton_impl.nearest_kept(k, dropped, kept[:, :0], allowed[:, :0])
-    assert none[0].eq(-torch.inf).all() and none[1].eq(0).all()
-    for bad in (torch.nan, torch.inf):  # nobody's nearest
-        broken = k.clone()
-        broken[0, 51, 3] = bad
-        assert triton_impl.nearest_kept(broken, dropped, kept, allowed)[1][0, 0] == 50
-    with pytest.raises(ValueError, match="float32"):
-        triton_impl.nearest_kept(k.double(), dropped, kept, allowed)
+    """Keys of 64 ones and minus ones have norm 8, so that every product is exact: the interpreter's NumPy may round
+    equal columns of other keys differently."""
+    check_nearest_edges(triton_impl.nearest_kept, torch.randn(1, 80, 64, generator=gen).sign().to(DEVICE))
 
 
 @pytest.mark.parametrize(("n", "m", "dim"), [(1, 1, 64), (63, 20, 80), (200, 30, 128), (70, 9, 256)])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
 
 import pytest
 import torch
 
-from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.sums import query_sums, recency
-from keepkv_sglang.compress.window import context_log_z, observe
 from keepkv_sglang.kernels import cpu_build
 from keepkv_sglang.kernels.score import cpp_impl
-from tests.support.window_case import Case, check
+from tests.support.threads import threads
+from tests.support.window_case import Case, check, check_masked, check_scorer
 
 
 @pytest.mark.parametrize(
@@ -38,11 +36,7 @@ def test_against_float64(case, poisoned):
 
 @pytest.mark.parametrize("masked", [-torch.inf, -1e30])
 def test_masked_entries_weigh_nothing(masked):
-    case = Case(100, 12, context=20)
-    case.lv[10:30] = masked
-    case.lv_ctx[:5] = masked
-    check(case, cpp_impl)
-    assert case.run(cpp_impl).received[:, 10:30].eq(0).all()
+    check_masked(masked, cpp_impl)
 
 
 def test_the_first_query_sees_one_token_only():
@@ -53,17 +47,14 @@ def test_the_first_query_sees_one_token_only():
 
 
 def test_bits_do_not_depend_on_threads_or_on_other_heads():
-    case, threads = Case(200, 70, context=9, heads=3), torch.get_num_threads()
+    case = Case(200, 70, context=9, heads=3)
     wanted = case.run(cpp_impl)
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         alone = case.run(cpp_impl)
         last = cpp_impl.window_sums(
             case.q[2:], case.position, case.k_ctx[:, 2:], case.lv_ctx[:, 2:], case.k[:, 2:], case.v[:, 2:],
             case.lv[:, 2:], case.weights, True,
         )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(wanted, alone, strict=True))
     assert torch.equal(last.output, wanted.output[2:]) and torch.equal(last.squares, wanted.squares[:, 2:])
 
@@ -96,15 +87,8 @@ def test_scorers_get_the_same_from_it_as_from_torch(scorer, references):
     group, w, n, context = 3, 12, 90, 17
     case = Case(n, w * group, context=context)
     position = torch.cat([torch.arange(n, n + references), torch.arange(n - w + references, n)])
-    k, v = (x.transpose(0, 1).contiguous() for x in (case.k, case.v))
-    log_z_ctx = context_log_z(case.q, case.k_ctx, case.lv_ctx, 64)
-    slow = observe(case.q, position, k, v, case.lv.T.contiguous(), log_z_ctx, 64)
-    sums = query_sums(case.q, position, case.k_ctx, case.lv_ctx, case.k, case.v, case.lv, True)
-    assert sums is not None
-    fast = replace(slow, log_z=sums.log_z, log_z_ctx=sums.log_z_ctx, whole=None, sums=sums)
+    fast, slow = check_scorer(case, position, scorer)
     torch.testing.assert_close(fast.log_z, slow.log_z)
-    torch.testing.assert_close(fast.log_weight(), slow.log_weight(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(get_scorer(scorer)(fast, 7), get_scorer(scorer)(slow, 7), rtol=1e-4, atol=1e-7)
 
 
 def test_it_is_left_alone_where_it_does_not_fit(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.paged import DEVICE, STOCK_DTYPES, TOLERANCE, Case
+from tests.support.paged import DEVICE, TOLERANCE, Case, clean, ragged
 
 pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
 
@@ -70,13 +70,6 @@ class Stock:
         )  # fmt: skip
 
 
-def ragged(table, rows, lens):
-    """kv_indptr int32 [B + 1] and kv_indices int64, as SGLang builds them."""
-    indptr = torch.cat([torch.zeros(1, dtype=torch.int64, device=DEVICE), lens.cumsum(0)]).int()
-    parts = [table[r, :n] for r, n in zip(rows, lens, strict=True)]
-    return indptr, torch.cat(parts).long()
-
-
 def plain_new_tokens(case):
     """Log votes of 0 for the tokens of this extend, as the backend resets them before the kernel runs."""
     for i, new in enumerate(case.news.tolist()):
@@ -84,57 +77,46 @@ def plain_new_tokens(case):
     return case
 
 
-def clean(case):
-    """SGLang's kernels load slot 0 for padding: it must be finite there, as it is in SGLang's pools."""
-    case.k[0], case.v[0] = case.k[0].nan_to_num(0), case.v[0].nan_to_num(0)
-    return case
-
-
-@pytest.fixture(params=STOCK_DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
 HEADS = [((3, 3), 80), ((6, 2), 64), ((4, 1), 128), ((8, 1), 64)]
 
 
 @pytest.mark.parametrize(("heads", "dim"), HEADS)
-def test_decode(heads, dim, dtype):
-    case = clean(Case([1, 63, 500], heads=heads, dim=dim, dtype=dtype))
+def test_decode(heads, dim, stock_dtype):
+    case = clean(Case([1, 63, 500], heads=heads, dim=dim, dtype=stock_dtype))
     assert case.error(case.run(Stock(case.votes, heads))) < TOLERANCE
 
 
-def test_decode_of_a_long_request(dtype):
-    case = clean(Case([2047], heads=(3, 1), dtype=dtype))
+def test_decode_of_a_long_request(stock_dtype):
+    case = clean(Case([2047], heads=(3, 1), dtype=stock_dtype))
     assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
 @pytest.mark.parametrize(("heads", "dim", "unified"), [(*shape, False) for shape in HEADS] + [(*HEADS[1], True)])
-def test_extend(heads, dim, unified, dtype):
+def test_extend(heads, dim, unified, stock_dtype):
     """unified: the kernel of --enable-deterministic-inference."""
-    case = clean(plain_new_tokens(Case([1, 63, 150, 77], [1, 63, 1, 70], heads=heads, dim=dim, dtype=dtype)))
+    case = clean(plain_new_tokens(Case([1, 63, 150, 77], [1, 63, 1, 70], heads=heads, dim=dim, dtype=stock_dtype)))
     assert case.error(case.run(Stock(case.votes, heads, unified))) < TOLERANCE
 
 
-def test_extend_with_tiles_of_128_keys(dtype):
+def test_extend_with_tiles_of_128_keys(stock_dtype):
     """SGLang's tiles on sm_80, where the score_mod loads votes in two halves."""
-    case = clean(plain_new_tokens(Case([150, 77], [1, 70], heads=(3, 1), dtype=dtype)))
+    case = clean(plain_new_tokens(Case([150, 77], [1, 70], heads=(3, 1), dtype=stock_dtype)))
     with pretend(80):
         assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
 @pytest.mark.parametrize("news", [None, [3, 20]])
-def test_votes_of_one_are_the_bits_of_stock_sglang(news, dtype):
-    case = clean(Case([63, 130], news, heads=(3, 1), dtype=dtype))
+def test_votes_of_one_are_the_bits_of_stock_sglang(news, stock_dtype):
+    case = clean(Case([63, 130], news, heads=(3, 1), dtype=stock_dtype))
     case.votes.zero_()
     assert case.same(case.run(Stock(case.votes, (3, 1))), case.run(Stock(None, (3, 1))))
 
 
 @pytest.mark.parametrize("masked", [float("-inf"), -1e30])
 @pytest.mark.parametrize("news", [None, [2, 1]])
-def test_masked_entries_weigh_exactly_nothing(news, masked, dtype):
+def test_masked_entries_weigh_exactly_nothing(news, masked, stock_dtype):
     """Whole key blocks, and in a decode whole splits; another key of the request is always there in a server."""
-    case = clean(Case([150, 300], news, heads=(3, 1), dtype=dtype))
+    case = clean(Case([150, 300], news, heads=(3, 1), dtype=stock_dtype))
     case.votes[case.slots(0)[:100]] = masked
     case.votes[case.slots(1)[:-1]] = masked
     if news:
@@ -145,15 +127,15 @@ def test_masked_entries_weigh_exactly_nothing(news, masked, dtype):
     assert torch.equal(case.run(Stock(case.votes, (3, 1)), v=moved), out)
 
 
-def test_large_votes_stay_finite(dtype):
-    case = clean(Case([90, 300], heads=(3, 1), dtype=dtype))
+def test_large_votes_stay_finite(stock_dtype):
+    case = clean(Case([90, 300], heads=(3, 1), dtype=stock_dtype))
     case.votes[case.slots(1)[123]] = 1e4
     assert case.error(case.run(Stock(case.votes, (3, 1)))) < TOLERANCE
 
 
-def test_one_table_serves_forward_after_forward_at_one_address(dtype):
+def test_one_table_serves_forward_after_forward_at_one_address(stock_dtype):
     """What a CUDA graph relies on: the address is the same, contents follow votes and batch."""
-    case = clean(plain_new_tokens(Case([63, 90], [5, 90], heads=(3, 1), dtype=dtype)))
+    case = clean(plain_new_tokens(Case([63, 90], [5, 90], heads=(3, 1), dtype=stock_dtype)))
     stock = Stock(case.votes, (3, 1))
     address = stock.table.aux(0)[0].data_ptr()
     assert case.error(case.run(stock)) < TOLERANCE

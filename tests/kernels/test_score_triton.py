@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from keepkv_sglang.compress.scorers import get_scorer
-from keepkv_sglang.compress.sums import query_sums
-from keepkv_sglang.compress.window import context_log_z, observe
 from keepkv_sglang.kernels.score import triton_impl
 from tests.support.paged import DEVICE, INTERPRETED
-from tests.support.window_case import TOLERANCE, Case, check
+from tests.support.window_case import TOLERANCE, Case, check, check_masked, check_scorer
 
 # With 16-bit keys products are of TF32, queries and weights in two halves: 2^-21 of logits of size 10.
 SPLIT = TOLERANCE if INTERPRETED else 5 * TOLERANCE
@@ -47,11 +42,7 @@ def test_against_float64(case, poisoned):
 
 @pytest.mark.parametrize("masked", [-torch.inf, -1e30])
 def test_masked_entries_weigh_nothing(masked, poisoned):
-    x = Case(100, 12, context=20, device=DEVICE)
-    x.lv[10:30] = masked
-    x.lv_ctx[:5] = masked
-    check(x, triton_impl)
-    assert x.run(triton_impl).received[:, 10:30].eq(0).all()
+    check_masked(masked, triton_impl, DEVICE)
 
 
 def test_what_a_query_may_not_see_can_overflow(poisoned):
@@ -108,14 +99,9 @@ def test_scorers_get_the_same_from_it_as_from_torch(scorer, monkeypatch):
     group, w, n = 3, 12, 90
     x = Case(n, w * group, context=17, device=DEVICE)
     position = torch.cat([torch.arange(n, n + 9), torch.arange(n - 3, n)]).to(DEVICE)
-    k, v, lv = x.k.transpose(0, 1).contiguous(), x.v.transpose(0, 1).contiguous(), x.lv.T.contiguous()
-    slow = observe(x.q, position, k, v, lv, context_log_z(x.q, x.k_ctx, x.lv_ctx, 64), 64)
     monkeypatch.setenv("KEEPKV_GPU_KERNEL", "triton")
     called = []
     window_sums = triton_impl.window_sums
     monkeypatch.setattr(triton_impl, "window_sums", lambda *a: called.append(1) or window_sums(*a))
-    sums = query_sums(x.q, position, x.k_ctx, x.lv_ctx, x.k, x.v, x.lv, True)
-    assert sums is not None and len(called) == 2  # references, window
-    fast = replace(slow, log_z=sums.log_z, log_z_ctx=sums.log_z_ctx, whole=None, sums=sums)
-    torch.testing.assert_close(fast.log_weight(), slow.log_weight(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(get_scorer(scorer)(fast, 7), get_scorer(scorer)(slow, 7), rtol=1e-4, atol=1e-7)
+    check_scorer(x, position, scorer)
+    assert len(called) == 2  # references, window

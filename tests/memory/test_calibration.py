@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.queries.pseudo import PseudoQueries, calibration_rows
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.compress.select import SpanPolicy
@@ -17,14 +17,12 @@ from keepkv_sglang.memory.calibration import QUERIES, Calibration, rotary_of
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.runtime.compressor import SCRATCH_BYTES, merge_unused
 from keepkv_sglang.settings.config import KeepKVConfig
+from tests.support.layers import in_slots
+from tests.support.rotary import table
 
 TOKENS = list(range(500, 700))
 LAYERS, SLOTS, Q_HEADS, KV_HEADS, DIM = 2, 80, 6, 2, 8
-
-
-def table(positions: int = 400) -> torch.Tensor:
-    angle = torch.arange(positions)[:, None] / 100.0 ** (torch.arange(DIM // 2) / (DIM // 2))
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+ROTARY = Rotary(table(400, DIM).float())
 
 
 def arena() -> QueryArena:
@@ -43,7 +41,7 @@ def run(calibration: Calibration, store: QueryArena, chunks: list[tuple[int, int
 
 @pytest.mark.parametrize("chunks", [[(0, 200)], [(0, 64), (64, 128), (128, 200)], [(0, 5), (5, 199), (199, 200)]])
 def test_keeps_the_queries_of_its_tokens_however_the_prompt_is_cut(chunks):
-    store, calibration = arena(), Calibration(TOKENS, Rotary(table()))
+    store, calibration = arena(), Calibration(TOKENS, ROTARY)
     run(calibration, store, chunks, at=7)
     queries = calibration.queries
     assert queries is not None and queries.q.shape == (LAYERS, QUERIES, Q_HEADS, DIM)
@@ -54,7 +52,7 @@ def test_keeps_the_queries_of_its_tokens_however_the_prompt_is_cut(chunks):
 
 
 def test_a_cached_beginning_is_no_calibration_and_the_next_try_is():
-    store, calibration = arena(), Calibration(TOKENS, Rotary(table()))
+    store, calibration = arena(), Calibration(TOKENS, ROTARY)
     run(calibration, store, [(100, 200)])
     assert calibration.queries is None and store.free_rows == store.rows
     run(calibration, store, [(0, 200)])
@@ -62,7 +60,7 @@ def test_a_cached_beginning_is_no_calibration_and_the_next_try_is():
 
 
 def test_only_its_own_prompt_is_wanted_and_only_once():
-    store, calibration = arena(), Calibration(TOKENS, Rotary(table()))
+    store, calibration = arena(), Calibration(TOKENS, ROTARY)
     request = SimpleNamespace(origin_input_ids=array("q", TOKENS))
     other = SimpleNamespace(origin_input_ids=array("q", [*TOKENS[:-1], 1]))
     longer = SimpleNamespace(origin_input_ids=array("q", [*TOKENS, 1]))
@@ -73,11 +71,11 @@ def test_only_its_own_prompt_is_wanted_and_only_once():
 
 def test_no_tokenizer_or_several_rotary_tables_mean_no_calibration():
     class Embedding(torch.nn.Module):
-        cos_sin_cache = table()
+        cos_sin_cache = ROTARY.cos_sin
         is_neox_style = True
 
         def _compute_cos_sin_cache(self) -> torch.Tensor:
-            return table()
+            return self.cos_sin_cache
 
     one, shared = torch.nn.Sequential(Embedding()), Embedding()
     tokenizer = SimpleNamespace(encode=lambda text: TOKENS)
@@ -100,10 +98,10 @@ class World:
         self.first_layer, self.scales = 0, {0: 0.35, 1: 0.4}
         self.votes, self.arena = VoteStore(LAYERS, SLOTS, KV_HEADS, "cpu"), arena()
         self.scheduler = SimpleNamespace(enable_overlap=False)
-        self.calibration = Calibration(TOKENS, Rotary(table()))
+        self.calibration = Calibration(TOKENS, ROTARY)
         if calibrated:
             q = torch.randn(LAYERS, QUERIES, Q_HEADS, DIM)
-            self.calibration.queries = PseudoQueries(q, torch.arange(QUERIES) + 4, Rotary(table()))
+            self.calibration.queries = PseudoQueries(q, torch.arange(QUERIES) + 4, ROTARY)
 
 
 @pytest.mark.parametrize("start", [0, 12])
@@ -124,20 +122,9 @@ def test_merge_is_the_compressors_with_queries_behind_the_prefix(calibrated, sta
             scorer="window_references" if calibrated else "keydiff",
         )  # fmt: skip
         q = calibration.behind(layer, 60) if calibrated else torch.empty(0, Q_HEADS, DIM)
-        expected = compress_layer(
-            LayerInput(
-                q=q,
-                q_index=torch.full((len(q),), len(source) - 1),
-                k_ctx=keys[layer, :0],
-                lv_ctx=torch.zeros(0, KV_HEADS),
-                k=keys[layer, source],
-                v=values[layer, source],
-                lv=torch.zeros(len(source), KV_HEADS),
-                scale=world.scales[layer],
-            ),
-            policy,
-            SCRATCH_BYTES,
-        )
+        seen, pools = torch.full((len(q),), len(source) - 1), (keys[layer], values[layer], torch.zeros(SLOTS, KV_HEADS))
+        x = in_slots(q, seen, pools, source, source[:0], world.scales[layer])
+        expected = compress_layer(x, policy, SCRATCH_BYTES)
         assert torch.equal(world.keys[layer, target], expected.k)
         assert torch.equal(world.values[layer, target], expected.v)
         assert torch.equal(world.votes.log_votes[layer][target], expected.lv)

@@ -9,21 +9,14 @@ import pytest
 
 from keepkv_sglang.radix.invariants import check_slots
 from keepkv_sglang.runtime import pressure
-from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
-from keepkv_sglang.tools.simulate.world import World
-from tests.support.served import OFF, SYSTEM, Server, text
+from tests.support.served import OFF, SYSTEM, Server, serving, text
 
 
 @pytest.fixture
 def server(request) -> Iterator[Server]:
-    values = {"budget": 0.25, "window": 4, "recent": 2, "sinks": 1, "interval": 16, "min_tokens": 8}
-    config = KeepKVConfig(enabled=True, **values, pressure="merge", pressure_free=0.5, **getattr(request, "param", {}))
-    world = World(config, slots=600, scale=1, longest=2000, rows=4)
-    with world.running():
-        yield Server(world)
-        world.check()
-        world.flush()
+    with serving(**{"pressure": "merge", "pressure_free": 0.5, **getattr(request, "param", {})}) as server:
+        yield server
 
 
 def test_only_the_anchor_of_a_compressed_request_is_published_uncompressed(server):

@@ -7,13 +7,12 @@ each token that a request protects must be in a slot of its own, from its first 
 
 from __future__ import annotations
 
-import os
 from array import array
 from itertools import count, pairwise
 from typing import Any, ClassVar
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sglang.srt.managers.schedule_batch import Req
@@ -26,21 +25,15 @@ from keepkv_sglang.runtime import compressor, pressure
 from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
+from tests.support.machines import case
+from tests.support.served import OFF
 
-SOAK = os.environ.get("KEEPKV_SOAK") == "1"
-SETTINGS = settings(
-    max_examples=2000 if SOAK else 40,
-    stateful_step_count=60 if SOAK else 30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
-
+SIZE = 40, 30, HealthCheck.filter_too_much
 SLOTS = 320
 # Few messages, so that conversations share beginnings; one is a prefix of another, one longer than a third of the pool.
 MESSAGES = [tuple(range(10 * n, 10 * n + length)) for n, length in enumerate((9, 24, 31, 70), start=1)]
 MESSAGES.append(MESSAGES[3][:40])
 PICK = st.integers(0, 10**6)
-OFF = {"enabled": False}
 PROTECTING = [
     {"protect": "system,90-120"},
     {"protect": "5-15,60-80", "fair": "30-90,90-300"},
@@ -314,15 +307,9 @@ class Starved(CacheMachine):
     ARENA_ROWS = 5
 
 
-TestCache = CacheMachine.TestCase
-TestCache.settings = SETTINGS
-TestManyRecent = ManyRecent.TestCase
-TestManyRecent.settings = SETTINGS
-TestSpanTokens = SpanTokens.TestCase
-TestSpanTokens.settings = SETTINGS
-TestSlots = Slots.TestCase
-TestSlots.settings = SETTINGS
-TestProtecting = Protecting.TestCase
-TestProtecting.settings = SETTINGS
-TestStarved = Starved.TestCase
-TestStarved.settings = SETTINGS
+TestCache = case(CacheMachine, *SIZE)
+TestManyRecent = case(ManyRecent, *SIZE)
+TestSpanTokens = case(SpanTokens, *SIZE)
+TestSlots = case(Slots, *SIZE)
+TestProtecting = case(Protecting, *SIZE)
+TestStarved = case(Starved, *SIZE)

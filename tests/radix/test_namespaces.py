@@ -13,10 +13,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from keepkv_sglang.radix.adapter.covered import MOST_NAMESPACES
 from keepkv_sglang.radix.adapter.publish import insert_span
 from keepkv_sglang.radix.tree import SpanTree
-from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
-from keepkv_sglang.tools.simulate.world import World
-from tests.support.served import OFF, SYSTEM, Server, text
+from tests.support.served import OFF, SYSTEM, Server, serving, text
 from tests.support.spans import NO_ANCHOR, add
 
 IDLE = 400
@@ -24,12 +22,8 @@ IDLE = 400
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    config = KeepKVConfig(enabled=True, budget=0.25, window=4, recent=2, sinks=1, interval=16, min_tokens=8)
-    world = World(config, slots=3000, scale=1, longest=2000, rows=4)
-    with world.running():
-        yield Server(world)
-        world.check()
-        world.flush()
+    with serving(slots=3000) as server:
+        yield server
 
 
 @pytest.fixture

@@ -11,24 +11,17 @@ import pytest
 
 from keepkv_sglang.radix.adapter.eviction import FULL
 from keepkv_sglang.runtime import pressure
-from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
-from keepkv_sglang.tools.simulate.world import World
-from tests.support.served import OFF, SYSTEM, Server, text
+from tests.support.served import OFF, SYSTEM, Server, serving, text
 
 RECENT = 6
 
 
 @pytest.fixture
 def server(request) -> Iterator[Server]:
-    values = {"budget": 0.25, "window": 4, "recent": RECENT, "sinks": 1, "interval": 16, "min_tokens": 8}
-    values |= {"references": 0, "pressure": "merge", "pressure_free": 0.5}
-    config = KeepKVConfig(enabled=True, **values | getattr(request, "param", {}))
-    world = World(config, slots=600, scale=1, longest=2000, rows=4)
-    with world.running():
-        yield Server(world)
-        world.check()
-        world.flush()
+    values = {"recent": RECENT, "references": 0, "pressure": "merge", "pressure_free": 0.5}
+    with serving(**values | getattr(request, "param", {})) as server:
+        yield server
 
 
 def chain(server: Server, prompt: list[int], kind: Any = None) -> list[tuple[int, int, int, bool]]:

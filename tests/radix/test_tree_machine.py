@@ -1,15 +1,13 @@
 """Random operations on SpanTree against a dictionary that does everything by brute force.
 
 The dictionary is tree_model.py's; here are the operations, each on both.
-KEEPKV_SOAK=1 runs 2,000 longer examples of each machine instead of 100 (fewer for what is not plain lru).
+KEEPKV_SOAK=1: support/machines.py.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -19,18 +17,8 @@ from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.radix.keyhash import KeyHash
 from keepkv_sglang.radix.order import Usage
 from keepkv_sglang.radix.span import JOINED_TOKENS
+from tests.support.machines import case
 from tests.support.tree_model import ANCHORS, NAMESPACES, ORDERS, PICK, SHORT, TOKENS, Entry, Key, TreeModel
-
-SOAK = os.environ.get("KEEPKV_SOAK") == "1"
-
-
-def at_most(examples: int) -> settings:
-    return settings(
-        max_examples=2000 if SOAK else examples,
-        stateful_step_count=80 if SOAK else 40,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
 
 
 class TreeMachine(TreeModel, RuleBasedStateMachine):
@@ -345,12 +333,6 @@ class CollidingTreeMachine(IndexedTreeMachine):
     def teardown(self) -> None:
         super().teardown()
         KeyHash.of = self.true_hash  # type: ignore[method-assign]
-
-
-def case(machine: type[TreeMachine], examples: int) -> Any:
-    test_case = machine.TestCase
-    test_case.settings = at_most(examples)
-    return test_case
 
 
 def ordered_by(policy: str) -> Any:

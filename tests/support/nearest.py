@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 TOLERANCE = 1e-5  # float32 sums of at most 256 products of size 1
@@ -24,3 +25,26 @@ def check_nearest(nearest_kept, gen, n, m, dim, device="cpu"):
     got = cosine.gather(2, column[:, :, None])[:, :, 0]  # the same column, or one as good within rounding
     assert (got - wanted.values).abs().max() < TOLERANCE and allowed.gather(1, column).all()
     return arguments, best, column
+
+
+def check_nearest_edges(nearest_kept, k):
+    """Random keys k [1, 80, 64]. Ties take the lower column, also across panels and tiles; nothing allowed: -inf and 0;
+    a zero key: similarity 0; a key that is not finite is nobody's nearest."""
+    k[0, 2] = k[0, 50] = k[0, 70] = k[0, 79]
+    k[0, 78] = 0.0
+    kept, dropped = torch.arange(75, device=k.device)[None], torch.tensor([[79, 78]], device=k.device)
+    allowed = torch.ones(1, 75, dtype=torch.bool, device=k.device)
+    best, column = nearest_kept(k, dropped, kept, allowed)
+    assert column[0].tolist() == [2, 0] and abs(best[0, 0] - 1) < 1e-6 and best[0, 1] == 0
+    allowed[0, 2] = False
+    assert nearest_kept(k, dropped, kept, allowed)[1][0, 0] == 50
+    best, column = nearest_kept(k, dropped, kept, torch.zeros_like(allowed))
+    assert best.eq(-torch.inf).all() and column.eq(0).all()
+    none = nearest_kept(k, dropped, kept[:, :0], allowed[:, :0])
+    assert none[0].eq(-torch.inf).all() and none[1].eq(0).all()
+    for bad in (torch.nan, torch.inf):
+        broken = k.clone()
+        broken[0, 51, 3] = bad
+        assert nearest_kept(broken, dropped, kept, allowed)[1][0, 0] == 50
+    with pytest.raises(ValueError, match="float32"):
+        nearest_kept(k.double(), dropped, kept, allowed)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
+from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
 
@@ -22,7 +25,7 @@ def text(first: int, length: int) -> list[int]:
 
 
 class Server:
-    """Runs one request after the other, 600 slots, budget 0.25."""
+    """Runs one request after the other."""
 
     def __init__(self, world: World) -> None:
         self.world, self.tree, self.rt = world, world.tree, world.rt
@@ -49,3 +52,15 @@ class Server:
         req = self.admit(prompt, 1, kind)
         self.world.abort(req)
         return req.prefix_len
+
+
+@contextmanager
+def serving(slots: int = 600, **settings: Any) -> Iterator[Server]:
+    """A server of budget 0.25 unless `settings` say otherwise; at its end every slot has an owner and all are given
+    back."""
+    values = {"budget": 0.25, "window": 4, "recent": 2, "sinks": 1, "interval": 16, "min_tokens": 8, **settings}
+    world = World(KeepKVConfig(enabled=True, **values), slots=slots, scale=1, longest=2000, rows=4)
+    with world.running():
+        yield Server(world)
+        world.check()
+        world.flush()

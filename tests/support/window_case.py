@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
+
+from keepkv_sglang.compress.scorers import get_scorer
+from keepkv_sglang.compress.sums import query_sums
+from keepkv_sglang.compress.window import context_log_z, observe
 
 # Logits of size 10 in float32 carry rounding of 1e-6, which exp passes on relative to attention, at most 1; sums of
 # 2,000 of them carry some more. A wrong mask, weight or head is off by more than 1e-2.
@@ -61,3 +67,24 @@ def check(case, impl, tolerance=TOLERANCE):
         size = wanted.abs() + (1.0 if name in ("log_z", "log_z_ctx", "output") else float(wanted.abs().mean()))
         wrong = torch.where(same, 0.0, (got - wanted).abs() / size)
         assert wrong.max() < tolerance, (name, float(wrong.max()))
+
+
+def check_masked(masked, impl, device="cpu"):
+    """Tokens whose log votes are `masked` weigh nothing."""
+    case = Case(100, 12, context=20, device=device)
+    case.lv[10:30] = masked
+    case.lv_ctx[:5] = masked
+    check(case, impl)
+    assert case.run(impl).received[:, 10:30].eq(0).all()
+
+
+def check_scorer(case, position, scorer):
+    """A scorer says the same of the window as a kernel finds it and as torch does; returns both windows."""
+    k, v, lv = case.k.transpose(0, 1).contiguous(), case.v.transpose(0, 1).contiguous(), case.lv.T.contiguous()
+    slow = observe(case.q, position, k, v, lv, context_log_z(case.q, case.k_ctx, case.lv_ctx, 64), 64)
+    sums = query_sums(case.q, position, case.k_ctx, case.lv_ctx, case.k, case.v, case.lv, True)
+    assert sums is not None
+    fast = replace(slow, log_z=sums.log_z, log_z_ctx=sums.log_z_ctx, whole=None, sums=sums)
+    torch.testing.assert_close(fast.log_weight(), slow.log_weight(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(get_scorer(scorer)(fast, 7), get_scorer(scorer)(slow, 7), rtol=1e-4, atol=1e-7)
+    return fast, slow

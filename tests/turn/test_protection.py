@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keepkv_sglang.compress.layer import LayerInput, compress_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.rules import RULES
 from keepkv_sglang.compress.select import SpanPolicy, select
 from keepkv_sglang.kernels.merge import reference
@@ -20,6 +20,7 @@ from keepkv_sglang.settings.protect import MAX_RANGES
 from keepkv_sglang.turn.anchor import MessageBorder
 from keepkv_sglang.turn.protection import Protection
 from keepkv_sglang.turn.state import RequestState
+from tests.support.layers import policy, random_layer
 
 ON = KeepKVConfig(enabled=True)
 
@@ -184,22 +185,11 @@ def test_every_head_keeps_what_is_whole_and_what_is_owed(case):
     assert torch.equal(kept, expected[0]) and torch.equal(absorbs, expected[1])
 
 
-def layer(n: int, dtype: torch.dtype, seed: int = 0) -> LayerInput:
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-
-    lv = torch.rand(n, 2, generator=g)
-    return LayerInput(normal(4, 4, 8), torch.arange(n - 4, n), normal(3, 2, 8), lv[:3], normal(n, 2, 8) + 1,
-                      normal(n, 2, 8), lv, 0.35)  # fmt: skip
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_whole_tokens_are_bit_identical_and_the_rest_equals_the_reference(rule, dtype):
     """Also with a threshold that lets everything merge: nothing joins a whole token."""
-    x = layer(60, dtype)
+    x = random_layer(60, 4, ctx=3, group=2, dtype=dtype, lv_dtype=torch.float32)
     p = SpanPolicy(30, rule, 6, 2, -1.0, whole=((0, 3), (20, 31)), shares=((25, 40, 4), (40, 50, 3)))
     r = compress_layer(x, p)
     whole = torch.tensor([*range(3), *range(20, 31)])
@@ -230,5 +220,4 @@ def test_without_shares_one_instruction_starves_another():
 )  # fmt: skip
 def test_impossible_policies_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        compress_layer(layer(40, torch.float64), SpanPolicy(**{"m": 8, "merge": "mean", "recent": 0, "sinks": 0,
-                                                               "threshold": 0.6, **changes}))  # fmt: skip
+        compress_layer(random_layer(40), policy(8, **{"recent": 0, "sinks": 0, **changes}))
