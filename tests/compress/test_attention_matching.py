@@ -12,7 +12,7 @@ import torch
 from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
-from tests.support.layers import attended, looked_at_elsewhere, random_layer, tiny, with_context
+from tests.support.layers import looked_at_elsewhere, output, random_layer, tiny
 
 # 200 tokens of one kv head; every query sees every token.
 layer = partial(random_layer, 200, heads=1, dim=32, sees_all=True, votes=0.0)
@@ -24,10 +24,10 @@ def test_by_hand():
     the value moves from the mean 3 by R / (1 + lambda)."""
     x = tiny([[[1.0]]], [[0.0], [math.log(2)], [math.log(4)]], [[1.0], [4.0], [-8.0]], [1.0, 1.0, 1.0])
     k_r, v_r, lv_r = merge_from_assignment(x, torch.tensor([[0]]), torch.tensor([[0, 0, -1]]), "attention_matching")
-    output = (1 + 2 * 4 - 4 * 8) / 7
+    wanted = (1 + 2 * 4 - 4 * 8) / 7
     assert float(k_r) == pytest.approx(2 / 3 * math.log(2))
     assert float(lv_r.exp()) == pytest.approx(7 / 2 ** (2 / 3))
-    assert float(v_r) == pytest.approx(3 + (output - 3) / (1 + 0.03 + 0.001))
+    assert float(v_r) == pytest.approx(3 + (wanted - 3) / (1 + 0.03 + 0.001))
 
 
 def test_slots_of_one_token_are_fitted_too():
@@ -37,11 +37,6 @@ def test_slots_of_one_token_are_fitted_too():
     assert torch.equal(r.k, x.k[:, 0][r.kept[0]][:, None])
     assert not torch.equal(r.v, x.v[:, 0][r.kept[0]][:, None])
     assert float(r.lv.exp().sum()) > 120
-
-
-def outputs(q: torch.Tensor, x: LayerInput, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor) -> torch.Tensor:
-    """With a context whose values are 0: [Q, D]."""
-    return attended(q, *with_context(x, k, v, lv, x.k_ctx * 0), x.scale)
 
 
 @pytest.mark.parametrize("ctx", [0, 60])
@@ -54,7 +49,7 @@ def test_queries_and_later_queries_come_closer(ctx):
         for rule in ("mean", "least_squares", "attention_matching"):
             r = compress_layer(x, SpanPolicy(20, rule, 8, 4, 0.6, scorer="rms"))
             for i, q in enumerate((x.q.flatten(0, 1), later)):
-                off = outputs(q, x, r.k, r.v, r.lv) - outputs(q, x, x.k, x.v, x.lv)
+                off = output(q, x, r.k, r.v, r.lv) - output(q, x, x.k, x.v, x.lv)
                 error.setdefault(rule, [0.0, 0.0])[i] += float(off.norm())
     for fitted, squares, mean in zip(*(error[r] for r in ("attention_matching", "least_squares", "mean")), strict=True):
         assert fitted < squares < 1.01 * mean

@@ -25,9 +25,9 @@ from tests.support.layers import (
     attended,
     cast,
     log_masses,
+    output,
     permuted,
     random_layer,
-    with_context,
 )
 
 MERGING = [rule for rule in RULES if rule != "evict"]
@@ -91,8 +91,8 @@ def test_the_query_it_is_built_on_gets_its_output_back(rule, n, data, ctx, seed,
     # zip divides by ln s_hat: where that is next to 0 its key is any size, and rounding grows with it
     assume(float(k.abs().max()) < 1e3)
     v_ctx = torch.randn(ctx, 1, 6, dtype=F64, generator=torch.Generator().manual_seed(seed))
-    before = attended(x.q[:, 0], *with_context(x, x.k, x.v, x.lv, v_ctx), x.scale)
-    after = attended(x.q[:, 0], *with_context(x, k, v, lv, v_ctx), x.scale)
+    before = output(x.q[:, 0], x, x.k, x.v, x.lv, v_ctx)
+    after = output(x.q[:, 0], x, k, v, lv, v_ctx)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
@@ -103,8 +103,8 @@ def test_the_whole_pipeline_is_exact_for_tangent(n, data, seed, spread):
     x = layer(n, seed=seed, spread=spread)
     r = compress_layer(x, everything_merges(data.draw(st.integers(1, n - 1)), "tangent"))
     assert (r.assign >= 0).all()
-    before = attended(x.q[:, 0], x.k[:, 0], x.v[:, 0], x.lv[:, 0], x.scale)
-    after = attended(x.q[:, 0], r.k[:, 0], r.v[:, 0], r.lv[:, 0], x.scale)
+    before = output(x.q[:, 0], x, x.k, x.v, x.lv)
+    after = output(x.q[:, 0], x, r.k, r.v, r.lv)
     torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
 
 
@@ -155,8 +155,8 @@ def test_theorem_5_bounds_the_perturbation(n, data, w, seed, drift, spread, shif
     eps = float((1 - ratio).abs().max())
     assume(0 < eps < 1)
     gamma = float(torch.cdist(x.v[:, 0], x.v[:, 0]).max())
-    before = attended(later, x.k[:, 0], x.v[:, 0], x.lv[:, 0], x.scale)
-    after = attended(later, k[:, 0], v[:, 0], lv[:, 0], x.scale)
+    before = output(later, x, x.k, x.v, x.lv)
+    after = output(later, x, k, v, lv)
     assert float((after - before).norm()) < 2 * eps * (1 + eps) * gamma / (1 - eps) ** 2
 
 
@@ -237,5 +237,5 @@ def test_gamma_zero_is_no_perturbation():
     x = replace(x, v=torch.ones_like(x.v) * math.pi)
     for rule in MERGING:
         r = compress_layer(x, everything_merges(5, rule))
-        after = attended(x.q[:, 0] * 2, r.k[:, 0], r.v[:, 0], r.lv[:, 0], x.scale)
+        after = output(x.q[:, 0] * 2, x, r.k, r.v, r.lv)
         torch.testing.assert_close(after, torch.full_like(after, math.pi))

@@ -9,7 +9,7 @@ import torch
 
 from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
 from keepkv_sglang.compress.select import SpanPolicy
-from tests.support.layers import F64, attended, looked_at_elsewhere, random_layer, tiny
+from tests.support.layers import F64, looked_at_elsewhere, output, random_layer, tiny
 
 
 def layer(seed: int) -> tuple[LayerInput, torch.Tensor]:
@@ -19,18 +19,14 @@ def layer(seed: int) -> tuple[LayerInput, torch.Tensor]:
     return x, torch.randn(32 * 3, 32, generator=gen, dtype=F64)
 
 
-def outputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lv: torch.Tensor, scale: float) -> torch.Tensor:
-    return attended(q, k[:, 0], v[:, 0], lv[:, 0], scale)
-
-
 def test_by_hand():
     """Keys 0, 1, 2 and q = 1; tokens 0 and 1 merge, 2 is dropped. One slot has all the attention: A = 1, so its
     value moves by R / (1 + 3 + 0.01) towards the output."""
     x = tiny([[[1.0]]], [[0.0], [1.0], [2.0]], [[1.0], [4.0], [-8.0]], [1.0, 1.0, 1.0])
     _, mine, _ = merge_from_assignment(x, torch.tensor([[0]]), torch.tensor([[0, 0, -1]]), "value_refit")
     e = math.e
-    mean, output = (1 + 4 * e) / (1 + e), (1 + 4 * e - 8 * e**2) / (1 + e + e**2)
-    assert float(mine) == pytest.approx(mean + (output - mean) / 4.01)
+    mean, wanted = (1 + 4 * e) / (1 + e), (1 + 4 * e - 8 * e**2) / (1 + e + e**2)
+    assert float(mine) == pytest.approx(mean + (wanted - mean) / 4.01)
 
 
 def test_window_and_later_queries_come_closer():
@@ -42,9 +38,7 @@ def test_window_and_later_queries_come_closer():
         done = {rule: compress_layer(x, SpanPolicy(30, rule, 16, 4, 0.6)) for rule in error}
         for rule, r in done.items():
             for i, q in enumerate(x_end):
-                error[rule][i] += float(
-                    (outputs(q, r.k, r.v, r.lv, x.scale) - outputs(q, x.k, x.v, x.lv, x.scale)).norm()
-                )
+                error[rule][i] += float((output(q, x, r.k, r.v, r.lv) - output(q, x, x.k, x.v, x.lv)).norm())
         same = done["least_squares"]
         assert torch.equal(same.k, r.k) and torch.equal(same.lv, r.lv) and torch.equal(same.assign, r.assign)
         single = torch.bincount(r.assign[0][r.assign[0] >= 0], minlength=30) == 1

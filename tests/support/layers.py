@@ -129,7 +129,7 @@ def one_cluster(x: LayerInput, rule: str):
     return k[0, 0], v[0, 0], float(lv[0, 0].exp())
 
 
-# Attention of one head, written out: q [..., D], k and v [n, D], lv [n]
+# Attention, written out. Of one head: q [..., D], k and v [n, D], lv [n]
 
 
 def log_masses(q, k, lv, scale=1.0):
@@ -147,6 +147,9 @@ def attended(q, k, v, lv, scale=1.0):
     return torch.softmax(log_masses(q, k, lv, scale), -1) @ v
 
 
-def with_context(x: LayerInput, k, v, lv, v_ctx):
-    """Keys, values and log votes of kv head 0: x's context, whose values are v_ctx, and then slots [m, Hkv, ..]."""
-    return torch.cat((x.k_ctx, k))[:, 0], torch.cat((v_ctx, v))[:, 0], torch.cat((x.lv_ctx, lv))[:, 0]
+def output(q, x: LayerInput, k, v, lv, v_ctx=None):
+    """[..., D]: Eq. 6 of kv head 0, over x's context, whose values are v_ctx or 0, and slots k, v [m, Hkv, D], lv [m,
+    Hkv]."""
+    v_ctx = x.k_ctx * 0 if v_ctx is None else v_ctx
+    keys, values, votes = (torch.cat(parts)[:, 0] for parts in ((x.k_ctx, k), (v_ctx, v), (x.lv_ctx, lv)))
+    return attended(q, keys, values, votes, x.scale)
