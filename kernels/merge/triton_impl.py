@@ -1,4 +1,4 @@
-"""Matching, merging and gathering of KV slots in Triton: drop-ins for what torch_impl and compress/rules/base.py do on a GPU.
+"""Matching, merging and gathering of KV slots in Triton: drop-ins for torch_impl and compress/rules/base.py.
 
 `nearest_kept`, `merge_segments` and `gather_slots` have the signature and meaning of those in torch_impl, and are equal
 to them up to the order of float32 sums (gather_slots: bit for bit). Never run on a GPU;

@@ -201,7 +201,7 @@ def feed_in_pieces(row: Row, ids: Sequence[int], method: InPieces, budget: float
 
 
 def decode(row: Row, ids: Sequence[int], config: KeepKVConfig, budget: float) -> tuple[torch.Tensor, float]:
-    """Feeds a reply; every `interval` tokens its raw tail becomes what the budget keeps (turn/spans.py). Tokens between two
+    """Feeds a reply; every `interval` tokens its raw tail becomes what the budget keeps. Tokens between two
     compressions run as one batch: under a causal mask that is the same as one by one. Returns log-probabilities
     [len(ids), vocabulary] and the reply's slots, mean over its tokens."""
     config = replace(config, budget=budget)
