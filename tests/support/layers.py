@@ -19,26 +19,9 @@ def policy(m: int, merge: str = "mean", **changes) -> SpanPolicy:
 
 
 def random_layer(
-    n=60,
-    w=6,
-    *,
-    references=0,
-    ctx=0,
-    heads=2,
-    group=3,
-    dim=8,
-    behind=0,
-    sees_all=False,
-    spread=1.0,
-    shift=1.0,
-    noise=0.7,
-    topics=0,
-    votes=2.0,
-    dtype=F64,
-    lv_dtype=None,
-    device="cpu",
-    seed: int | torch.Generator = 0,
-) -> LayerInput:
+    n=60, w=6, *, references=0, ctx=0, heads=2, group=3, dim=8, behind=0, sees_all=False, spread=1.0, shift=1.0,
+    noise=0.7, topics=0, votes=2.0, dtype=F64, lv_dtype=None, device="cpu", seed: int | torch.Generator = 0,
+) -> LayerInput:  # fmt: skip
     """n tokens behind ctx others; normal numbers, drawn in float64: a seed is the same layer in every dtype.
 
     Queries: `references` that stand behind the span, then a window of w, which ends `behind` tokens before the span
