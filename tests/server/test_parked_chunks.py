@@ -60,14 +60,20 @@ def check(server, calls, answers, looked_at):
 
 
 def chaos(server, seed):
-    """Fourteen that decode, one prompt of two pools, and small ones that come in meanwhile."""
+    """Fourteen that decode, of different lengths, one prompt of two pools, and small ones that come in meanwhile.
+
+    SGLang admits nobody after a round that could not take everybody, until one leaves: with lengths that differ the
+    long prompt comes in while others still grow.
+    """
     rng = random.Random(seed)
-    calls = [(tokens(20, seed + index), 120, OFF) for index in range(14)]
-    calls.append((tokens(2500, seed + 20), 8, {"budget": 0.1}))
+    calls = [(tokens(20, seed + index), rng.randrange(30, 220), OFF) for index in range(14)]
+    calls.insert(rng.randrange(4, 14), (tokens(2500, seed + 20), 8, {"budget": 0.1}))
+    long = next(index for index, (ids, _, _) in enumerate(calls) if len(ids) > 20)
     calls += [(tokens(12, seed + 30 + index), 2, OFF) for index in range(rng.randrange(20, 40))]
     before = numbers(server)["counters"]["parked"]
     answers = together(server, calls, rng.choice((0.05, 0.1, 0.2)))
-    check(server, calls, answers, {14, *rng.sample(range(14), 2), *rng.sample(range(15, len(calls)), 4)})
+    others = [index for index in range(15) if index != long]
+    check(server, calls, answers, {long, *rng.sample(others, 2), *rng.sample(range(15, len(calls)), 4)})
     flush(server)
     return numbers(server)["counters"]["parked"] - before
 
