@@ -1,4 +1,6 @@
-"""The `keepkv` command. Each subcommand is one row of COMMANDS; its module is imported when it runs."""
+"""The `keepkv` command. Each subcommand is one row of COMMANDS; its module is imported where it is used:
+`keepkv --help` takes no seconds.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 SGLang calls `register` once in every process of a server. With KeepKV off every hook
 returns at once, so SGLang behaves as without the plugin.
+
+SGLang is imported where it is used: importing this file, as any console script of the package may, must be cheap.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ of a real call. Triton then compiles for (sm_80, sm_90, sm_100) without a driver
 cubin with the cuobjdump that Triton ships, spills from its ptxas.
 
 This proves that a kernel compiles and how many registers it takes. It runs nothing, and says nothing about speed.
+
+The kernels are imported where they are used: Triton reads its environment when they are defined.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ It is SGLang's FlashInferAttnBackend with three differences:
 - A batch in which some request has cached tokens attends to the pool alone. SGLang would compute its new tokens
   with the ragged kernel and merge the two states. A batch without any has one vote per token, which is plain
   attention, and takes SGLang's ragged path as it is. So no log-sum-exp is merged: FlashInfer's are base 2.
+
+FlashInfer is imported where it is used: it is optional.
 """
 
 from __future__ import annotations

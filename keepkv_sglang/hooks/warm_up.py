@@ -1,4 +1,7 @@
-"""Sends the calibration text through the server before it listens."""
+"""Sends the calibration text through the server before it listens.
+
+SGLang is imported where it is used: seams.py loads the hooks in every process, and those imports take seconds.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 SGLang's ServerArgs is a sealed record: flags of ours travel as its private attribute ``_keepkv``, which is
 pickled along to every child process. Everything else reads it through `config_of`.
+
+SGLang is imported where it is used: this file is loaded in every process, and those imports take seconds.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ MUSA, HPU, MPS, or its own CPU engine) the answer is None and nothing changes. O
 with no further flags.
 
 ``KEEPKV_PLATFORM=off`` keeps the platform out. Importing this file imports neither torch nor SGLang.
+
+torch is imported where it is used: start-up cost.
 """
 
 from __future__ import annotations

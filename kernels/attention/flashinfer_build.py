@@ -6,11 +6,14 @@ The compiler is the nvcc of the pip wheels (nvidia/cu13), so that the numbers co
 with a GPU FlashInfer builds with the CUDA toolkit it finds, and nothing here is needed. `--gate` fails when a kernel
 uses more registers or spills more than flashinfer_table.json says, `--write` replaces the rows that were built.
 Objects are kept under ${KEEPKV_CACHE:-~/.cache/keepkv}/flashinfer.
+
+FlashInfer and torch are imported where they are used: the file is read without them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -117,8 +120,6 @@ def cuda_home(toolkit: Path | None = None, root: Path | None = None) -> Path:
 
 
 def _digest(toolkit: Path) -> str:
-    import hashlib
-
     return hashlib.sha256(str(toolkit.resolve()).encode()).hexdigest()[:10]
 
 

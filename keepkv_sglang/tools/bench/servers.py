@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,6 @@ class Setup:
 
 def run(server: ServerProcess, workload: Workload, tick: Tick) -> tuple[list[Call], dict[str, Any]]:
     """One measured run on a server that was warmed up and emptied: all calls, and the numbers of measure.py."""
-    import time
 
     before = state(server)
     began = time.perf_counter()

@@ -5,6 +5,8 @@ request an ordinary SGLang request. Each run has its own cache_salt, so neither 
 within a run every turn reuses the previous ones. The tool results are written down in conversation.py
 and come back as user turns: a model of 135 million parameters cannot be trusted to call tools
 (examples/agent_openai.py lets it try).
+
+The client is imported where it is used: start-up cost.
 """
 
 from __future__ import annotations

@@ -11,11 +11,14 @@ what they do not keep. What differs from the server's defaults, and why:
 - ExpectedAttention: the paper's moments need every query of the prompt, so ours is the offline form
   (future.py). Four sinks, no recent tokens.
 - KeyDiff, StreamingLLM: as the papers, too; not asked for, but cheap.
+
+kvpress is imported where it is used: optional.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,5 @@ def _line(label: str, budget: float, mine: Sequence[float], theirs: Sequence[flo
 
 
 def _with_items(setup: Setup, items: int) -> Setup:
-    from dataclasses import replace
 
     return replace(setup, items=items)

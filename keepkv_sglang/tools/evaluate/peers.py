@@ -9,6 +9,8 @@ here with transformers' `sdpa` in the place of the probe's attention; one pass i
 
 Slots are equal to ours: a ratio is chosen that makes kvpress keep exactly ceil(budget * n). kvpress wants a
 `cache_position`, which transformers 5.19 no longer hands to attention layers, so it is given by hand.
+
+kvpress and transformers are imported where they are used: optional.
 """
 
 from __future__ import annotations

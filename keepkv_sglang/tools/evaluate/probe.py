@@ -2,6 +2,8 @@
 
 A `Row` is what the server keeps for one request: fewer slots than tokens, log votes beside keys and values, logical
 positions. `feed` appends tokens, `replace_span` puts merged slots in the place of a span.
+
+transformers is imported where it is used: start-up cost.
 """
 
 from __future__ import annotations

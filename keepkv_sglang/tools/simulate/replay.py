@@ -1,8 +1,12 @@
-"""Discrete events: a request arrives, its prompt is computed, its reply ends. See docs/simulate.md for the rules."""
+"""Discrete events: a request arrives, its prompt is computed, its reply ends. See docs/simulate.md for the rules.
+
+SGLang comes with world.py, imported where it is used: reports need no SGLang.
+"""
 
 from __future__ import annotations
 
 import heapq
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -82,7 +86,6 @@ def replay(
     for none; the server's is 512 MiB, 2,048 rows for a model of 32 layers with 32 heads of 128 at 16 bit. huge: an
     allocator for pools that never run out. tick: called once per request that ends. ValueError for a tiny pool.
     """
-    import time
 
     from .world import World
 
