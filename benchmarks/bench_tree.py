@@ -318,6 +318,7 @@ def idle_table(report: Report) -> None:
     """Requests through the whole cache manager, without a model: an empty cache beside one of 8,000 idle namespaces."""
     from sglang.srt.mem_cache.radix_cache import RadixKey
 
+    # SGLang and what brings it, where it is used: the other tables are printed without
     from keepkv_sglang.settings.config import KeepKVConfig
     from keepkv_sglang.tools.simulate.world import World
     from tests.support.served import OFF, Server, text

@@ -232,6 +232,7 @@ def decodes(result: Result, kernels: list[str], end: float) -> None:
 def compression(n: int, kernel: str, device: str = "cuda") -> float:
     """Milliseconds a layer for a prompt of n tokens to a tenth, default scorer and rule, 256 + 32 query tokens, as the
     server does it; kernel: KEEPKV_GPU_KERNEL."""
+    # only this measurement needs them: the others go on where they cannot be imported
     from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
     from keepkv_sglang.compress.select import SpanPolicy
 

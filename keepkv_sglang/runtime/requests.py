@@ -27,11 +27,31 @@ OFF = "keepkv_off"  # attribute of SGLang's Req: its NotCompressed, where STATE 
 REQUEST_KEY = "keepkv"  # key in sampling_params.custom_params
 
 
+def known_state(req: Any) -> RequestState | None:
+    """The state of a request that has arrived; None where it has none, or was never seen."""
+    state: RequestState | None = getattr(req, STATE, None)
+    return state
+
+
+def row_of(req: Any) -> Row:
+    """What the request asks of its next row."""
+    return Row(req.origin_input_ids, len(req.full_untruncated_fill_ids), req.prefix_len)
+
+
+def logical_tokens(req: Any) -> array[int]:
+    """All token ids of a request in logical order: prompt, then what was generated up to the stop."""
+    tokens: array[int] = req.origin_input_ids + req.output_ids_through_stop
+    return tokens
+
+
 class Requests:
     """What the hooks and the prefix cache (radix/adapter/requests.py) ask about requests.
 
     cached(): fingerprints of the configurations that cached spans have.
     """
+
+    known_state = staticmethod(known_state)
+    tokens_of = staticmethod(logical_tokens)
 
     def __init__(
         self,
@@ -54,10 +74,6 @@ class Requests:
             setattr(req, STATE, None)
             setattr(req, OFF, NotCompressed("settings", self.config.budget))
             self._resolve(req)
-        return known_state(req)
-
-    def known_state(self, req: Any) -> RequestState | None:
-        """The same of a request that may not have arrived here yet."""
         return known_state(req)
 
     def _resolve(self, req: Any) -> None:
@@ -92,10 +108,6 @@ class Requests:
         """Whether the request's tokens cannot all be in the pool at once: then it is compressed between chunks."""
         return self.limits.too_long(len(req.origin_input_ids) + len(req.output_ids))
 
-    def tokens_of(self, req: Any) -> array[int]:
-        """As `logical_tokens`."""
-        return logical_tokens(req)
-
     def note_published(self) -> None:
         """The cache has one more span of a request."""
         self.counters.published += 1
@@ -105,20 +117,3 @@ class Requests:
         self.counters.mispublished += 1
         logger.error("nothing of request %s is published: %s", req.rid, why)
         return False
-
-
-def known_state(req: Any) -> RequestState | None:
-    """The state of a request that has arrived; None where it has none, or was never seen."""
-    state: RequestState | None = getattr(req, STATE, None)
-    return state
-
-
-def row_of(req: Any) -> Row:
-    """What the request asks of its next row."""
-    return Row(req.origin_input_ids, len(req.full_untruncated_fill_ids), req.prefix_len)
-
-
-def logical_tokens(req: Any) -> array[int]:
-    """All token ids of a request in logical order: prompt, then what was generated up to the stop."""
-    tokens: array[int] = req.origin_input_ids + req.output_ids_through_stop
-    return tokens

@@ -59,7 +59,8 @@ def _argparse_type(field: str) -> Any:
 def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_kwargs: Any) -> None:
     """AFTER hook on ServerArgs.add_cli_args. No flags where the hook that reads them cannot sit: --enable-keepkv would
     be taken, and a server without KeepKV would start."""
-    broken = [row for row in map(seams.check, seams.HOOKS) if row.name.endswith("from_cli_args") and not row.ok]
+    readers = [seam for seam in seams.HOOKS if seam.target.endswith(".from_cli_args")]
+    broken = [row for row in map(seams.check, readers) if not row.ok]
     if broken:
         logger.warning("KeepKV adds no flags, %s: %s", broken[0].name, broken[0].reason)
         return

@@ -9,7 +9,9 @@ from functools import partial
 import pytest
 import torch
 
+from keepkv_sglang.compress import sums
 from keepkv_sglang.compress.layer import LayerInput, compress_layer, merge_from_assignment
+from keepkv_sglang.compress.rules import attention_matching
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import reference
 from tests.support.layers import looked_at_elsewhere, output, random_layer, tiny
@@ -81,9 +83,6 @@ def test_protected_tokens_stay_and_the_others_make_up_for_it():
 
 
 def test_the_oracle_has_the_same_constants():
-    from keepkv_sglang.compress import sums
-    from keepkv_sglang.compress.rules import attention_matching
-
     assert reference.MATCHING_WINDOW_WEIGHT == attention_matching.WINDOW_WEIGHT
     assert reference.RECENCY_HALF_LIFE == sums.RECENCY_HALF_LIFE
 

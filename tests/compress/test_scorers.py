@@ -12,7 +12,7 @@ import torch
 from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.registry import SCORERS
 from keepkv_sglang.compress.scorers import get_scorer
-from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.compress.select import SpanPolicy, select
 from keepkv_sglang.compress.window import Window, observe
 from keepkv_sglang.kernels.merge import reference
 from keepkv_sglang.kernels.score import reference as reference_scores
@@ -166,8 +166,6 @@ def test_chunks_are_kept_whole():
 
 
 def selected(scores: torch.Tensor, p: SpanPolicy) -> list[list[int]]:
-    from keepkv_sglang.compress.select import select
-
     ours, theirs = select(scores, p), reference.select(scores, p)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
     return ours[0].tolist()

@@ -47,7 +47,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def oracle(model_path: Path):
     """The empty float64 replay row; clone it. Loaded once."""
-    import torch
+    import torch  # start-up cost: most modules need no oracle
 
     from tests.support.replay import Replay
 
@@ -58,7 +58,7 @@ def oracle(model_path: Path):
 @pytest.fixture(scope="session")
 def text_tokens(model_path: Path) -> list[int]:
     """Tokens of real English prose (this project's licence), without message borders."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # start-up cost
 
     licence = (REPO / "LICENSE").read_text()
     return AutoTokenizer.from_pretrained(model_path).encode(licence)

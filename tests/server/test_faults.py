@@ -71,6 +71,7 @@ def post(server, ids, new, keepkv=None):
 
 def test_every_guarded_hook_is_listed():
     """A new hook on the scheduler's thread needs an outcome here."""
+    # here, since importing the hooks is what registers them as guarded
     from keepkv_sglang.faults import guard
     from keepkv_sglang.hooks import adder, admission, answers, extend, scheduler  # noqa: F401
     from keepkv_sglang.radix.adapter import cache  # noqa: F401

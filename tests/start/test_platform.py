@@ -129,6 +129,7 @@ def _config(folder: Path, **changes: object) -> Path:
 def test_pool_is_sized_in_bytes_not_by_a_share_of_the_machine(tmp_path: Path) -> None:
     import sglang  # noqa: F401  SGLang resolves its platform while it is imported, as in a server
 
+    # behind it, as in a server: this file imports SGLang's platform classes
     from keepkv_sglang.start.platform_cpu import KV_POOL_BYTES, cpu_defaults
 
     folder = _config(tmp_path, dtype="float32")
@@ -154,7 +155,7 @@ def test_pool_is_sized_in_bytes_not_by_a_share_of_the_machine(tmp_path: Path) ->
 def test_float32_unless_the_cpu_multiplies_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool, checkpoint: str, expected: str | None
 ) -> None:
-    from keepkv_sglang.start import platform_cpu
+    from keepkv_sglang.start import platform_cpu  # imports SGLang, which resolves its platform then
 
     monkeypatch.setattr(platform_cpu, "has_native_bfloat16", lambda: native)
     folder = _config(tmp_path, torch_dtype=checkpoint)
@@ -258,7 +259,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes], log: Path, seconds: flo
 )
 def test_ranks_share_the_cores_of_this_process(monkeypatch, ranks, cores, shares) -> None:
     """SGLang itself wants a NUMA node for each, and says so a minute later."""
-    from keepkv_sglang.start import platform_cpu
+    from keepkv_sglang.start import platform_cpu  # imports SGLang, which resolves its platform then
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: cores)
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")

@@ -14,7 +14,7 @@ from keepkv_sglang.runtime import process
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.places import data_folder
 from keepkv_sglang.tools.report import plots
-from keepkv_sglang.tools.simulate import command, search, traces
+from keepkv_sglang.tools.simulate import command, report, search, traces
 from keepkv_sglang.tools.simulate.replay import Result, Timing, replay
 from keepkv_sglang.tools.simulate.traces import Request, Workload, link, load, tokenize
 from tests.tools.unpadded import unpadded
@@ -274,8 +274,6 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plot(tmp_path: Path) -> None:
-    from keepkv_sglang.tools.simulate import report
-
     results = [replay(TWO_TURNS, pool, config) for pool in (1000, 4000) for config in (None, QUARTER)]
     path = tmp_path / "plot.png"
     if not plots.available():

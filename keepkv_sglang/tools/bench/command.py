@@ -13,6 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from keepkv_sglang.settings.values import budget_from_text
+from keepkv_sglang.tools import model
+from keepkv_sglang.tools.agent_load import AgentLoad
 from keepkv_sglang.tools.origin import origin
 from keepkv_sglang.tools.simulate.command import pool_size
 
@@ -84,8 +87,6 @@ def server_names(args: argparse.Namespace) -> list[str]:
 
 def workload_of(args: argparse.Namespace) -> Workload:
     """The workload with the sizes asked for. ValueError for sizes that cannot be."""
-    from keepkv_sglang.tools.agent_load import AgentLoad
-
     from .workloads import Agents, AllAtOnce, Replay
 
     if args.workload == "synthetic":
@@ -111,9 +112,6 @@ def workload_of(args: argparse.Namespace) -> Workload:
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 when a server with KeepKV failed a request. ValueError for options that cannot work."""
     from tqdm import tqdm
-
-    from keepkv_sglang.settings.values import budget_from_text
-    from keepkv_sglang.tools import model
 
     from . import measure, report, servers, serving
     from .workloads import AllAtOnce

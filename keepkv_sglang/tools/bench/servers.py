@@ -59,7 +59,6 @@ class Setup:
 
 def run(server: ServerProcess, workload: Workload, tick: Tick) -> tuple[list[Call], dict[str, Any]]:
     """One measured run on a server that was warmed up and emptied: all calls, and the numbers of measure.py."""
-
     before = state(server)
     began = time.perf_counter()
     calls = workload.run(server.port, tick)

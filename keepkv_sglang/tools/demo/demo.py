@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools import model
 from keepkv_sglang.tools.demo.conversation import SYSTEM, TURNS
 from keepkv_sglang.tools.server_process import ServerError, ServerProcess
 
@@ -74,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demo_model() -> str:
-    from keepkv_sglang.tools import model
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # as `keepkv model` does: progress bars make unreadable logs
     return str(model.prepare())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.tools import model
 from keepkv_sglang.tools.evaluate.documents import HALVES
 from keepkv_sglang.tools.origin import origin
 from keepkv_sglang.tools.places import data_folder
@@ -55,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0. ValueError for options that cannot work."""
     import torch
 
-    from keepkv_sglang.tools import model
     from keepkv_sglang.tools.evaluate.probe import Probe
     from keepkv_sglang.tools.evaluate.results import Results
     from keepkv_sglang.tools.evaluate.task import Setup

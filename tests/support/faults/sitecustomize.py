@@ -37,6 +37,7 @@ def faulty(name, function):
 
 def inject() -> None:
     """Wraps every guarded hook and the functions they call."""
+    # here, since importing the hooks is what registers them as guarded
     from keepkv_sglang.faults import guard
     from keepkv_sglang.hooks import adder, admission, answers, extend, scheduler  # noqa: F401
     from keepkv_sglang.radix.adapter import cache  # noqa: F401
