@@ -110,7 +110,7 @@ def test_an_injected_error_does_not_take_the_server_down(server, fault, quiet, n
         failed = [data for status, data in results.values() if status == FAILS]
         assert all("KeepKV failed" in str(data) for data in failed), failed
     # What follows is as if nothing had happened.
-    assert generate(server, prompt, 2).keepkv["compressions"] >= 1
+    assert generate(server, prompt, 24).keepkv["compressions"] >= 1  # the reply at interval 16, whatever the cache has
     assert generate(server, tokens(60, 3), 8, {"enabled": False}).ids == quiet
     flush(server, faults=True)
     errors = numbers(server, faults=True)["errors"]
