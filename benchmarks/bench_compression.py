@@ -111,8 +111,9 @@ class Clock:
 
     def watch_all(self) -> None:
         self.watch(batch, "_gather", "gather")
-        self.watch(layer._HeadView, "of", "gather")
-        self.watch(layer._HeadView, "observe", "sums over the queries")
+        self.watch(layer.HeadView, "of", "gather")
+        self.watch(layer, "query_sums", "sums over the queries")
+        self.watch(layer.HeadView, "window", "sums over the queries")
         self.watch_named(layer, "get_scorer", "selection")
         self.watch(layer, "select", "selection")
         self.watch(layer, "match", "selection")

@@ -16,7 +16,7 @@ from keepkv_sglang.compress.rules import get_rule
 from keepkv_sglang.compress.rules.base import Clusters
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, check_ranges, match, own_cluster, select
-from keepkv_sglang.compress.sums import query_sums
+from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
 from keepkv_sglang.compress.window import Window, context_log_z, observe
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge.torch_impl import Segments
@@ -69,14 +69,15 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     queries per thread. Grouping changes results by rounding only.
     """
     _check(x, p)
-    scorer, matching = get_scorer(p.scorer), p.merge != "evict"
+    scorer, matching, outputs = get_scorer(p.scorer), p.merge != "evict", _reads_outputs(p.merge)
     out = _Output.empty(x, p.m)
-    for heads, view, window in observed(x, scratch_bytes, _reads_outputs(p.merge)):
+    for view in head_views(x, scratch_bytes):
+        window = view.window(query_sums(view.q, *view.stored, outputs))
         kept, absorbs = select(scorer(window, p.pool_kernel), p)
         assign = own_cluster(kept, view.k.shape[1])
         if matching:
             assign = match(view.k, kept, absorbs, assign, p, scratch_bytes)
-        _merge_heads(x, heads, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
+        _merge_heads(x, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
     return LayerResult(out.kept, out.assign, out.k, out.v, out.lv)
 
 
@@ -97,8 +98,9 @@ def merge_from_assignment(
     """
     _check_queries(x, rule)
     out = _Output.empty(x, kept.shape[1])
-    for heads, view, window in observed(x, scratch_bytes, _reads_outputs(rule)):
-        _merge_heads(x, heads, view, window, kept[heads], assign[heads], rule, guard, fixed, out)
+    for view in head_views(x, scratch_bytes):
+        window = view.window(query_sums(view.q, *view.stored, _reads_outputs(rule)))
+        _merge_heads(x, view, window, kept[view.heads], assign[view.heads], rule, guard, fixed, out)
     return out.k, out.v, out.lv
 
 
@@ -125,47 +127,51 @@ class _Output:
 
 
 @dataclass(frozen=True)
-class _HeadView:
-    """One group of kv heads, head-major, compute dtype: k, v [H, n, D], lv [H, n], q [H, w * G, D] scaled."""
+class HeadView:
+    """One group of kv heads, head-major, compute dtype: k, v [H, n, D], lv [H, n], q [H, w * G, D] scaled.
 
+    heads: which of the layer's. stored: what query_sums reads, as it lies in the pool. block: for so many tokens the
+    logits of all queries fit the scratch memory.
+    """
+
+    heads: slice
     k: torch.Tensor
     v: torch.Tensor
     lv: torch.Tensor
     q: torch.Tensor
+    stored: Stored
+    block: int
 
     @staticmethod
-    def of(x: LayerInput, heads: slice) -> _HeadView:
+    def of(x: LayerInput, heads: slice, scratch_bytes: int) -> HeadView:
         dtype = torch.float64 if x.k.dtype == torch.float64 else torch.float32
         w, q_heads, dim = x.q.shape
         group = q_heads // x.k.shape[1]
         q = x.q.reshape(w, x.k.shape[1], group, dim)[:, heads].permute(1, 0, 2, 3)
-        return _HeadView(
-            x.k[:, heads].to(dtype).transpose(0, 1).contiguous(),
-            x.v[:, heads].to(dtype).transpose(0, 1).contiguous(),
-            x.lv[:, heads].to(dtype).T.contiguous(),
-            q.to(dtype).reshape(q.shape[0], w * group, dim) * x.scale,
+        q = q.to(dtype).reshape(q.shape[0], w * group, dim) * x.scale
+        stored = Stored(x.q_index.to(q.device), *(t[:, heads] for t in (x.k_ctx, x.lv_ctx, x.k, x.v, x.lv)))
+        return HeadView(
+            heads,
+            stored.k.to(dtype).transpose(0, 1).contiguous(),
+            stored.v.to(dtype).transpose(0, 1).contiguous(),
+            stored.lv.to(dtype).T.contiguous(),
+            q,
+            stored,
+            max(1, scratch_bytes // max(1, 2 * q.shape[0] * q.shape[1] * q.element_size())),
         )
 
-    def observe(self, x: LayerInput, heads: slice, scratch_bytes: int, outputs: bool) -> Window:
-        per_token = 2 * self.q.shape[0] * self.q.shape[1] * self.q.element_size()
-        block = max(1, scratch_bytes // max(1, per_token))
-        position = x.q_index.to(self.q.device)
-        context = x.k_ctx[:, heads], x.lv_ctx[:, heads]
-        sums = query_sums(self.q, position, *context, x.k[:, heads], x.v[:, heads], x.lv[:, heads], outputs)
+    def window(self, sums: QuerySums | None) -> Window:
+        """What the queries see of the span. sums: of query_sums; None: torch computes what they would say."""
+        k, v, lv, q, (position, k_ctx, lv_ctx, *_) = self.k, self.v, self.lv, self.q, self.stored
         if sums is not None:
-            return Window(self.q, self.k, self.v, self.lv, position, sums.log_z, sums.log_z_ctx, block, None, sums)
-        log_z_ctx = context_log_z(self.q, *context, block)
-        return observe(self.q, position, self.k, self.v, self.lv, log_z_ctx, block)
+            return Window(q, k, v, lv, position, sums.log_z, sums.log_z_ctx, self.block, None, sums)
+        return observe(q, position, k, v, lv, context_log_z(q, k_ctx, lv_ctx, self.block), self.block)
 
 
-def observed(
-    x: LayerInput, scratch_bytes: int = 64 << 20, outputs: bool = False
-) -> Iterator[tuple[slice, _HeadView, Window]]:
-    """kv heads in groups that fit the scratch memory, and what the window's queries see of the span. outputs: their
-    attention outputs are wanted as well (MergeRule.reads_outputs)."""
+def head_views(x: LayerInput, scratch_bytes: int = 64 << 20) -> Iterator[HeadView]:
+    """kv heads in groups that fit the scratch memory."""
     for heads in _head_groups(x, scratch_bytes, heads_at_once(x.k)):
-        view = _HeadView.of(x, heads)
-        yield heads, view, view.observe(x, heads, scratch_bytes, outputs)
+        yield HeadView.of(x, heads, scratch_bytes)
 
 
 def gpu_kernel_scores(k: torch.Tensor) -> bool:
@@ -194,8 +200,7 @@ def _head_groups(x: LayerInput, scratch_bytes: int, least: int) -> list[slice]:
 
 def _merge_heads(
     x: LayerInput,
-    heads: slice,
-    view: _HeadView,
+    view: HeadView,
     window: Window,
     kept: torch.Tensor,
     assign: torch.Tensor,
@@ -207,7 +212,7 @@ def _merge_heads(
     """Writes one head group into `out`. A cluster that is not merged keeps key, value, votes bit for bit, unless the
     rule rewrites all of them; even then the first `fixed` do."""
     groups, m = kept.shape
-    n = assign.shape[1]
+    n, heads = assign.shape[1], view.heads
     rows = (kept + torch.arange(groups, device=kept.device)[:, None] * n).flatten()
     # Storage -> compute dtype -> storage is exact, and rows of the head-major copy are cheap to take.
     k = view.k.flatten(0, 1).index_select(0, rows).to(x.k.dtype).view(groups, m, -1)

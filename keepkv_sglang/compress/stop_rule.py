@@ -18,9 +18,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from keepkv_sglang.compress.layer import LayerInput, observed
+from keepkv_sglang.compress.layer import LayerInput, head_views
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, check_ranges, select
+from keepkv_sglang.compress.sums import query_sums
 
 THRESHOLD = 0.01
 LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
@@ -68,7 +69,8 @@ def attention_lost(x: LayerInput, p: SpanPolicy) -> float:
     """
     check_ranges(p, x.k.shape[0])
     full = kept_part = 0.0
-    for _, view, window in observed(x):
+    for view in head_views(x):
+        window = view.window(query_sums(view.q, *view.stored, False))
         kept, _ = select(get_scorer(p.scorer)(window, p.pool_kernel), p)
         heads, n = view.k.shape[:2]
         whole = slice(0, n)

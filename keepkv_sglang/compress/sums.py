@@ -5,7 +5,7 @@ In torch it is one operation after the other over [H, n, Q].
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -44,6 +44,18 @@ class QuerySums(NamedTuple):
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
+class Stored(NamedTuple):
+    """Some kv heads of one layer as they lie in the pool: position [w] int64 as Window has it, k_ctx [c, H, D] and
+    lv_ctx [c, H] before the span, k, v [n, H, D] and lv [n, H] the span."""
+
+    position: torch.Tensor
+    k_ctx: torch.Tensor
+    lv_ctx: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    lv: torch.Tensor
+
+
 def query_sums(
     q: torch.Tensor,
     position: torch.Tensor,
@@ -54,9 +66,8 @@ def query_sums(
     lv: torch.Tensor,
     outputs: bool,
 ) -> QuerySums | None:
-    """q [H, Q, D] as in Window, position [w]; k_ctx [c, H, D], lv_ctx [c, H], k, v [n, H, D], lv [n, H] as stored.
-    outputs: whether output is wanted. None where no kernel runs (choose.py), or with another dtype: torch computes it.
-    """
+    """q [H, Q, D] as in Window; the others as in Stored. outputs: whether output is wanted. None where no kernel runs
+    (choose.py), or with another dtype: torch computes it."""
     if q.shape[1] == 0 or any(x.dtype != torch.float32 for x in (q, lv_ctx, lv)):
         return None
     kernel = choose.implementation("score", k)
@@ -64,17 +75,15 @@ def query_sums(
         return None
     w, group = position.shape[0], q.shape[1] // position.shape[0]
     references = int((position >= k.shape[0]).sum())
-    rows = position.repeat_interleave(group)
-
-    def part(tokens: slice, weights: torch.Tensor) -> Any:
-        at = slice(tokens.start * group, tokens.stop * group)
-        return kernel.window_sums(q[:, at], rows[at], k_ctx, lv_ctx, k, v, lv, weights, outputs)
-
-    behind = part(slice(0, references), q.new_ones(1, references * group)) if references else None
-    proper = None
+    rows, border = position.repeat_interleave(group), references * group
+    ones, newest = q.new_ones(1, q.shape[1]), recency(w - references, group, q)[None]
+    behind = proper = None
+    if references:
+        at, weights = slice(0, border), ones[:, :border]
+        behind = kernel.window_sums(q[:, at], rows[at], k_ctx, lv_ctx, k, v, lv, weights, outputs)
     if references < w:
-        newest = recency(w - references, group, q)
-        proper = part(slice(references, w), torch.stack([torch.ones_like(newest), newest]))
+        at, weights = slice(border, None), torch.cat([ones[:, border:], newest])
+        proper = kernel.window_sums(q[:, at], rows[at], k_ctx, lv_ctx, k, v, lv, weights, outputs)
     parts = [x for x in (behind, proper) if x is not None]
 
     def joined(name: str) -> torch.Tensor:

@@ -12,13 +12,13 @@ limits to the context length, and refuse here what would not fit even compressed
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from keepkv_sglang.faults import guard
 from keepkv_sglang.faults.guard import guarded, guarded_around
 from keepkv_sglang.hooks import failing
-from keepkv_sglang.hooks.scheduler import compress_batch
-from keepkv_sglang.runtime import pressure, process
+from keepkv_sglang.runtime import pressure, process, step
 from keepkv_sglang.settings.config import ConfigError
 from keepkv_sglang.turn.capacity import peak_slots
 from keepkv_sglang.turn.eligibility import REASONS
@@ -52,7 +52,7 @@ def around_get_new_batch_prefill(original: Any, self: Any, running_batch: Any) -
 @guarded()
 def before_admission(rt: process.Runtime, running_batch: Any) -> None:
     """Compresses what is due, then, when memory runs low, what nobody uses."""
-    compress_batch(running_batch)
+    step.compress_batch(rt, running_batch, partial(failing.fail, rt.scheduler))
     if pressure.relieve(rt):
         running_batch.batch_is_full = False
 

@@ -61,20 +61,15 @@ def _log_start(rt: Runtime) -> None:
 @guarded()
 def before_update_running_batch(self: Any, batch: Any) -> None:
     """BEFORE Scheduler.update_running_batch: the saving counts in the decode memory check."""
-    compress_batch(batch)
+    if (rt := process.active()) is not None:
+        step.compress_batch(rt, batch, partial(failing.fail, rt.scheduler))
 
 
 @guarded()
 def before_prepare_for_decode(self: Any) -> None:
     """BEFORE ScheduleBatch.prepare_for_decode: mixed chunks decode without update_running_batch."""
-    compress_batch(self)
-
-
-def compress_batch(batch: Any) -> None:
-    """step.compress_batch, where KeepKV is on. A request that fails is ended in SGLang's way."""
-    rt = process.active()
-    if rt is not None:
-        step.compress_batch(rt, batch, partial(failing.fail, rt.scheduler))
+    if (rt := process.active()) is not None:
+        step.compress_batch(rt, self, partial(failing.fail, rt.scheduler))
 
 
 def _fail_chunked(error: Exception, _result: Any, self: Any, req: Any) -> None:

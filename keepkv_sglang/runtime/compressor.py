@@ -9,12 +9,14 @@ only ever read.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
+from keepkv_sglang.compress.layer import LayerResult
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
 from keepkv_sglang.runtime import record
@@ -51,7 +53,13 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
             return False
         target = torch.cat([private, extra])
     try:
-        _merge_layers(rt, req, state, span, row, target)
+        if rt.kv_pool.layer_num:  # the simulator's slots have no contents
+            where = Rows(row[: span.start], row[span.start : stop], target)
+            queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
+            with on_forward_stream(rt.scheduler):
+                for result in compress_rows(_storage(rt), where, *queries, span.policy, SCRATCH_BYTES):
+                    tally.layer(result)
+            tally.finish(state)
     except Exception:
         if len(private) < span.m:
             rt.allocator.free(extra)
@@ -129,35 +137,34 @@ def _storage(rt: Runtime) -> Storage:
     )
 
 
-def _merge_layers(
-    rt: Runtime, req: Any, state: RequestState, span: DueSpan, row: torch.Tensor, target: torch.Tensor
-) -> None:
-    """Writes the merged entries of all layers into `target` [m] int64 slots; adds to the merged/dropped statistics."""
-    if not rt.kv_pool.layer_num:
-        return  # the simulator's pool: slots without contents
-    where = Rows(row[: span.start], row[span.start : span.start + span.slots], target)
-    queries = span.queries
-    rows = torch.tensor(queries.rows[: queries.filled], dtype=torch.int64, device=row.device)
+def _queries(rt: Runtime, span: DueSpan) -> tuple[Callable[[int], torch.Tensor], int, torch.Tensor]:
+    """What scores the span, as compress_rows asks for it: a layer's queries, their heads, q_index."""
+    queries, arena = span.queries, rt.arena.queries
+    rows = torch.tensor(queries.rows[: queries.filled], dtype=torch.int64, device=arena.device)
     positions = list(queries.positions[: queries.filled])
-    arena = rt.arena.queries
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
     sample = QuerySample(positions, queries.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)
+    return lambda layer: sample.place(arena[layer, rows]), arena.shape[2], sample.q_index
 
-    def place(layer: int) -> torch.Tensor:
-        return sample.place(arena[layer, rows])
 
-    log = record.begin(req, state, span, rt.rank)
-    joined = torch.zeros((), dtype=torch.int64, device=row.device)
-    with on_forward_stream(rt.scheduler):
-        for result in compress_rows(
-            _storage(rt), where, place, arena.shape[2], sample.q_index, span.policy, SCRATCH_BYTES
-        ):
-            joined += (result.assign >= 0).sum()
-            if log is not None:
-                log.layer(result)
-    heads = rt.kv_pool.layer_num * rt.votes.log_votes[0].shape[1]
-    merged = joined.item() / heads - span.m
-    state.merged += merged
-    state.dropped += span.slots - span.m - merged
-    if log is not None:
-        log.write()
+class _Tally:
+    """What a compression did, over all layers: merged and dropped tokens, and what KEEPKV_RECORD asks for."""
+
+    def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
+        self._span = span
+        self._log = record.begin(req, state, span, rt.rank)
+        self._joined: list[torch.Tensor] = []  # per layer; read at the end, so that no layer waits for the one before
+        self._heads = 0
+
+    def layer(self, result: LayerResult) -> None:
+        self._joined.append((result.assign >= 0).sum())
+        self._heads += len(result.assign)
+        if self._log is not None:
+            self._log.layer(result)
+
+    def finish(self, state: RequestState) -> None:
+        span, merged = self._span, int(torch.stack(self._joined).sum()) / self._heads - self._span.m
+        state.merged += merged
+        state.dropped += span.slots - span.m - merged
+        if self._log is not None:
+            self._log.write()

@@ -11,7 +11,7 @@ from keepkv_sglang.runtime.publish import publish_compressed, publish_raw
 from keepkv_sglang.runtime.requests import row_of
 from keepkv_sglang.turn import plan, queries, spans
 from keepkv_sglang.turn.spans import DueSpan, Raw
-from keepkv_sglang.turn.state import LOST, Planned, RequestState
+from keepkv_sglang.turn.state import RequestState
 
 
 def begin_row(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
@@ -32,59 +32,48 @@ def plan_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
     plan.plan_chunk(rt.limits, state, req.prefix_len, req.extend_end, rt.requests.too_long(req))
 
 
-def compress_due(rt: Runtime, req: Any, state: RequestState, *, between_chunks: bool = False) -> bool:
-    """Compresses every span of the request that is complete. Returns True when the row became shorter.
+def compress_due(
+    rt: Runtime, req: Any, state: RequestState, *, between_chunks: bool = False, reply: bool = True
+) -> None:
+    """Compresses every span of the request that is complete: planned ones, then the reply's raw tail if `reply`.
 
     Between chunks only prompts that cannot fit the pool: the others' later chunks see their whole prompt.
 
     Callers guarantee that the row is settled: every slot up to kv_committed_len is computed or in flight, none
     allocated beyond it.
     """
-    before = req.kv.kv_committed_len
     if state.broken or (between_chunks and not rt.requests.too_long(req)):
-        return False
-    compress_plan(rt, req, state)
-    if not state.plan and spans.reply_due(state, req.kv.kv_committed_len):
-        _compress_reply(rt, req, state)
-    return bool(req.kv.kv_committed_len != before)
-
-
-def compress_plan(rt: Runtime, req: Any, state: RequestState) -> None:
-    """The planned spans whose tokens are computed."""
-    while state.plan:
-        planned = state.plan[0]
-        computed = req.kv.kv_committed_len + state.offset  # both change with every compression
-        if planned.end > computed or not _compress_planned(rt, req, state, planned):
-            break
-        state.plan.pop(0)
-
-
-def _compress_planned(rt: Runtime, req: Any, state: RequestState, planned: Planned) -> bool:
-    """One planned span. False: the pool had no room, try again next round."""
-    rt.tree.publish_anchor(req, state.anchor_len)
-    due = spans.planned_span(state, planned, req.kv.kv_committed_len)
-    if isinstance(due, DueSpan):
-        if not compress_span(rt, req, state, due):
-            return False
-        spans.commit(state, due)
-        publish_compressed(rt, req, state, due)
-    else:
-        publish_raw(rt, req, state, planned.end)  # so that the next turn can take it in
-        if due is Raw.CLOSED:
-            spans.keep_raw(state, planned.end - state.offset, planned.end, req.kv.cache_protected_len)
-    queries.release(rt.limits, planned)
-    return True
-
-
-def _compress_reply(rt: Runtime, req: Any, state: RequestState) -> None:
-    """During decode: the raw tail is one interval long."""
-    assert state.reply_queries is not None
-    if state.reply_queries.filled != LOST:
-        due = spans.reply_span(state, req.kv.kv_committed_len)
-        if due is None:
-            spans.keep_reply(state, req.kv.kv_committed_len, req.kv.cache_protected_len)
-        # Without room the tail stays raw; the next set of queries opens at once and tries again when it is full.
-        elif compress_span(rt, req, state, due):
-            spans.commit(state, due)
-            publish_compressed(rt, req, state, due)
+        return
+    kv = req.kv  # committed length and offset change with every compression
+    while state.plan and state.plan[0].end <= kv.kv_committed_len + state.offset:
+        rt.tree.publish_anchor(req, state.anchor_len)
+        span = spans.planned_span(state, state.plan[0], kv.kv_committed_len)
+        if not isinstance(span, DueSpan):
+            _keep_planned(rt, req, state, span)
+        elif compress_span(rt, req, state, span):
+            _note_compressed(rt, req, state, span)
+        else:
+            break  # no room: it is tried again in the next round
+        queries.release(rt.limits, state.plan.pop(0))
+    if not reply or state.plan or not spans.reply_due(state, kv.kv_committed_len):
+        return
+    span = spans.reply_span(state, kv.kv_committed_len)
+    if span is Raw.CLOSED:
+        spans.keep_reply(state, kv.kv_committed_len, kv.cache_protected_len)
+    elif isinstance(span, DueSpan) and compress_span(rt, req, state, span):
+        _note_compressed(rt, req, state, span)
+    # Without room or queries the tail stays raw; the next set of queries opens at once and tries again when it is full.
     queries.release_reply(rt.limits, state)
+
+
+def _note_compressed(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
+    spans.commit(state, span)
+    publish_compressed(rt, req, state, span)
+
+
+def _keep_planned(rt: Runtime, req: Any, state: RequestState, kept: Raw) -> None:
+    """The first planned span is not compressed. It is published, so that the next turn can take it in."""
+    end = state.plan[0].end
+    publish_raw(rt, req, state, end)
+    if kept is Raw.CLOSED:
+        spans.keep_raw(state, end - state.offset, end, req.kv.cache_protected_len)

@@ -115,7 +115,7 @@ def release(rt: Runtime, req: Any, state: RequestState, *, publish: bool, retrac
 def _release(rt: Runtime, req: Any, state: RequestState, publish: bool, retracted: bool) -> None:
     publish = publish and not state.broken and counts_agree(rt, req, state)
     if publish:
-        due.compress_plan(rt, req, state)  # a request that ends at prefill; the reply is not worth it any more
+        due.compress_due(rt, req, state, reply=False)  # one that ends at prefill; the reply is not worth it any more
     note_end(req, state)
     if publish:
         publish_rest(rt, req, state, retracted)

@@ -47,9 +47,9 @@ class DueSpan:
 
 
 class Raw(Enum):
-    """A planned span that is not compressed."""
+    """A span that is due and is not compressed."""
 
-    OPEN = "the tail stays open: the reply's first interval takes it in"
+    OPEN = "the raw tail stays open: what comes next takes it in"
     CLOSED = "it stays whole"
 
 
@@ -97,15 +97,17 @@ def planned_span(state: RequestState, planned: Planned, committed: int) -> DueSp
     return _due(state, start_slots, slots, start_tokens, planned.end, m, queries, followed, planned.is_prompt)
 
 
-def reply_span(state: RequestState, committed: int) -> DueSpan | None:
-    """The reply's raw tail, which is due; None where its budget keeps all of it."""
+def reply_span(state: RequestState, committed: int) -> DueSpan | Raw:
+    """What becomes of the reply's raw tail, which is due."""
     assert state.reply_queries is not None
+    if state.reply_queries.filled == LOST:
+        return Raw.OPEN
     start_slots, start_tokens = span_start(state)
     end = committed + state.offset
     m = state.slots_for(start_tokens, end)
     slots = committed - start_slots
     if m >= slots:
-        return None
+        return Raw.CLOSED
     return _due(state, start_slots, slots, start_tokens, end, m, state.reply_queries, False, False)
 
 

@@ -21,7 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang.compress.select import check_ranges, select
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.runtime import compressor, pressure
+from keepkv_sglang.runtime import due, pressure
 from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
@@ -78,7 +78,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.decoding: list[Any] = []
         self.finished: list[tuple[int, ...]] = []
         self.rids = count()
-        self.unpatched, compressor._merge_layers = compressor._merge_layers, self.merge_layers
+        self.compress_span, due.compress_span = due.compress_span, self.compressed_span
         self.is_cold = pressure.is_cold
         self.merge_unused, pressure.merge_unused = pressure.merge_unused, self.merged_unused
         extend, decode = self.world._extend, self.world._decode
@@ -92,7 +92,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.world.flush()
         finally:  # a failure must not follow the next example or test
             pressure.merge_unused, pressure.is_cold = self.merge_unused, self.is_cold
-            compressor._merge_layers = self.unpatched
+            due.compress_span = self.compress_span
             self.context.__exit__(None, None, None)
 
     # -- what slots know ----------------------------------------------------------------------------------------------
@@ -132,9 +132,13 @@ class CacheMachine(RuleBasedStateMachine):
             for first, stop in state.protection.whole:
                 assert held.issuperset(range(first, min(stop, end))), f"{req.rid} lost a protected token"
 
-    def merge_layers(self, rt: Any, req: Any, state: Any, span: Any, row: Any, target: Any) -> None:
-        self.sees_only_itself(req, row.tolist())
-        begin, source = span.end - span.tokens, row[span.start : span.start + span.slots].tolist()
+    def compressed_span(self, rt: Any, req: Any, state: Any, span: Any) -> bool:
+        before = self.row(req)
+        self.sees_only_itself(req, before)
+        if not self.compress_span(rt, req, state, span):
+            assert self.row(req) == before, "nothing has changed"
+            return False
+        begin, source = span.end - span.tokens, before[span.start : span.start + span.slots]
         policy, left = span.policy, span.left
         whole = policy.whole
         check_ranges(policy, span.slots)
@@ -143,10 +147,13 @@ class CacheMachine(RuleBasedStateMachine):
             assert kept[span.m - left :] == [*range(span.slots - left, span.slots)], "what is left raw is its own"
         places = [self.whole[source[index]] for first, stop in whole for index in range(first, stop)]
         assert set(places) == {p for a, b in state.protection.whole for p in range(max(a, begin), min(b, span.end))}
-        for slot in target.tolist():
+        target = self.row(req)[span.start : span.start + span.m]
+        assert self.row(req) == [*before[: span.start], *target, *before[span.start + span.slots :]]
+        for slot in target:
             self.knows[slot] = self.text(req, span.end)
             self.whole.pop(slot, None)
-        self.whole.update(zip(target.tolist(), places, strict=False))
+        self.whole.update(zip(target, places, strict=False))
+        return True
 
     def merged_unused(self, rt: Any, config: Any, path: Any, start: int, end: int, target: Any) -> None:
         assert 0 <= start < len(path) - len(target)

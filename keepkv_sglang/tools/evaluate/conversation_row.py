@@ -15,7 +15,7 @@ from keepkv_sglang.turn.anchor import MessageBorder
 from keepkv_sglang.turn.protection import Protection
 from keepkv_sglang.turn.queries import capture, release, release_reply
 from keepkv_sglang.turn.spans import DueSpan, Raw
-from keepkv_sglang.turn.state import LOST, RequestState
+from keepkv_sglang.turn.state import RequestState
 
 
 class EndlessArena:
@@ -97,12 +97,12 @@ class ConversationRow:
             release(self.limits, planned)
 
     def _compress_reply(self, state: RequestState) -> None:
-        assert state.reply_queries is not None and state.reply_queries.filled != LOST
         due = spans.reply_span(state, self.row.slots)
-        if due is None:
-            spans.keep_reply(state, self.row.slots, cached_slots=0)
-        else:
+        assert due is not Raw.OPEN, "no query is lost here"
+        if isinstance(due, DueSpan):
             self._compress(state, due)
+        else:
+            spans.keep_reply(state, self.row.slots, cached_slots=0)
         release_reply(self.limits, state)
 
     def _compress(self, state: RequestState, due: DueSpan) -> None:
