@@ -35,13 +35,15 @@ class ConversationRow:
     """The row of a conversation. Of each turn the prompt is prefilled in one chunk, then the reply decoded.
 
     A reply's last token is not computed before the next turn, as on a server: there it was only sampled.
-    spans: what was compressed, in order. state: of the present turn's request.
+    spans: what was compressed, in order. state: of the present turn's request. held: the row's slots behind each token
+    that was fed.
     """
 
     def __init__(self, row: Row, config: KeepKVConfig, border: MessageBorder | None) -> None:
         self.row, self.config = row, config
         self.limits = limits.Limits(EndlessArena(), border=border)
         self.spans: list[DueSpan] = []
+        self.held: list[int] = []
         self.state: RequestState | None = None
         self.slots_before_reply = 0
         self._tokens = array("q")  # the whole conversation
@@ -56,13 +58,25 @@ class ConversationRow:
             self._chain = plan.Chain(anchor, self.row.slots, self.row.tokens, self._tail or (anchor, anchor, 0))
         self._tokens.extend(ids)
         first, end = self.row.tokens, len(self._tokens)
+        state = self._begin(first, end)
+        plan.plan_chunk(self.limits, state, first, end, too_long=False)
+        self._feed(self._tokens[first : end - 1], last=1)
+        self._compress_plan(state)
+        self.slots_before_reply = self.row.slots
+
+    def whole_prompt(self, ids: Sequence[int]) -> None:
+        """In place of the first prompt(): the row has `ids` but the last, as if the cache had matched them, and they
+        stay uncompressed."""
+        assert self.state is None and self.row.tokens == self.row.slots == len(ids) - 1
+        self._tokens.extend(ids)
+        self._begin(self.row.tokens, len(ids))
+        self.slots_before_reply = self.row.slots
+
+    def _begin(self, matched: int, end: int) -> RequestState:
         protection = Protection.of(self.config.protect, self.config.fair, self._tokens, self.limits.border)
         self.state = RequestState(self.config, (), end, protection)
-        plan.begin(self.limits, self.state, limits.Row(self._tokens[:], end, first), self._chain)
-        plan.plan_chunk(self.limits, self.state, first, end, too_long=False)
-        self._feed(self._tokens[first : end - 1], last=1)
-        self._compress_plan(self.state)
-        self.slots_before_reply = self.row.slots
+        plan.begin(self.limits, self.state, limits.Row(self._tokens[:], end, matched), self._chain)
+        return self.state
 
     def reply(self, ids: Sequence[int]) -> torch.Tensor:
         """Decodes a reply that is known, compressing at every interval. Returns log-probabilities [len(ids),
@@ -80,8 +94,9 @@ class ConversationRow:
 
     def _feed(self, ids: Sequence[int], last: int | None = None) -> torch.Tensor:
         assert self.state is not None
-        first = self.row.tokens
+        first, slots = self.row.tokens, self.row.slots
         log_probs = self.row.feed(ids, last)
+        self.held += range(slots + 1, self.row.slots + 1)
         capture(self.limits, self.state, first, self.row.tokens, ([], []), 0)
         return log_probs
 

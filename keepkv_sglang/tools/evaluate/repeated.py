@@ -2,7 +2,7 @@
 
 repeated: the same text fed in 1, 2, 4, 8 pieces. Finished pieces are left alone (the server's rule, as FlowKV,
 arXiv 2505.15347, proposes for turns), or everything is compressed again with every piece; the slots at the end are the
-same. decoding: a reply behind a whole prompt, compressed every `interval` tokens by its last `window` queries.
+same. decoding: a reply behind a prompt that stays whole, compressed as the server does (conversation_row.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.evaluate import fidelity
+from keepkv_sglang.tools.evaluate.conversation_row import ConversationRow
 from keepkv_sglang.tools.evaluate.documents import Document
 from keepkv_sglang.tools.evaluate.methods import DEFAULT, SNAPKV, Method, Ours, compress_tail, slots_of
 from keepkv_sglang.tools.evaluate.probe import Row, agreement
@@ -128,21 +129,24 @@ class Decoding:
         return made
 
     def prepare(self, setup: Setup, item: Document) -> tuple[Document, Row, torch.Tensor]:
-        prompt = setup.probe.row(item.prompt)
-        return item, prompt, prompt.clone().feed(item.following)
+        """With the full cache, log-probabilities in the place of each token that follows the prompt."""
+        prompt = setup.probe.row(item.prompt[:-1])
+        return item, prompt, prompt.clone().feed([*item.prompt[-1:], *item.following[:-1]])
 
     def measure(self, setup: Setup, prepared: Any, method: Method, budget: float) -> dict[str, Any]:
         """kl, top1: along the reply; after_: over the tokens behind it. slots: of the reply, mean over its tokens."""
         assert isinstance(method, Ours)
         document, prompt, full = prepared
-        row, reply, after = prompt.clone(), document.following[:REPLY_TOKENS], document.following[REPLY_TOKENS:]
-        log_probs, slots = decode(row, reply, method.config, budget)
-        along = agreement(full[: len(reply)], log_probs, reply)
-        end = row.slots - prompt.slots
-        behind = agreement(full[len(reply) :], row.feed(after), after)
+        reply = document.following[:REPLY_TOKENS]
+        row = ConversationRow(prompt.clone(), replace(method.config, budget=budget), border=None)
+        row.whole_prompt(document.prompt)
+        fed = [*document.prompt[-1:], *document.following[:-1]]  # each token's row says what follows it
+        along = agreement(full[: len(reply)], row.reply(reply), fed[: len(reply)])
+        held = [slots - prompt.slots for slots in row.held]
+        behind = agreement(full[len(reply) :], row.row.feed(fed[len(reply) :]), fed[len(reply) :])
         return {
             "interval": method.config.interval, "window": method.config.window, "base": method.name.split(",")[0],
-            "slots": slots, "end_slots": end, "source": document.source,
+            "slots": mean(held).mean, "end_slots": held[-1], "source": document.source,
             "kl": along.kl, "top1": along.top1, "after_kl": behind.kl, "after_top1": behind.top1,
         }  # fmt: skip
 
@@ -198,22 +202,6 @@ def feed_in_pieces(row: Row, ids: Sequence[int], method: InPieces, budget: float
             start, left = (0, 0) if method.again else (wanted - left, left)
         at = end
     return row
-
-
-def decode(row: Row, ids: Sequence[int], config: KeepKVConfig, budget: float) -> tuple[torch.Tensor, float]:
-    """Feeds a reply; every `interval` tokens its raw tail becomes what the budget keeps. Tokens between two
-    compressions run as one batch: under a causal mask that is the same as one by one. Returns log-probabilities
-    [len(ids), vocabulary] and the reply's slots, mean over its tokens."""
-    config = replace(config, budget=budget)
-    origin, held, made, left = row.slots, 0.0, [], 0
-    for at in range(0, len(ids), config.interval):
-        before, part = row.slots, ids[at : at + config.interval]
-        made.append(row.feed(part))
-        held += sum(range(before - origin + 1, before - origin + len(part) + 1))
-        if len(part) == config.interval:
-            m = config.kept_slots(at, at + config.interval) + left
-            left = compress_tail(row, config, m, start=before - left, carried=left)
-    return torch.cat(made), held / len(ids)
 
 
 def _against(rows: Rows, base: Rows, prefix: str = "") -> tuple[str, str]:

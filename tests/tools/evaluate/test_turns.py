@@ -14,7 +14,7 @@ from keepkv_sglang.tools.evaluate.conversation_row import ConversationRow
 from keepkv_sglang.tools.evaluate.documents import HALVES
 from keepkv_sglang.tools.evaluate.methods import ours, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe
-from keepkv_sglang.tools.evaluate.repeated import InPieces, decode, feed_in_pieces
+from keepkv_sglang.tools.evaluate.repeated import InPieces, feed_in_pieces
 from keepkv_sglang.tools.evaluate.task import Setup
 from keepkv_sglang.tools.evaluate.turns import SYSTEM, TURNS, Turns, make_item, messages_of
 from keepkv_sglang.turn.anchor import MessageBorder
@@ -139,12 +139,12 @@ def test_pieces_end_with_the_same_slots(probe: Probe, ids: list[int], pieces_: i
 
 
 def test_a_reply_compressed_while_it_grows(probe: Probe, ids: list[int]):
-    prompt = probe.row(ids[:20])
-    full = prompt.clone().feed(ids[20:90])
-    row = prompt.clone()
-    log_probs, slots = decode(row, ids[20:90], ours("x", interval=32).config, 0.2)
-    assert torch.equal(log_probs[:32], prompt.clone().feed(ids[20:52]))  # raw until the first compression
+    prompt = probe.row(ids[:19])
+    full = prompt.clone().feed(ids[19:90])
+    row = ConversationRow(prompt.clone(), replace(ours("x", interval=32).config, budget=0.2), border=None)
+    row.whole_prompt(ids[:20])
+    log_probs = row.reply(ids[20:91])
+    assert torch.equal(log_probs[:32], prompt.clone().feed(ids[19:51]))  # raw until the first compression
     assert (log_probs[:32] - full[:32]).abs().max() < 1e-4 < (log_probs[32:] - full[32:]).abs().max()
-    assert row.slots == 20 + slots_of(0.2, 64) + 6 and row.tokens == 90
-    held = [*range(1, 33), *range(8, 40), *range(14, 20)]
-    assert slots == pytest.approx(sum(held) / 70)
+    assert row.row.slots == 19 + slots_of(0.2, 64) + 7 and row.row.tokens == 90
+    assert row.held == [*range(20, 52), *range(19 + 7 + 1, 19 + 7 + 33), *range(19 + 13 + 1, 19 + 13 + 8)]
