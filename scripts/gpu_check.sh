@@ -78,7 +78,7 @@ step() { # NAME LIMIT END COMMAND...: at most LIMIT seconds and not beyond END; 
 }
 
 tests() { # NAME LIMIT FILE: one file of tests. -o addopts: without the project's selection, which leaves GPU tests out
-    step "$1" "$2" "$CHECKS_END" "$python" -m pytest -p benchmarks.gpu_pytest -o addopts= -v -rs \
+    step "$1" "$2" "$CHECKS_END" "$python" -m pytest -p benchmarks.gpu.pytest_plugin -o addopts= -v -rs \
         --import-mode=importlib -p no:cacheprovider --junit-xml "$logs/$1.xml" "tests/kernels/$3"
 }
 
@@ -101,7 +101,7 @@ flashinfer() {
         note flashinfer skipped 0 "no nvcc"
         return
     fi
-    step flashinfer_build 290 $((CHECKS_END - 40)) "$python" -m benchmarks.gpu_modules "$logs/flashinfer_ready.txt"
+    step flashinfer_build 290 $((CHECKS_END - 40)) "$python" -m benchmarks.gpu.modules "$logs/flashinfer_ready.txt"
     rc=$?
     if ((rc >= 124)); then # ended from outside; with a module that failed, the tests of the others still count
         note flashinfer 1 0 "not run: the build was cut"
@@ -112,7 +112,7 @@ flashinfer() {
 
 small() { # first without the sanitizer: it compiles
     local sanitizer
-    step small 120 "$CHECKS_END" "$python" -m benchmarks.gpu_bench --small || {
+    step small 120 "$CHECKS_END" "$python" -m benchmarks.gpu.bench --small || {
         note sanitizer 1 0 "not run: small failed"
         return
     }
@@ -124,7 +124,7 @@ small() { # first without the sanitizer: it compiles
     # torch's allocator hands out parts of large blocks: a read behind a tensor would be inside one. Errors that torch
     # asks the driver for and handles (capabilities, peers) are no findings.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 step sanitizer 90 "$CHECKS_END" "$sanitizer" --error-exitcode 9 \
-        --report-api-errors no "$python" -m benchmarks.gpu_bench --small
+        --report-api-errors no "$python" -m benchmarks.gpu.bench --small
 }
 
 finish() { # the report of whatever has run, in at most 8 files; exits
@@ -136,7 +136,7 @@ finish() { # the report of whatever has run, in at most 8 files; exits
     while IFS=$'\t' read -r _ code _; do
         [[ $code == 0 || $code == skipped ]] || status=1
     done <"$logs/steps.txt"
-    timeout -k 5 20 "$python" -m benchmarks.gpu_report "$out" || { echo "gpu_check: no report" >&2 && status=1; }
+    timeout -k 5 20 "$python" -m benchmarks.gpu.report "$out" || { echo "gpu_check: no report" >&2 && status=1; }
     tar -czf "$out/logs.tar.gz" -C "$out" logs && rm -r "$logs"
     exit $((status | ${1:-0}))
 }
@@ -181,6 +181,6 @@ without=()
 [[ -e $logs/flashinfer_ready.txt ]] || without=(--without flashinfer)
 limit=$((BENCH_END - SECONDS))
 step bench "$limit" "$BENCH_END" \
-    "$python" -m benchmarks.gpu_bench --out "$out" --seconds $((limit - 25)) ${without[@]+"${without[@]}"} &
+    "$python" -m benchmarks.gpu.bench --out "$out" --seconds $((limit - 25)) ${without[@]+"${without[@]}"} &
 wait
 finish

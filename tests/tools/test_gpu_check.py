@@ -15,7 +15,10 @@ import types
 import pytest
 import torch
 
-from benchmarks import gpu_bench, gpu_cases, gpu_modules, gpu_report
+from benchmarks.gpu import bench as gpu_bench
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import modules as gpu_modules
+from benchmarks.gpu import report as gpu_report
 from keepkv_sglang.kernels.attention import reference
 from keepkv_sglang.tools.places import REPO
 from tests.tools.unpadded import unpadded
@@ -239,13 +242,13 @@ FAKE = f"""#!/usr/bin/env bash
 case "$*" in
     *cuda.is_available*) echo /lib/libcuda.so.1 ;;
     *sys.executable*) echo "$0" ;;
-    *gpu_report*) exec {sys.executable} "$@" ;;
+    *gpu.report*) exec {sys.executable} "$@" ;;
     *test_backend_triton*) exit 5 ;;
     *test_cuda_graph*) exit $GRAPHS ;;
-    *gpu_bench*--small*) exit $SMALL ;;
-    *gpu_modules*) echo "FlashInfer is not installed"; exit $MODULES ;;
+    *gpu.bench*--small*) exit $SMALL ;;
+    *gpu.modules*) echo "FlashInfer is not installed"; exit $MODULES ;;
     *cuda_home*) echo /fake/cuda ;;
-    *gpu_bench*) echo "$*" ;;
+    *gpu.bench*) echo "$*" ;;
     *test_merge_triton*) echo "$*"; exit $MERGE ;;
     *test_score_triton*) echo $$ >>$PIDS; exec sleep $SLEEP ;;
     *) echo "$*" ;;
@@ -334,7 +337,7 @@ def test_a_step_that_is_cut_keeps_the_reasons(hangs, tmp_path):
     if hangs:
         body = body.replace("time.sleep", "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep")
     (tmp_path / "test_slow.py").write_text(body)
-    pytest_ = f"{sys.executable} -m pytest -p benchmarks.gpu_pytest -v --junit-xml a.xml -p no:cacheprovider"
+    pytest_ = f"{sys.executable} -m pytest -p benchmarks.gpu.pytest_plugin -v --junit-xml a.xml -p no:cacheprovider"
     command = f"trap '' INT; timeout -s INT -k 2 8 {pytest_} test_slow.py >a.log 2>&1 & wait $!"
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPO)}, timeout=60

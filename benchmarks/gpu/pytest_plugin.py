@@ -1,4 +1,4 @@
-"""pytest -p benchmarks.gpu_pytest: tells why a test failed at once, and lets SIGINT end the run with summary and XML.
+"""pytest -p benchmarks.gpu.pytest_plugin: says why a test failed at once, and lets SIGINT end the run with summary and XML.
 
 For scripts/gpu_check.sh, which cuts a step that takes too long: pytest itself gives its reasons at the end only. A
 process whose kernel hangs never comes back to Python, is killed, and leaves no XML: then these lines are all there is.
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_report import REASON, first_line
+from benchmarks.gpu.report import REASON, first_line
 
 
 class Reasons:

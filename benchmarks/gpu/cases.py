@@ -1,4 +1,4 @@
-"""What gpu_bench.py runs: one batch of decode requests for three kernels, and every Triton kernel on a small case.
+"""What bench.py runs: one batch of decode requests for three kernels, and every Triton kernel on a small case.
 
 One layer of a Llama-3-8B: 32 query heads, 8 kv heads, head_dim 128, bfloat16, page size 1, slots scattered at random.
 """

@@ -1,9 +1,9 @@
 """Vote-weighted decode on a GPU: votes on against off, over budgets, contexts and batches; then compression.
 
-    python -m benchmarks.gpu_bench [--out FOLDER] [--seconds N]     measures; writes bench.json as it goes
-    python -m benchmarks.gpu_bench --small      every Triton kernel once on a small case (for compute-sanitizer)
+    python -m benchmarks.gpu.bench [--out FOLDER] [--seconds N]     measures; writes bench.json as it goes
+    python -m benchmarks.gpu.bench --small      every Triton kernel once on a small case (for compute-sanitizer)
 
-The cases are those of gpu_cases.py. A budget of 0.1 of a context of 64k is a decode over 6,554 slots: what KeepKV
+The cases are those of cases.py. A budget of 0.1 of a context of 64k is a decode over 6,554 slots: what KeepKV
 keeps. Times: CUDA events around replays of a CUDA graph of ten calls, median; where one of a row's two calls cannot be
 captured, around the calls, and the row says why. GB/s: K and V read, 4 KiB per slot, over the time; the ceiling is a
 device-to-device copy of 1 GiB, read plus written, measured in the same run. Outputs are compared: replays with calls,
@@ -27,8 +27,8 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu_cases import DIM, DTYPE, HEADS, HEADS_KV, KERNELS, SLOT_BYTES, Batch, missing, small
-from benchmarks.gpu_report import write
+from benchmarks.gpu.cases import DIM, DTYPE, HEADS, HEADS_KV, KERNELS, SLOT_BYTES, Batch, missing, small
+from benchmarks.gpu.report import write
 
 CONTEXTS, BATCHES, BUDGETS = (2048, 8192, 32768, 65536), (1, 8, 64), (0.1, 0.2, 1.0)
 POOL_BYTES = 20 << 30  # a case with more K and V is left out, and the table says so

@@ -1,9 +1,9 @@
 """report.md and report.json from what the steps of scripts/gpu_check.sh left, cut or whole.
 
-    python -m benchmarks.gpu_report FOLDER
+    python -m benchmarks.gpu.report FOLDER
 
 FOLDER/logs holds steps.txt, a line "name<TAB>exit status<TAB>seconds<TAB>remark" per step, and per step NAME.log and
-for pytest NAME.xml; FOLDER/bench.json is gpu_bench.py's. Any of them may be missing or cut: a step that ran out of time
+for pytest NAME.xml; FOLDER/bench.json is bench.py's. Any of them may be missing or cut: a step that ran out of time
 was killed. Needs tabulate; no torch, no GPU.
 """
 
@@ -28,7 +28,7 @@ KILLED = {"124", "137"}  # what timeout exits with
 FINE = {"0", "skipped"}
 # A line of pytest -v; the outcome is missing while a test runs. Names may hold spaces: "[(3, 3)-80]".
 TEST_LINE = re.compile(r"^(?P<name>\S+\.py::.*?)(?: (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b.*)?$")
-REASON = "REASON"  # gpu_pytest.py: a line "REASON<TAB>test<TAB>first line" as soon as a test has failed
+REASON = "REASON"  # pytest_plugin.py: a line "REASON<TAB>test<TAB>first line" as soon as a test has failed
 TAIL_LINES = 8
 
 

@@ -1,6 +1,6 @@
-"""Builds every FlashInfer module that tests/kernels/test_flashinfer_gpu.py and gpu_bench.py use, all at once.
+"""Builds every FlashInfer module that tests/kernels/test_flashinfer_gpu.py and bench.py use, all at once.
 
-    python -m benchmarks.gpu_modules [READY]        exit status 77 when FlashInfer is not installed, 1 when one failed
+    python -m benchmarks.gpu.modules [READY]        exit status 77 when FlashInfer is not installed, 1 when one failed
 
 READY: a file written once the modules that the benchmark uses are there, whatever becomes of the others. FlashInfer
 compiles a module when it is first used, for some minutes of cores: inside a test's time limit, or inside a measurement.
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_cases import DIM, DTYPE, missing
+from benchmarks.gpu.cases import DIM, DTYPE, missing
 from keepkv_sglang.kernels.attention.flashinfer_variants import DTYPES, decode_args, prefill_args
 
 SKIPPED = 77  # what automake's tests exit with
