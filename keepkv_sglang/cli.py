@@ -47,16 +47,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _model_arguments(parser: argparse.ArgumentParser) -> None:
     where = "folder of converted models (default: models/ in $KEEPKV_CACHE or ~/.cache/keepkv)"
+    parser.add_argument("name", nargs="?", help="a name of --list (default: the first), a folder or a GGUF file")
+    parser.add_argument("--list", action="store_true", help="show the models: size, licence, time to make")
     parser.add_argument("--cache-dir", type=Path, help=where)
     parser.add_argument("--force", action="store_true", help="convert again even when the folder is good")
 
 
 def _model(args: argparse.Namespace) -> int:
-    from keepkv_sglang.tools import model
+    from keepkv_sglang.tools.models import cache
 
+    if args.list:
+        print(cache.listing(args.cache_dir))
+        return 0
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars make unreadable logs; our own lines stay
-    print(model.prepare(args.cache_dir, args.force))
+    print(cache.prepare(args.name, args.cache_dir, args.force))
     return 0
 
 
@@ -122,7 +127,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 COMMANDS = [
-    Command("model", "Make the demo model; the last line printed is its folder.", _model, _model_arguments),
+    Command("model", "Make a model ready; the last line printed is its folder.", _model, _model_arguments),
     Command("check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check),
     Command("demo", "An agent on a real server, KeepKV beside full cache.", _demo, _demo_arguments),
     Command(

@@ -1,4 +1,4 @@
-"""pytest -p benchmarks.gpu.pytest_plugin: says why a test failed at once, and lets SIGINT end the run with summary and XML.
+"""pytest -p benchmarks.gpu.pytest_plugin: why a test failed at once; SIGINT ends the run with summary and XML.
 
 For scripts/gpu_check.sh, which cuts a step that takes too long: pytest itself gives its reasons at the end only. A
 process whose kernel hangs never comes back to Python, is killed, and leaves no XML: then these lines are all there is.

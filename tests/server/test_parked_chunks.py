@@ -6,43 +6,69 @@ prompt that is longer than the pool are parked while small requests come in.
 
 from __future__ import annotations
 
+import json
+import queue
 import random
 import threading
 import time
 
+import httpx
 import pytest
 
 from tests.support.client import body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
 FLAGS = (
-    *("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-references", "32", "--max-total-tokens", "1200"),
-    *("--chunked-prefill-size", "128", "--enable-mixed-chunk", "--schedule-conservativeness", "0.02"),
+    *("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-references", "32", "--keepkv-interval", "16"),
+    *("--max-total-tokens", "1200", "--chunked-prefill-size", "128", "--enable-mixed-chunk"),
+    *("--schedule-conservativeness", "0.02", "--max-running-requests", "64"),
 )
 OFF = {"enabled": False}
 
 
-def together(server, calls, pause_s):
-    """Starts the calls (ids, new, keepkv) one after the other, each in its own thread; their answers in order."""
-    answers = [None] * len(calls)
+class Calls:
+    """Requests (ids, new, keepkv), each in a thread of its own; `answers` are in the order of start()."""
 
-    def run(index, ids, new, keepkv):
-        status, data = server.post_json("/generate", body(ids, new, keepkv) | {"return_logprob": False})
-        answers[index] = (status, data)
+    def __init__(self, server):
+        self.server, self.made, self.answers, self.threads = server, [], [], []
+        self.progress = queue.Queue()  # of the call that is watched: its tokens so far
 
-    threads = [threading.Thread(target=run, args=(index, *call)) for index, call in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-        time.sleep(pause_s)
-    for thread in threads:
-        thread.join()
-    return answers
+    def start(self, ids, new, keepkv, *, watched=False):
+        index = len(self.made)
+        self.made.append((ids, new, keepkv))
+        self.answers.append(None)
+        self.threads.append(threading.Thread(target=self._watch if watched else self._run, args=(index,)))
+        self.threads[-1].start()
+
+    def _body(self, index):
+        return body(*self.made[index]) | {"return_logprob": False}
+
+    def _run(self, index):
+        self.answers[index] = self.server.post_json("/generate", self._body(index))
+
+    def _watch(self, index):
+        request, url = self._body(index) | {"stream": True}, f"{self.server.base_url}/generate"
+        with httpx.stream("POST", url, json=request, timeout=600) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    self.answers[index] = answer.status_code, json.loads(line.removeprefix("data: "))
+                    self.progress.put(len(self.answers[index][1]["output_ids"]))
+
+    def wait_for(self, tokens_):
+        """Until the watched call has made so many tokens."""
+        while self.progress.get(timeout=120) < tokens_:
+            pass
+
+    def join(self):
+        for thread in self.threads:
+            thread.join()
 
 
-def check(server, calls, answers, looked_at):
+def check(calls, looked_at):
     """Length and logical tokens of every answer; of `looked_at` also what a next turn hits, and of those that are never
     compressed that a quiet server answers the same."""
-    for index, ((ids, new, keepkv), (status, data)) in enumerate(zip(calls, answers, strict=True)):
+    server = calls.server
+    for index, ((ids, new, keepkv), (status, data)) in enumerate(zip(calls.made, calls.answers, strict=True)):
         assert status == 200, data
         info, out = data["meta_info"]["keepkv"], data["output_ids"]
         assert len(out) == new, (len(ids), keepkv, data["meta_info"])
@@ -60,20 +86,26 @@ def check(server, calls, answers, looked_at):
 
 
 def chaos(server, seed):
-    """Fourteen that decode, of different lengths, one prompt of two pools, and small ones that come in meanwhile.
+    """Twelve that decode, then a prompt of three pools, and small ones that come in while it is computed.
 
-    SGLang admits nobody after a round that could not take everybody, until one leaves: with lengths that differ the
-    long prompt comes in while others still grow.
+    The twelve come one by one: of those that come together SGLang counts all that they may generate. When the long
+    prompt arrives there is room for it, by an admission that counts 2 % of what the others may still take; they go on
+    growing, and one of its later chunks finds no slots.
     """
-    rng = random.Random(seed)
-    calls = [(tokens(20, seed + index), rng.randrange(30, 220), OFF) for index in range(14)]
-    calls.insert(rng.randrange(4, 14), (tokens(2500, seed + 20), 8, {"budget": 0.1}))
-    long = next(index for index, (ids, _, _) in enumerate(calls) if len(ids) > 20)
-    calls += [(tokens(12, seed + 30 + index), 2, OFF) for index in range(rng.randrange(20, 40))]
+    rng, calls = random.Random(seed), Calls(server)
     before = numbers(server)["counters"]["parked"]
-    answers = together(server, calls, rng.choice((0.05, 0.1, 0.2)))
-    others = [index for index in range(15) if index != long]
-    check(server, calls, answers, {long, *rng.sample(others, 2), *rng.sample(range(15, len(calls)), 4)})
+    calls.start(tokens(20, seed), 180, OFF, watched=True)
+    for index in range(1, 12):
+        calls.wait_for(2 * index)
+        calls.start(tokens(20, seed + index), rng.randrange(110, 160), OFF)
+    calls.wait_for(rng.randrange(38, 46))
+    calls.start(tokens(3500, seed + 20), 8, {"budget": 0.05})
+    for index in range(rng.randrange(20, 40)):
+        calls.start(tokens(12, seed + 30 + index), 2, OFF)
+        time.sleep(rng.choice((0.02, 0.05, 0.1)))
+    calls.join()
+    small = range(13, len(calls.made))
+    check(calls, {12, *rng.sample(range(12), 2), *rng.sample(small, 4)})
     flush(server)
     return numbers(server)["counters"]["parked"] - before
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keepkv_sglang.settings.values import budget_from_text
-from keepkv_sglang.tools import model
 from keepkv_sglang.tools.agent_load import AgentLoad
+from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.origin import origin
 from keepkv_sglang.tools.simulate.command import pool_size
 
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workload", choices=WORKLOADS, default="synthetic", help="synthetic: agents that feed replies back; traces: "
         "a trace at its arrival times; decode: many requests at once; short: prompts that are never compressed; "
         "serving: decode with SGLang's own bench_serving as client (default: synthetic)")  # fmt: skip
-    add("--model", help="folder or name (default: the demo model)")
+    add("--model", help="as `keepkv model` takes it, or a model hub's name (default: the demo model)")
     add("--pool", type=pool_size, action="append", metavar="N", help="KV slots: 3000, 40k; repeat. Default: 3000, "
         "decode and traces 8000, short 40000")  # fmt: skip
     add("--budget", default="0.1", help="of the server `keepkv` (default: 0.1)")
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     workload = workload_of(args)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a folder")
-    path = args.model or str(model.prepare(None, False))
+    path = models.resolve(args.model)
     check_context(path, workload)
     setup = servers.Setup(
         path, args.budget, tuple(shlex.split(args.server_flags)), tuple(shlex.split(args.keepkv_flags))

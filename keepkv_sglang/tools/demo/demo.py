@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
-from keepkv_sglang.tools import model
 from keepkv_sglang.tools.demo.conversation import SYSTEM, TURNS
+from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.server_process import ServerError, ServerProcess
 
 POOL_SLOTS = 8000
@@ -44,7 +44,9 @@ class Run:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `keepkv demo`."""
-    parser.add_argument("--model-path", help="another model (default: the demo model, made when missing)")
+    parser.add_argument(
+        "--model", help="as `keepkv model` takes it, or a model hub's name (default: made when missing)"
+    )
     parser.add_argument("--budget", default=0.2, help="KeepKV budget (default: 0.2)")
     parser.add_argument("--turns", type=int, default=len(TURNS), help=f"1 to {len(TURNS)} (default: all)")
     parser.add_argument("--max-tokens", type=int, default=48, help="tokens of each reply (default: 48)")
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # like Ctrl-C: the server is stopped on the way out
         signal.signal(number, _interrupt)
     start = time.monotonic()
-    model_path = args.model_path or _demo_model()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # as `keepkv model` does: progress bars make unreadable logs
+    model_path = models.resolve(args.model)
     flags = ["--model-path", str(model_path), "--max-total-tokens", str(POOL_SLOTS), "--enable-cache-report"]
     flags += ["--enable-keepkv", "--keepkv-budget", str(budget)]
     _say("starting the server: sglang.launch_server " + " ".join(flags))
@@ -72,12 +75,6 @@ def run(args: argparse.Namespace) -> int:
         return 1
     _say(f"done, {time.monotonic() - start:.0f} s in all")
     return 0
-
-
-def _demo_model() -> str:
-
-    os.environ.setdefault("TQDM_DISABLE", "1")  # as `keepkv model` does: progress bars make unreadable logs
-    return str(model.prepare())
 
 
 def _converse(base_url: str, budget: float | int, turns: int, max_tokens: int) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
-from keepkv_sglang.tools import model
 from keepkv_sglang.tools.evaluate.documents import HALVES
+from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.origin import origin
 from keepkv_sglang.tools.places import data_folder
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=int, default=0, help="items per task; default: the task's own number")
     parser.add_argument("--tokens", type=int, default=1536, help="context length")
     parser.add_argument("--peers", action="store_true", help="kvpress beside ours (make kvpress installs it)")
-    parser.add_argument("--model", help="a Hugging Face folder or name; default: the demo model")
+    parser.add_argument("--model", help="as `keepkv model` takes it, or a model hub's name; default: the demo model")
     parser.add_argument("--data", type=Path, help="folder of texts; default: $KEEPKV_DATA or ../shared/data")
     parser.add_argument("--out", type=Path, default=Path("eval"), help="folder of results; a run goes on where it was")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if not all(0 < budget <= 1 for budget in budgets):
         raise ValueError("--budget takes fractions in (0, 1]")
     names = args.task or [name for name in TASKS if args.peers or name != "parity"]
-    path = args.model or str(model.prepare(None, False))
+    path = models.resolve(args.model)
     # The fingerprint: results of other defaults must not pass for those of these.
     defaults = KeepKVConfig(enabled=True).fingerprint()
     description = {"model": Path(path).name, "tokens": args.tokens, "half": args.half, "defaults": defaults}

@@ -26,7 +26,8 @@ from keepkv_sglang.tools.report import plots, tables
 from keepkv_sglang.tools.report.statistics import geometric_mean, mean, paired_ratio
 
 PIECES = (1, 2, 4, 8)
-PROMPT_TOKENS, REPLY_TOKENS, AFTER_TOKENS = 512, 256, 64
+PROMPT_TOKENS, FIRST_TOKENS, LAST_TOKENS = 512, 256, 64
+REPLY_TOKENS = FIRST_TOKENS + LAST_TOKENS
 INTERVALS = (16, 32, 64, 128)
 WINDOWS = (16, 32, 64)
 BASE_INTERVAL, BASE_WINDOW = KeepKVConfig().interval, KeepKVConfig().window
@@ -103,16 +104,16 @@ class Repeated:
 
 
 class Decoding:
-    """A reply compressed while it grows: KL and top-1 along it and behind it, for intervals and windows."""
+    """A reply compressed while it grows: KL and top-1 of its beginning and its end, for intervals and windows."""
 
     name = "decoding"
 
     def items(self, setup: Setup) -> Sequence[Document]:
-        prompt = min(PROMPT_TOKENS, setup.tokens - REPLY_TOKENS - AFTER_TOKENS)
+        prompt = min(PROMPT_TOKENS, setup.tokens - REPLY_TOKENS)
         if prompt < 1:
-            raise ValueError(f"use a --tokens of more than {REPLY_TOKENS + AFTER_TOKENS} for task {self.name}")
+            raise ValueError(f"use a --tokens of more than {REPLY_TOKENS} for task {self.name}")
         # The end of fidelity's documents, where bfcl has its talk.
-        tokens = prompt + REPLY_TOKENS + AFTER_TOKENS
+        tokens = prompt + REPLY_TOKENS
         return [
             Document(d.number, d.source, d.half, text[:prompt], text[prompt:])
             for d in fidelity.half_of(setup)
@@ -134,20 +135,19 @@ class Decoding:
         return item, prompt, prompt.clone().feed([*item.prompt[-1:], *item.following[:-1]])
 
     def measure(self, setup: Setup, prepared: Any, method: Method, budget: float) -> dict[str, Any]:
-        """kl, top1: along the reply; after_: over the tokens behind it. slots: of the reply, mean over its tokens."""
+        """kl, top1: over the reply's first tokens; last_: over its last. slots: of the reply, mean over its tokens."""
         assert isinstance(method, Ours)
         document, prompt, full = prepared
-        reply = document.following[:REPLY_TOKENS]
         row = ConversationRow(prompt.clone(), replace(method.config, budget=budget), border=None)
         row.whole_prompt(document.prompt)
+        got = row.reply(document.following)
         fed = [*document.prompt[-1:], *document.following[:-1]]  # each token's row says what follows it
-        along = agreement(full[: len(reply)], row.reply(reply), fed[: len(reply)])
+        first, last = (agreement(full[at], got[at], fed[at]) for at in (slice(FIRST_TOKENS), slice(FIRST_TOKENS, None)))
         held = [slots - prompt.slots for slots in row.held]
-        behind = agreement(full[len(reply) :], row.row.feed(fed[len(reply) :]), fed[len(reply) :])
         return {
             "interval": method.config.interval, "window": method.config.window, "base": method.name.split(",")[0],
             "slots": mean(held).mean, "end_slots": held[-1], "source": document.source,
-            "kl": along.kl, "top1": along.top1, "after_kl": behind.kl, "after_top1": behind.top1,
+            "kl": first.kl, "top1": first.top1, "last_kl": last.kl, "last_top1": last.top1,
         }  # fmt: skip
 
     def report(self, rows: Rows) -> str:
@@ -157,15 +157,15 @@ class Decoding:
         )
         columns = (
             "method", "budget", "interval", "window", "documents", "reply slots, mean",
-            "KL along gm [95 %]", "ratio [95 %]", "top-1 %", "points",
-            "KL behind gm [95 %]", "ratio [95 %]", "top-1 %", "points",
+            f"KL first {FIRST_TOKENS} gm [95 %]", "ratio [95 %]", "top-1 %", "points",
+            f"KL last {LAST_TOKENS} gm [95 %]", "ratio [95 %]", "top-1 %", "points",
         )  # fmt: skip
         lines: list[Sequence[object]] = []
         for (base, budget), chosen in sorted(grouped(rows, "base", "budget").items()):
             default = [r for r in chosen if (r["interval"], r["window"]) == (BASE_INTERVAL, BASE_WINDOW)]
             for (interval, window), mine in sorted(grouped(chosen, "interval", "window").items()):
                 cells = []
-                for prefix in ("", "after_"):
+                for prefix in ("", "last_"):
                     ratio, gained = _against(mine, default, prefix)
                     kl = geometric_mean([r[f"{prefix}kl"] for r in mine]).text(3)
                     cells += [kl, ratio, f"{100 * mean([r[f'{prefix}top1'] for r in mine]).mean:.1f}", gained]
@@ -174,7 +174,7 @@ class Decoding:
         return f"{head}\n\n{tables.markdown(columns, lines)}"
 
     def plot(self, rows: Rows, folder: Path) -> list[Path]:
-        """Error behind the reply against the slots that the reply holds on average, one line per budget."""
+        """Error along the reply against the slots that the reply holds on average, one line per budget."""
         curves: dict[str, dict[float, float]] = {}
         for (base, budget, interval), chosen in sorted(grouped(rows, "base", "budget", "interval").items()):
             mine = [row for row in chosen if row["window"] == BASE_WINDOW]
