@@ -25,6 +25,89 @@ def test_border_of_the_demo_model(model_path):
     assert tokenizer.decode(ids[:end]) == "<|im_start|>system\nBe brief.<|im_end|>"
 
 
+# Written for this test after the published formats: what stands between messages, and where a system message goes.
+TEMPLATES = {
+    "llama 3": (
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+        "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+        "{% endif %}",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>",
+    ),
+    "mistral": (
+        ["<s>", "</s>", "[INST]", "[/INST]"],
+        "<s>{% set ns = namespace(first='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.first = m.content + '\n\n' %}{% elif m.role == 'user' %}[INST] {{ ns.first + m.content }}[/INST]"
+        "{% set ns.first = '' %}{% else %} {{ m.content }}</s>{% endif %}{% endfor %}",
+        "<s>[INST] Be brief.\n\nHello[/INST]",
+    ),
+    "gemma": (
+        ["<bos>", "<start_of_turn>", "<end_of_turn>"],
+        "<bos>{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        "<bos><start_of_turn>user\nHello<end_of_turn>",
+    ),
+    "phi": (
+        ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|system|>\nBe brief.<|end|>",
+    ),
+    "deepseek": (
+        ["<|begin|>", "<|end|>", "<|User|>", "<|Assistant|>"],
+        "<|begin|>{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+        "<|User|>{{ m.content }}{% else %}<|Assistant|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|>{% endif %}",
+        "<|begin|>Be brief.<|User|>",
+    ),
+    "chatml": (
+        ["<|im_start|>", "<|im_end|>"],
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_start|>system\nBe brief.<|im_end|>",
+    ),
+}
+
+
+def byte_tokenizer(special: list[str], template: str):
+    """One token per byte, and the special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special)
+    made.chat_template = template
+    return made
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_first_message_of_common_templates(name):
+    special, template, first = TEMPLATES[name]
+    tokenizer = byte_tokenizer(special, template)
+    border = message_border(tokenizer)
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "More"},
+    ]
+
+    def tokens(messages):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    chat = chat[1:] if name == "gemma" else chat
+    ids = tokens(chat)
+    assert tokenizer.decode(ids[: first_message_end(ids, border)]) == first
+    # A single message is what should be compressed: at most what opens it stays.
+    alone = tokens([{"role": "user", "content": "Hello, and a long text"}])
+    assert "Hello" not in tokenizer.decode(alone[: first_message_end(alone, border)])
+
+
 def test_no_template_no_border():
     class Bare:
         chat_template = None

@@ -35,27 +35,46 @@ def documents(
     """`count` documents of prompt + following tokens, one source after the other; every other round of the sources
     is held out. ValueError when a source has not that many texts of that length."""
     made: list[Document] = []
-    texts = {name: source(folder) for name, source in SOURCES.items()}
+    sources = {name: _Source(name, list(source(folder)), tokenize) for name, source in SOURCES.items()}
     for number in range(count):
         name = list(SOURCES)[number % len(SOURCES)]
-        head, tail = _cut(tokenize, name, texts[name], prompt, following)
+        head, tail = sources[name].cut(prompt, following)
         made.append(Document(number, name, HALVES[number // len(SOURCES) % 2], head, tail))
     return made
 
 
-def _cut(
-    tokenize: Callable[[str], list[int]], name: str, texts: Iterator[Pair], prompt: int, following: int
-) -> tuple[list[int], list[int]]:
-    """The first text that is long enough. With a second part, the first keeps its last `prompt` tokens."""
-    for first, second in texts:
-        head = tokenize(first)
-        if not second:
-            head, tail = head[:prompt], head[prompt : prompt + following]
-        else:
-            head, tail = head[-prompt:], tokenize(second)[:following]
-        if len(head) == prompt and len(tail) == following:
-            return head, tail
-    raise ValueError(f"source {name} has not enough text for that many documents of that length: use fewer or shorter")
+class _Source:
+    """One source's texts, each used once."""
+
+    def __init__(self, name: str, texts: list[Pair], tokenize: Callable[[str], list[int]]) -> None:
+        self.name, self.texts, self.tokenize = name, texts, tokenize
+        self.rest: list[int] | None = None  # tokens of all that was left, once no single text was long enough
+
+    def cut(self, prompt: int, following: int) -> tuple[list[int], list[int]]:
+        """The first text that is long enough. With a second part, the first keeps its last `prompt` tokens.
+
+        The sources' texts are cut to characters. For a tokenizer with longer tokens some are too short: then what is
+        left of the source is one text. ValueError when that is too short as well.
+        """
+        if self.rest is None:
+            for index, (first, second) in enumerate(self.texts):
+                head = self.tokenize(first)
+                if not second:
+                    head, tail = head[:prompt], head[prompt : prompt + following]
+                else:
+                    head, tail = head[-prompt:], self.tokenize(second)[:following]
+                if len(head) == prompt and len(tail) == following:
+                    del self.texts[index]
+                    return head, tail
+            self.rest = self.tokenize("".join(first for first, second in self.texts if not second))
+        head, tail, self.rest = (
+            self.rest[:prompt], self.rest[prompt : prompt + following], self.rest[prompt + following :]
+        )  # fmt: skip
+        if len(tail) < following:
+            raise ValueError(
+                f"source {self.name} has not enough text for that many documents of that length: use fewer or shorter"
+            )
+        return head, tail
 
 
 def lines(path: Path) -> list[Any]:
@@ -102,7 +121,7 @@ def _joined(texts: Sequence[str], seed: int) -> Iterator[Pair]:
     """Shuffled texts one after the other, 8,000 characters a document, no text twice."""
     shuffled = random.Random(seed).sample(list(texts), len(texts))
     joined = "\n\n".join(shuffled)
-    for start in range(0, len(joined) - 8_000, 8_000):
+    for start in range(0, len(joined), 8_000):
         yield joined[start : start + 8_000], ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,3 +67,26 @@ def test_items_counts_documents_of_the_half(probe: Probe, data: Path):
         assert len(everything) == DOCUMENTS // 2 and some == everything[:3]
         assert {document.half for document in everything} == {half}
         assert [d.number for d in Decoding().items(replace(setup, items=3, tokens=400))] == [d.number for d in some]
+
+
+def test_for_longer_tokens_what_is_left_of_a_source_is_one_text(data: Path):
+    """Qwen's tokens are longer than those that the texts were cut for: none of mt_bench's is long enough alone."""
+    short, long = (lambda text, n=n: [hash(x) for x in re.findall(rf"\d|\D{{1,{n}}}", text)] for n in (4, 5))
+    made = documents(long, data, 40, 1690, 60)
+    assert [d.source for d in made[:10]] == list(SOURCES)
+    assert len({tuple(d.prompt + d.following) for d in made}) == 40
+    assert all((len(d.prompt), len(d.following)) == (1690, 60) for d in made)
+    texts = [first for first, _ in SOURCES["mt_bench"](data)]
+    assert [len(long(text)) >= 1750 for text in texts] == [False, True, False, False, False]
+    rest = long("".join([texts[0], *texts[2:]]))
+    wanted = [long(texts[1])[:1750], *(rest[at : at + 1750] for at in (0, 1750, 3500))]
+    assert [d.prompt + d.following for d in made if d.source == "mt_bench"] == wanted
+    assert documents(short, data, 5, 1690, 60)[4].prompt == short(texts[0])[:1690]
+
+
+def test_the_demo_models_documents_are_those_of_the_published_tables(data: Path, probe: Probe):
+    made = documents(probe.ids, data, 40, 1536, 128)
+    # Python's own manual and library differ from release to release.
+    texts = [(d.source, d.half, d.prompt, d.following) for d in made if d.source not in ("manual", "library")]
+    digest = hashlib.sha256(repr(texts).encode()).hexdigest()
+    assert digest == "9d45e67f51ce782db5922ff5722140dd69cf7293116a95f4f7bfebbf5d2e73e3"
