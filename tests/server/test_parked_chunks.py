@@ -126,4 +126,4 @@ def chaos(server, seed):
 @pytest.mark.parametrize("flags", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no_overlap"])
 def test_chaos(launch, flags):
     server = launch(*FLAGS, *flags)
-    assert sum(chaos(server, 10_000 * seed) for seed in range(1, 11)) > 0, "no chunk was parked"
+    assert sum(chaos(server, 10_000 * seed) for seed in (1, 2)) > 0, "no chunk was parked"
