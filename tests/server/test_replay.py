@@ -20,13 +20,12 @@ from keepkv_sglang.settings.config import MERGE_RULES, KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools.evaluate.methods import compress_with, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe
-from tests.support.client import Answer, flush, generate, numbers
-from tests.support.replay import Replay, events_of
+from tests.support.client import flush, generate, numbers
+from tests.support.replay import Replay, events_of, worst
+from tests.support.replayed import BOUND, BOUND_FITTED, FLAGS, STRICT_RULE, compressed, next_turn
 
 pytestmark = pytest.mark.server
-BOUND = 1e-4
-BOUND_FITTED = 3e-3
-FLAGS = ("--enable-keepkv", "--keepkv-budget", "0.2", "--keepkv-interval", "32", "--max-total-tokens", "6000")
+
 MODES = {
     "overlap": (),
     "no_overlap_chunked_mixed": (
@@ -54,11 +53,6 @@ def prefilled(oracle, prompt) -> tuple[Replay, torch.Tensor]:
     return row, row.feed(prompt)[-1]
 
 
-def worst(answer: Answer, first: torch.Tensor, rest: list[float]) -> float:
-    expected = [first[answer.ids[0]].item(), *rest]
-    return max(abs(a - b) for a, b in zip(answer.logprobs, expected, strict=True))
-
-
 with_overlap = pytest.mark.parametrize("server", ["overlap"], indirect=True, scope="module")
 
 
@@ -77,32 +71,7 @@ def test_default_and_the_next_turn(server, record, prompt, prefilled, text_token
 
 @with_overlap
 def test_strict_rule_and_the_next_turn(server, record, prompt, prefilled, text_tokens):
-    next_turn(server, record, prompt, prefilled, text_tokens, {"merge": "least_squares", "references": 0}, BOUND)
-
-
-def next_turn(server, record, prompt, prefilled, text_tokens, params: dict, bound: float) -> None:
-    answer, row = compressed(server, record, prompt, prefilled, params, bound)
-    # The next turn extends the matched entries; the raw tail of the reply is compressed with its prompt.
-    turn2 = prompt + answer.ids + text_tokens[500:620]
-    second = generate(server, turn2, 65, params)
-    assert second.keepkv["cached_compressed_tokens"] == second.cached >= 364
-    row.truncate(second.cached)
-    first2 = row.feed(turn2[second.cached :])[-1]
-    assert worst(second, first2, row.follow(second.ids, events_of(record, second.rid))) <= bound
-    numbers(server)
-
-
-def compressed(server, record, prompt, prefilled, params: dict, bound: float) -> tuple[Answer, Replay]:
-    """A prompt and a reply that are compressed three times: checked against the replay, which is returned."""
-    flush(server)  # another test may have left this prompt, compressed by the same rule
-    answer = generate(server, prompt, 65, params)
-    events = events_of(record, answer.rid)
-    assert [event["end"] for event in events] == [299, 331, 363]
-    assert [event["references"] for event in events] == [params["references"], 0, 0]
-    assert answer.keepkv["compressions"] == 3
-    row, first = prefilled[0].clone(), prefilled[1]
-    assert worst(answer, first, row.follow(answer.ids, events)) <= bound
-    return answer, row
+    next_turn(server, record, prompt, prefilled, text_tokens, STRICT_RULE, BOUND)
 
 
 @with_overlap
@@ -130,7 +99,6 @@ def test_selection_agrees_with_float64_up_to_ties(server, record, prompt, prefil
     assert different <= 0.02 * 10 * 3 * event["m"], "ties are rare; this many differences are a different formula"
 
 
-STRICT_RULE = {"merge": "least_squares", "references": 0}  # fits nothing across slots: the strict bound holds
 PROTECT = "40-60,290-310"  # the prompt is 300 tokens long, so 299 and on are the reply's span
 PROTECTED = [*range(40, 60), *range(290, 310)]
 

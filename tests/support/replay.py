@@ -54,7 +54,7 @@ class Replay:
         ALL_ATTENTION_FUNCTIONS.register(_NAME, _attention)
         model.set_attn_implementation(_NAME)
         config = model.config
-        dim = config.hidden_size // config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv = torch.zeros(0, config.num_key_value_heads, dim, dtype=torch.float64)
         q = torch.zeros(0, config.num_attention_heads, dim, dtype=torch.float64)
         lv = torch.zeros(0, config.num_key_value_heads, dtype=torch.float64)
@@ -103,10 +103,13 @@ class Replay:
         )
 
     def _rotate(self, q: torch.Tensor, positions: Any, sign: int) -> torch.Tensor:
-        """RoPE of the Hugging Face model on q [w, Hq, D], or (-1) its inverse."""
-        cos, sin = self.model.model.rotary_emb(q, torch.as_tensor(positions)[None])
+        """RoPE of the Hugging Face model on q [w, Hq, D], or (-1) its inverse; without its factor (YaRN), which queries
+        have already."""
+        rotary = self.model.model.rotary_emb
+        cos, sin = (part[0][:, None] / rotary.attention_scaling for part in rotary(q, torch.as_tensor(positions)[None]))
+        q, rest = q[..., : cos.shape[-1]], q[..., cos.shape[-1] :]
         a, b = q.chunk(2, dim=-1)
-        return q * cos[0][:, None] + sign * torch.cat((-b, a), dim=-1) * sin[0][:, None]
+        return torch.cat((q * cos + sign * torch.cat((-b, a), dim=-1) * sin, rest), dim=-1)
 
     def compress(self, event: dict) -> None:
         """Applies one recorded compression through the reference merge."""
