@@ -16,7 +16,7 @@ from tests.support.client import tokens
 from tests.support.replay import Replay
 from tests.support.replayed import BOUND, BOUND_FITTED, FLAGS, STRICT_RULE, next_turn
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.soak]  # a server start each
 VOCABULARY = 1024
 SHAPE = {
     "vocab_size": VOCABULARY, "num_hidden_layers": 3, "intermediate_size": 256, "max_position_embeddings": 4096,
