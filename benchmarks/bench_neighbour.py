@@ -14,6 +14,7 @@ import json
 import random
 import threading
 import time
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -63,7 +64,7 @@ def gaps(url: str, tokens: int, other: dict[str, Any] | None, seed: int) -> list
                 beside.start()
     if beside is not None:
         beside.join()
-    return [b - a for a, b in zip(stamps[19:], stamps[20:], strict=False)]
+    return [b - a for a, b in pairwise(stamps[19:])]
 
 
 def main() -> None:
