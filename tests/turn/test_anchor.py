@@ -7,6 +7,7 @@ from array import array
 import pytest
 
 from keepkv_sglang.turn.anchor import MessageBorder, first_message_end, message_border
+from tests.support.tokenizer import byte_tokenizer
 
 BORDER = MessageBorder(token=2, trailing=4)
 
@@ -68,20 +69,6 @@ TEMPLATES = {
         "<|im_start|>system\nBe brief.<|im_end|>",
     ),
 }
-
-
-def byte_tokenizer(special: list[str], template: str):
-    """One token per byte, and the special ones."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, additional_special_tokens=special)
-    made.chat_template = template
-    return made
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

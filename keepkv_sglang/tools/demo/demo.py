@@ -15,19 +15,17 @@ import argparse
 import os
 import signal
 import sys
-import textwrap
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.demo.conversation import SYSTEM, TURNS
+from keepkv_sglang.tools.demo.side_by_side import GAP, WIDTH, columns, common_words, parting
 from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.server_process import ServerError, ServerProcess
 
 POOL_SLOTS = 8000
-ROW = "{:>5}  {:<11} {:>8} {:>6} {:>8} {:>12} {:>8}"
-HEADER = ROW.format("turn", "cache", "logical", "held", "cached", "(compressed)", "seconds")
 
 
 @dataclass
@@ -37,9 +35,13 @@ class Run:
     name: str
     keepkv: dict[str, Any]
     messages: list[dict[str, str]] = field(default_factory=lambda: [{"role": "system", "content": SYSTEM}])
+    replies: list[str] = field(default_factory=list)
     logical: int = 0
     held: int = 0
+    cached: int = 0
+    compressed: int = 0
     seconds: float = 0.0
+    took: float = 0.0  # the last turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,18 +84,20 @@ def _converse(base_url: str, budget: float | int, turns: int, max_tokens: int) -
 
     client = OpenAI(base_url=f"{base_url}/v1", api_key="none", timeout=600, max_retries=0)
     label = f"{100 * budget:g} %" if budget <= 1 else f"{budget} slots"
-    full = Run("full", {"enabled": False})
-    small = Run(f"KeepKV {label}"[:11], {"budget": budget})
-    print(f"\n{HEADER}\n{'-' * len(HEADER)}")
+    full, small = Run("full cache", {"enabled": False}), Run(f"KeepKV, budget {label}", {"budget": budget})
+    print(f"\n{_pair(full.name, small.name)}")
     for turn, text in enumerate(TURNS[:turns], start=1):
+        print(f"\n{RULE}\nturn {turn}: {text.splitlines()[0]}\n", flush=True)
         for conversation in (full, small):
             _say(f"turn {turn} of {turns}, {conversation.name}")
-            print(_one_turn(client, conversation, turn, text, max_tokens), flush=True)
-    print(_summary(full, small, turns))
+            _one_turn(client, conversation, text, max_tokens)
+        print(columns(full.replies[-1], small.replies[-1]))
+        print(f"\n{_pair(_numbers(full), _numbers(small))}\n{parting(full.replies[-1], small.replies[-1])}", flush=True)
+    print(_summary(full, small))
 
 
-def _one_turn(client: Any, conversation: Run, turn: int, text: str, max_tokens: int) -> str:
-    """Sends one user turn and returns what to print: a row of numbers and the reply."""
+def _one_turn(client: Any, conversation: Run, text: str, max_tokens: int) -> None:
+    """Sends one user turn; the reply and its numbers go into `conversation`."""
     conversation.messages.append({"role": "user", "content": text})
     start = time.monotonic()
     answer = client.chat.completions.create(
@@ -107,37 +111,44 @@ def _one_turn(client: Any, conversation: Run, turn: int, text: str, max_tokens: 
             "return_meta_info": True,
         },
     )
-    seconds = time.monotonic() - start
+    conversation.took = time.monotonic() - start
+    conversation.seconds += conversation.took
     reply = answer.choices[0].message.content or ""
     conversation.messages.append({"role": "assistant", "content": reply})
+    conversation.replies.append(reply)
     info = answer.choices[0].meta_info["keepkv"]
     details = answer.usage.prompt_tokens_details
     conversation.logical, conversation.held = info["logical_tokens"], info["slots_held"]
-    conversation.seconds += seconds
-    row = ROW.format(
-        turn,
-        conversation.name,
-        info["logical_tokens"],
-        info["slots_held"],
-        details.cached_tokens if details else 0,
-        f"({info['cached_compressed_tokens']})",
-        f"{seconds:.1f}",
-    )
-    short = textwrap.shorten(" ".join(reply.split()), 190, placeholder=" ...") or "(nothing)"
-    return row + "\n" + textwrap.fill(short, 100, initial_indent=" " * 7, subsequent_indent=" " * 7)
+    conversation.cached = details.cached_tokens if details else 0
+    conversation.compressed = info["cached_compressed_tokens"]
 
 
-def _summary(full: Run, small: Run, turns: int) -> str:
+RULE = "-" * (2 * WIDTH + len(GAP))
+
+
+def _pair(left: str, right: str) -> str:
+    return f"{left:{WIDTH}}{GAP}{right}"
+
+
+def _numbers(run: Run) -> str:
+    cached = f"{run.cached:,} cached" + (f", {run.compressed:,} of them compressed" if run.compressed else "")
+    return f"{run.logical:,} tokens in {run.held:,} slots; {cached}; {run.took:.1f} s"
+
+
+def _summary(full: Run, small: Run) -> str:
+    pairs = list(zip(full.replies, small.replies, strict=True))
+    same = sum(common_words(a, b) is None for a, b in pairs)
     share = 100 * small.held / max(full.held, 1)
-    return f"""{"-" * len(HEADER)}
-KV slots held after turn {turns}: {full.held} with full cache, {small.held} with KeepKV ({share:.0f} %).
-The system prompt stays whole, so that other conversations share it.
-Seconds in all: {full.seconds:.1f} with full cache, {small.seconds:.1f} with KeepKV.
+    saved = f"{small.held:,} slots instead of {full.held:,} ({share:.0f} %)"
+    agree = f"{same} of {len(pairs)} answers are the same, word for word"
+    return f"""
+{RULE}
+{saved}; {agree}; {small.seconds:.0f} s instead of {full.seconds:.0f} s.
 
-logical     tokens of the conversation
-held        KV slots they take
-cached      prompt tokens that were not computed again
-compressed  those of them that earlier turns merged
+Each conversation goes on from its own answers, so one that differs changes what follows. The system prompt stays
+whole, so that other conversations share it.
+tokens: of the conversation. slots: of the KV pool, that hold them. cached: tokens of the prompt that were not computed
+again; compressed: those that earlier turns merged.
 """
 
 
