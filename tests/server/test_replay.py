@@ -21,8 +21,8 @@ from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools.evaluate.methods import compress_with, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe
 from tests.support.client import flush, generate, numbers
-from tests.support.replay import Replay, events_of, worst
-from tests.support.replayed import BOUND, BOUND_FITTED, FLAGS, STRICT_RULE, compressed, next_turn
+from tests.support.replay import Replay, events_of
+from tests.support.replayed import BOUND, BOUND_FITTED, FLAGS, STRICT_RULE, compressed, next_turn, worst
 
 pytestmark = pytest.mark.server
 
