@@ -10,8 +10,8 @@ select, matching, merging, writing back; with the default number of reference qu
 torch. Rounds are interleaved, medians printed. Keys, values and queries are random: the work does not depend on
 them.
 
---grow: CPU seconds of a compression by part and length, and the power of n that each part grows with from the first
-length to the last. Also the floor: what scores and nearest keys alone cost, without merging.
+--grow: CPU seconds of a compression by part and length, its peak memory beyond the model's K and V, and the power of n
+that each grows with from the first length to the last. Also the floor: what scores and nearest keys alone cost, without merging.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.origin import commit
+from keepkv_sglang.tools.peak_memory import peak_memory
 from keepkv_sglang.tools.report import tables
 
 REFERENCES = (256, 128, 64, 0)
@@ -139,11 +140,13 @@ def grow(lm: Any, config: KeepKVConfig, lengths: list[int], repeats: int) -> Non
         for repeat in range(repeats + (repeats > 1)):
             clock.seconds.clear()
             begin, wall = time.process_time(), time.perf_counter()
-            call()
+            with peak_memory() as peak:
+                call()
             if repeat or repeats == 1:
                 whole = time.process_time() - begin
                 rest = {"writing back": clock.seconds["writing back"] + whole - clock.seconds.total()}
                 rounds.append({**clock.seconds, **rest, "all": whole, "wall": time.perf_counter() - wall})
+                rounds[-1]["peak memory, GB"] = peak.bytes / 1e9
         found.append({part: statistics.median(r.get(part, 0.0) for r in rounds) for part in rounds[0]})
         found[-1]["fit, all of it"] = sum(x for part, x in found[-1].items() if part.startswith("fit: "))
         floor = ("gather", "sums over the queries", "selection", "nearest kept key")
@@ -166,6 +169,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--grow", type=int, nargs="+", metavar="TOKENS", help="by part, at these lengths")
+    parser.add_argument("--model", help="as `keepkv model` takes it (default: the demo model)")
     parser.add_argument("--layers", type=int, help="with --grow: so many of the model's")
     parser.add_argument("--window", type=int, default=KeepKVConfig.window)
     parser.add_argument("--references", type=int, default=REFERENCES[0], help="with --grow")
@@ -177,10 +181,10 @@ def main() -> None:
         config = replace(config, references=args.references)
         print(f"torch {torch.__version__}, commit {commit()}, {args.threads} threads")
         print(f"budget {args.budget}, window {args.window}, {args.references} references, {args.merge}")
-        shape = AutoConfig.from_pretrained(models.prepare())
+        shape = AutoConfig.from_pretrained(models.resolve(args.model))
         shape.num_hidden_layers = args.layers or shape.num_hidden_layers
         return grow(shape, config, args.grow, args.repeats)
-    lm = AutoModelForCausalLM.from_pretrained(models.prepare(), dtype=torch.float32).eval()
+    lm = AutoModelForCausalLM.from_pretrained(models.resolve(args.model), dtype=torch.float32).eval()
     ids = torch.randint(1000, 40_000, (1, args.tokens))
 
     def prefill() -> None:

@@ -31,6 +31,7 @@ TASKS = {
     "turns": "keepkv_sglang.tools.evaluate.turns:Turns",
     "repeated": "keepkv_sglang.tools.evaluate.repeated:Repeated",
     "decoding": "keepkv_sglang.tools.evaluate.repeated:Decoding",
+    "long": "keepkv_sglang.tools.evaluate.long_context:Long",
 }
 BUDGETS = (0.05, 0.1, 0.2, 0.5)
 
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     budgets = args.budget or list(BUDGETS)
     if not all(0 < budget <= 1 for budget in budgets):
         raise ValueError("--budget takes fractions in (0, 1]")
-    names = args.task or [name for name in TASKS if args.peers or name != "parity"]
+    # parity needs the peers, long hours and another model than the demo's
+    names = args.task or [name for name in TASKS if name != "long" and (args.peers or name != "parity")]
     path = models.resolve(args.model)
     # The fingerprint: results of other defaults must not pass for those of these.
     defaults = KeepKVConfig(enabled=True).fingerprint()
