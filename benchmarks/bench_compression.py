@@ -10,8 +10,9 @@ select, matching, merging, writing back; with the default number of reference qu
 torch. Rounds are interleaved, medians printed. Keys, values and queries are random: the work does not depend on
 them.
 
---grow: CPU seconds of a compression by part and length, its peak memory beyond the model's K and V, and the power of n
-that each grows with from the first length to the last. Also the floor: what scores and nearest keys alone cost, without merging.
+--grow: CPU seconds of a compression by part and length, its peak memory beyond the K and V of the model, and the power
+of n that each grows with from the first length to the last. Also the floor: what scores and nearest keys alone cost,
+without merging.
 """
 
 from __future__ import annotations
