@@ -56,6 +56,7 @@ $(KVPRESS_STAMP):
 soak: env model ## the long runs that make test leaves out
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -m soak --timeout 1800 $(PYTEST_ARGS)
+	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/server/test_second_model.py --timeout 1800 $(PYTEST_ARGS)
 
 compile-gate: env ## every Triton kernel compiled for sm_80, sm_90, sm_100 (no GPU): registers against the committed table
 	$(BIN)/python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.tools.compile_cases $(ARGS)
