@@ -12,7 +12,7 @@ them.
 
 --grow: CPU seconds of a compression by part and length, its peak memory beyond the K and V of the model, and the power
 of n that each grows with from the first length to the last. Also the floor: what scores and nearest keys alone cost,
-without merging.
+without merging. The memory is right for the first length only: later ones get memory again that was freed.
 """
 
 from __future__ import annotations

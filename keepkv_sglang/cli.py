@@ -54,7 +54,7 @@ def _model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(args: argparse.Namespace) -> int:
-    from keepkv_sglang.tools.models import cache
+    from keepkv_sglang.tools.models import cache  # start-up cost: each command loads its own
 
     if args.list:
         print(cache.listing(args.cache_dir))

@@ -1,4 +1,4 @@
-"""A tokenizer that needs no file."""
+"""A tokenizer that needs no file. transformers is imported where it is used: start-up cost."""
 
 from __future__ import annotations
 

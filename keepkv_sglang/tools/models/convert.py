@@ -32,6 +32,7 @@ def convert(source: Path, folder: Path, end_of_turn: str | None) -> None:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             source.parent, gguf_file=source.name, dtype=torch.float32
         )
+    # What transformers raises: for an architecture, a quantisation and metadata that it does not know.
     except (ValueError, NotImplementedError, KeyError) as error:
         raise ModelError(f"transformers cannot convert {source.name}: {error}") from error
     # The weights are plain float32 now; with the GGUF note left in, transformers refuses to save them.

@@ -39,7 +39,7 @@ def test_a_row_of_full_cache_is_the_model(probe: Probe, ids: list[int]):
     got = row.feed(ids[200:])
     torch.testing.assert_close(got, wanted[200:], rtol=0, atol=1e-4)
     compressed = OURS[DEFAULT].prefill(probe, ids[:200], 0.3)
-    assert compressed.slots == 60 and compressed.feed(ids[200:]).isfinite().all()
+    assert compressed.slots == 60 and row.slots == 300
 
 
 def test_reference_queries_are_moved_as_the_model_would_place_them(probe: Probe, ids: list[int]):

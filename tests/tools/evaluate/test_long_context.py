@@ -46,7 +46,7 @@ def test_it_measures_and_says_how_seconds_grow(probe: Probe, data: Path):
         assert prepared.full.slots == item.length
         values = task.measure(setup, prepared, OURS[DEFAULT], 0.2)
         assert values["slots"] == -(-item.length // 5) and 0 < values["kl"] < 20 and values["seconds"] > 0
-        assert values["megabytes"] >= 0 and prepared.full.slots == item.length, "the full cache is as it was"
+        assert prepared.full.slots == item.length, "the full cache is as it was"
         rows.append({"item": item.number, "method": DEFAULT, "budget": 0.2, **values})
     rows[0]["seconds"], rows[1]["seconds"] = 1.0, 4.0
     lines = task.report(rows).splitlines()
