@@ -2,8 +2,10 @@
 # What only a GPU can tell about KeepKV's kernels: one command, under ten minutes. No server is started, and no tensor
 # parallelism is tried.
 #
-#   scripts/gpu_check.sh [OUT]        OUT (default gpu_check): report.md, report.json, bench.json and logs.tar.gz
+#   scripts/gpu_check.sh [all|A|B|C] [OUT]    OUT (default gpu_check): report.md, report.json, bench.json, turns.json,
+#                                             logs.tar.gz
 #
+# all: 1 to 5 below. A: correctness, 240 s: 1 and 2. B: speed, 330 s: 5. C: 3 and 4, 300 s.
 # At the same time, each in a process of its own, so that one illegal access spoils one file only:
 # 1. Every Triton kernel of ours compiled and run against float64, in float32, bfloat16 and float16 (merging and the
 #    nearest kept key, which take float32 only, in that); SGLang's Triton kernels with our score_mod, in bfloat16 and
@@ -13,7 +15,9 @@
 # 4. compute-sanitizer (memcheck) on a small case of each Triton kernel.
 # Then, alone on the GPU:
 # 5. Benchmark: votes on against off, budgets 0.1, 0.2 and 1, contexts of 2k to 64k, batch 1 to 64, GB/s beside a
-#    measured copy; compression with torch and with our Triton kernels.
+#    measured copy; compression of turns, replies and under pressure with torch and with our Triton kernels: time,
+#    synchronisations, memory; attention of a prefill.
+# A machine without SGLang: scripts/sglang_kernels.py carries its kernel files along (in build/, found there).
 # Needs torch, triton, pytest and tabulate; what needs SGLang, FlashInfer, nvcc or compute-sanitizer is skipped where they
 # are not installed, and the report says so. Exit status 0 only when nothing failed; a skip is not a failure, a step that
 # runs out of time or leaves no status is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled
@@ -23,9 +27,17 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 # Seconds since the start at which the first part and the benchmark are over, whatever they have done; the report
 # follows. timeout's -k may add GRACE to each.
-EXPECTED="flashinfer_build flashinfer small sanitizer triton_attention triton_merge triton_score triton_layer
-    sglang_score_mod sglang_backend graphs bench"
-readonly EXPECTED CHECKS_END=350 BENCH_END=540 GRACE=10
+readonly A="triton_attention triton_merge triton_score triton_layer sglang_score_mod graphs" B="bench turns"
+readonly C="flashinfer_build flashinfer small sanitizer"
+mode=all
+case ${1:-} in all | A | B | C) mode=$1 && shift ;; esac
+case $mode in
+    A) EXPECTED=$A CHECKS_END=230 BENCH_END=0 ;;
+    B) EXPECTED=$B CHECKS_END=0 BENCH_END=320 ;;
+    C) EXPECTED=$C CHECKS_END=290 BENCH_END=0 ;;
+    all) EXPECTED="$A $B $C sglang_backend" CHECKS_END=330 BENCH_END=560 ;;
+esac
+readonly mode EXPECTED CHECKS_END BENCH_END GRACE=10
 SECONDS=0
 out=$(realpath -m "${1:-gpu_check}")
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
@@ -40,9 +52,11 @@ if ! driver=$(timeout -k 5 60 "$python" -c "$probe"); then
 fi
 logs=$out/logs
 mkdir -p "$logs"
-rm -f "$out"/{report.md,report.json,bench.json,logs.tar.gz} "$logs"/*.{log,xml,txt} # of an earlier run
+rm -f "$out"/{report.md,report.json,bench.json,turns.json,logs.tar.gz} "$logs"/*.{log,xml,txt} # of an earlier run
 : >"$logs/steps.txt"
 export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+"$python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("sglang") is None)' \
+    || PYTHONPATH=$PYTHONPATH:build/sglang_kernels
 PATH=$(dirname "$(timeout -k 5 60 "$python" -c 'import sys; print(sys.executable)')"):$PATH # ninja of the pip wheel
 export KEEPKV_CACHE=$(realpath -m "${KEEPKV_CACHE:-.cache}")
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$KEEPKV_CACHE/triton_gpu}
@@ -165,22 +179,33 @@ print(flashinfer_build.cuda_home())' 2>"$logs/nvcc.log"); then
 else
     unset CUDA_HOME
 fi
-flashinfer &
-small &
-tests triton_attention 240 test_attention_triton.py &
-tests triton_merge 240 test_merge_triton.py &
-tests triton_score 240 test_score_triton.py &
-tests triton_layer 240 test_layer_triton.py &
-tests sglang_score_mod 240 test_score_mod_triton.py &
-tests sglang_backend 240 test_backend_triton.py &
-tests graphs 120 test_cuda_graph.py &
+within() { [[ $mode == all || $mode == "$1" ]]; }
+
+if within C; then
+    flashinfer &
+    small &
+fi
+if within A; then
+    tests triton_attention 240 test_attention_triton.py &
+    tests triton_merge 240 test_merge_triton.py &
+    tests triton_score 240 test_score_triton.py &
+    tests triton_layer 240 test_layer_triton.py &
+    tests sglang_score_mod 240 test_score_mod_triton.py &
+    tests graphs 120 test_cuda_graph.py &
+fi
+[[ $mode != all ]] || tests sglang_backend 240 test_backend_triton.py &
 wait
 
-without=()
-# What is not built yet must not compile while time runs.
-[[ -e $logs/flashinfer_ready.txt ]] || without=(--without flashinfer)
-limit=$((BENCH_END - SECONDS))
-step bench "$limit" "$BENCH_END" \
-    "$python" -m benchmarks.gpu.bench --out "$out" --seconds $((limit - 25)) ${without[@]+"${without[@]}"} &
-wait
+if within B; then
+    # What is not built yet must not compile while time runs.
+    without=()
+    [[ -e $logs/flashinfer_ready.txt ]] || without=(--without flashinfer)
+    limit=$(((BENCH_END - SECONDS) / 2))
+    step bench "$limit" "$BENCH_END" \
+        "$python" -m benchmarks.gpu.bench --out "$out" --seconds $((limit - 15)) ${without[@]+"${without[@]}"} &
+    wait
+    limit=$((BENCH_END - SECONDS))
+    step turns "$limit" "$BENCH_END" "$python" -m benchmarks.gpu.turns --out "$out" --seconds $((limit - 25)) &
+    wait
+fi
 finish

@@ -82,8 +82,8 @@ class Batch:
         arguments = (self.indptr, self.indices, part, lse, count, splits, self.scale, 1.0, 1.0)
         return lambda: decode_attention_fwd(self.q, self.k, self.v, self.out, *arguments, **mod)
 
-    def sglang_extend(self, new: int) -> Callable[[], None]:
-        """SGLang's Triton extend with votes: the last `new` slots of every request are new tokens."""
+    def sglang_extend(self, new: int, votes: bool = True) -> Callable[[], None]:
+        """SGLang's Triton extend: the last `new` slots of every request are new tokens."""
         from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 
         from keepkv_sglang.kernels.attention.triton_score_mod import requests_of_tokens
@@ -94,7 +94,7 @@ class Batch:
         starts = torch.arange(batch + 1, device=self.device) * new
         fresh = self.table[:, slots - new :].flatten().long()
         q = torch.randn(batch * new, HEADS, DIM, device=self.device, dtype=DTYPE)
-        mod = self._mod(indptr, prefix, requests_of_tokens(starts, len(q)))
+        mod = self._mod(indptr, prefix, requests_of_tokens(starts, len(q))) if votes else {}
         arguments = (self.k, self.v, starts, indptr, prefix, None, True, None, new, 1.0, 1.0, self.scale)
         k, v, out = self.k[fresh], self.v[fresh], torch.empty_like(q)
         return lambda: extend_attention_fwd(q, k, v, out, *arguments, **mod)

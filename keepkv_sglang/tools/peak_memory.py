@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,11 @@ class Peak:
 def peak_memory() -> Iterator[Peak]:
     """`with peak_memory() as peak: work()`, then peak.bytes. Linux: the kernel's own high-water mark is reset.
 
-    Memory of earlier work that the allocator gives away again, without asking the kernel, does not count.
+    Memory of earlier work that the allocator gives away again, without asking the kernel, does not count; what it gives
+    back to the kernel meanwhile counts as less. So measure in a process that has not done much before.
     """
     peak = Peak()
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     yield peak
