@@ -32,10 +32,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from keepkv_sglang.compress import batch, layer, select
-from keepkv_sglang.compress.batch import Rows, Storage, compress_rows
+from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
 from keepkv_sglang.compress.rules import base, ridge
 from keepkv_sglang.kernels import choose
-from keepkv_sglang.runtime.compressor import SCRATCH_BYTES
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools.models import cache as models

@@ -1,7 +1,7 @@
 """Which implementation of score and merge computes on a tensor's device.
 
-On a CPU C++ (cpu_build.py); on a GPU torch, or with KEEPKV_GPU_KERNEL=triton our Triton kernels, which have not run
-on a GPU yet. Under Triton's interpreter (TRITON_INTERPRET=1) that setting counts on a CPU as well: so they are tested.
+On a CPU C++ (cpu_build.py); on a GPU our Triton kernels, or with KEEPKV_GPU_KERNEL=torch torch. Under Triton's
+interpreter (TRITON_INTERPRET=1) KEEPKV_GPU_KERNEL=triton counts on a CPU as well: so they are tested.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ GPU_KERNELS = ("torch", "triton")
 
 
 def gpu_kernel() -> str:
-    """KEEPKV_GPU_KERNEL, "torch" by default. ValueError for an unknown name."""
-    name = os.environ.get("KEEPKV_GPU_KERNEL") or "torch"
+    """KEEPKV_GPU_KERNEL, "triton" by default. ValueError for an unknown name."""
+    name = os.environ.get("KEEPKV_GPU_KERNEL") or "triton"
     if name not in GPU_KERNELS:
         raise ValueError(f"unknown GPU kernel {name!r}: choose {' or '.join(GPU_KERNELS)} (KEEPKV_GPU_KERNEL)")
     return name
@@ -36,6 +36,7 @@ def prepare(device: torch.device) -> None:
 def implementation(op: str, x: torch.Tensor) -> ModuleType | None:
     """The op's cpp_impl or triton_impl for tensors where x is, or None: torch computes it. A module need not have all
     functions of its op, and says in supports() which storage it reads."""
-    if (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and gpu_kernel() == "triton":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("KEEPKV_GPU_KERNEL") == "triton"
+    if interpreted or (x.is_cuda and gpu_kernel() == "triton"):
         return importlib.import_module(f"keepkv_sglang.kernels.{op}.triton_impl")
     return cpu_build.implementation(op) if x.is_cpu else None

@@ -176,6 +176,10 @@ def own_cases(arch: int) -> Cases:
         votes, position = torch.zeros(64, 2), torch.arange(64)
         score.window_sums(q, position, k, votes, k, k, votes, torch.zeros(2, 64), True)
 
+    def nearest(dim: int) -> None:
+        k, half = torch.zeros(2, 64, dim, dtype=torch.bfloat16), torch.arange(32).expand(2, -1)
+        merge.nearest_kept(k, half, half, torch.ones(2, 32, dtype=torch.bool))
+
     def merging(dim: int) -> None:
         k, assign = torch.zeros(2, 64, dim), torch.arange(64).expand(2, -1) % 32
         half = torch.arange(32).expand(2, -1)
@@ -191,6 +195,7 @@ def own_cases(arch: int) -> Cases:
         cases[f"score D{dim}"] = partial(scores, dim, torch.bfloat16)
         cases[f"score D{dim} float32"] = partial(scores, dim, torch.float32)
         cases[f"merge D{dim}"] = partial(merging, dim)
+        cases[f"nearest D{dim}"] = partial(nearest, dim)
     cases["score D256"] = partial(scores, 256, torch.bfloat16)
     return cases
 

@@ -9,7 +9,7 @@ captured, around the calls, and the row says why. GB/s: K and V read, 4 KiB per 
 device-to-device copy of 1 GiB, read plus written, measured in the same run. Outputs are compared: replays with calls,
 kernels with each other, and each kernel's first and last request with float32. Exit status 1 when anything failed; what
 is not installed, does not fit the GPU or comes too late is skipped, and bench.json says so.
-Never run by us: no GPU was at hand (kernels/README.md).
+Numbers of an H200: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def compression(n: int, kernel: str, device: str = "cuda") -> float:
     from keepkv_sglang.compress.select import SpanPolicy
 
     m = n // 10
-    index = torch.cat([torch.full((256,), n), torch.arange(n - 32, n)]).to(device)
+    index = torch.cat([torch.full((256,), n), torch.arange(n - 32, n)])
     k, v = (
         [torch.randn(n + m, HEADS_KV, DIM, device=device, dtype=DTYPE) for _ in range(COMPRESSED_LAYERS)]
         for _ in range(2)
@@ -257,7 +257,7 @@ def compression(n: int, kernel: str, device: str = "cuda") -> float:
 
 
 def compressions(result: Result, end: float) -> None:
-    """Fills compression. Behind everything else: a kernel that has never run may end this process's CUDA."""
+    """Fills compression. Behind everything else: a kernel that fails may end this process's CUDA."""
     for n in (2000, 8000):
         row: dict[str, Any] = {"tokens": n}
         result.data["compression"].append(row)

@@ -3,9 +3,10 @@
     python -m benchmarks.gpu.turns [--out FOLDER] [--seconds N]      writes turns.json as it goes
 
 Per case (CASES) and variant (VARIANTS): the first call's seconds, which compile and load what is not there yet, the
-median of later ones, host synchronisations (torch.cuda.set_sync_debug_mode), operations (a TorchDispatchMode) and the
-most memory beyond what K, V and queries take. Prefill: SGLang's Triton extend with and without votes, beside torch's
-scaled_dot_product_attention, which has no votes. Nothing begins later than N seconds; what did not is named.
+median of later ones, the GPU's kernels (torch.profiler), host synchronisations (torch.cuda.set_sync_debug_mode),
+operations (a TorchDispatchMode) and the most memory beyond what K, V and queries take. Prefill: SGLang's Triton extend
+with and without votes, beside torch's scaled_dot_product_attention, which has no votes. Nothing begins later than N
+seconds; what did not is named.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ CASES = (
     Case("turn", 0, 32000, 3200),
     Case("turn", 0, 128000, 12800),
 )
-VARIANTS = (("torch", 128), ("triton", 128), ("torch", 1024), ("triton", 1024))  # kernels, MiB of scratch
+VARIANTS = (("triton", 1024), ("triton", 128), ("torch", 1024), ("torch", 128))  # kernels, MiB of scratch
 PREFILLS = ((0, 2048), (0, 8192), (0, 32768), (1600, 1024), (6554, 8192))  # slots before, new tokens
 
 
@@ -80,7 +81,7 @@ def compression(case: Case, scratch: int) -> Callable[[], None]:
     q = torch.randn(WINDOW + REFERENCES, HEADS, DIM, device="cuda", dtype=DTYPE)
     last = torch.full((REFERENCES,), case.span)
     window = last[:WINDOW] if case.behind else torch.arange(case.span - WINDOW, case.span)
-    index = torch.cat([last, window]).to("cuda")
+    index = torch.cat([last, window])
     slots = torch.randperm(total, device="cuda")
     rows = Rows(*slots.split([case.context, case.span, case.kept]))
     storage = Storage(k, v, votes, [DIM**-0.5] * LAYERS)
@@ -116,6 +117,15 @@ def syncs(call: Callable[[], None]) -> int:
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
+def kernels(call: Callable[[], None], most: int = 8) -> dict[str, float]:
+    """Milliseconds on the GPU by kernel, the longest ones; "all": their sum."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    found = sorted(((e.self_device_time_total / 1e3, e.key[:60]) for e in profile.key_averages()), reverse=True)
+    return {"all": sum(ms for ms, _ in found), **{name: ms for ms, name in found[:most]}}
+
+
 def measured(case: Case, scratch: int) -> dict[str, Any]:
     call = compression(case, scratch)
     torch.cuda.synchronize()
@@ -126,6 +136,7 @@ def measured(case: Case, scratch: int) -> dict[str, Any]:
     if first < 15:
         row["s"] = statistics.median(once(call) for _ in range(5 if first < 2 else 1))
     if first < 5:
+        row["parts_ms"] = kernels(call)
         row["syncs"] = syncs(call)
         with Count() as count:
             call()
@@ -145,7 +156,7 @@ def prefill(before: int, new: int) -> dict[str, float]:
     return {f"us_{name}": 1e6 * seconds(call) for name, call in calls.items()}
 
 
-def measure(out: Path, limit: float) -> int:
+def measure(out: Path, limit: float, variants: tuple[tuple[str, int], ...]) -> int:
     """Exit status 1 when something failed for another reason than memory or time."""
     end, data = time.monotonic() + limit, {"turns": [], "prefill": [], "skipped": [], "errors": []}
 
@@ -167,7 +178,7 @@ def measure(out: Path, limit: float) -> int:
     for before, new in PREFILLS:
         case("prefill", {"before": before, "new": new}, lambda before=before, new=new: prefill(before, new))
     for one in CASES:
-        for kernel, scratch in VARIANTS:
+        for kernel, scratch in variants:
             row = {"case": one.name, "context": one.context, "tokens": one.span, "kernel": kernel, "mib": scratch}
             with patch.dict("os.environ", KEEPKV_GPU_KERNEL=kernel):
                 case("turns", row, lambda one=one, scratch=scratch: measured(one, scratch))
@@ -178,8 +189,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_check"))
     parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--variants", type=int, default=len(VARIANTS), help="only the first so many")
     options = parser.parse_args()
-    return measure(options.out, options.seconds)
+    return measure(options.out, options.seconds, VARIANTS[: options.variants])
 
 
 if __name__ == "__main__":

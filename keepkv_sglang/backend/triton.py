@@ -9,8 +9,8 @@ and one for graphs, pointed once at SGLang's static buffers, which every graph r
 Python is recorded with the graph: votes of SGLang's static out_cache_loc are reset, and the query of every row is
 copied to the arena row that VoteLayers.graph_rows names, the spare one for nobody.
 
-Has never run on a GPU: the kernels are tested in Triton's interpreter and compiled, the bookkeeping is tested with
-stand-ins (tests/kernels/test_backend_triton.py). CUDA-graph capture and replay are untested.
+The kernels have run on a GPU, in CUDA graphs too (docs/gpu.md); this class has not: its bookkeeping is tested with
+stand-ins (tests/kernels/test_backend_triton.py).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ small: one layer at a time, 30 layers spend most of their time on starting opera
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,20 @@ from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import gather_slots
 
-SCRATCH_BYTES = 128 << 20  # working memory of the layers that are merged at once
+SCRATCH_BYTES = 128 << 20
+"""Working memory of the layers that are merged at once, on a CPU and where a GPU has little memory left."""
+GPU_SCRATCH_BYTES = 1 << 30
+"""On a GPU, whose time is starting operations: an 8B's turn of 2,000 tokens is one group of layers instead of four."""
+QUERY_TENSORS = 6
+"""How many [heads, queries, D] of float32 exist at once on a GPU: queries, outputs and what the fit makes of them."""
+
+
+@functools.cache
+def scratch_bytes(device: torch.device) -> int:
+    """How much a compression on `device` takes: at most a quarter of what is free there when it is first asked for."""
+    if device.type != "cuda":
+        return SCRATCH_BYTES
+    return max(SCRATCH_BYTES, min(GPU_SCRATCH_BYTES, torch.cuda.mem_get_info(device)[0] // 4))
 
 
 @dataclass(frozen=True)
@@ -88,11 +102,15 @@ def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scrat
     """Consecutive layers of one softmax scale and one shape of K and V, as many as fit (compress_rows)."""
     groups: list[list[int]] = []
     for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
-        numbers = (len(rows.context) + len(rows.source)) * (keys.shape[1:].numel() + values.shape[1:].numel())
-        # As compress/layer.py._head_groups counts them.
-        logits = 0 if gpu_kernel_scores(keys) else 2 * len(rows.source) * queries * q_heads
-        least = -(-heads_at_once(keys) // keys.shape[1])
-        most = max(least, scratch_bytes // (max(numbers, logits, 1) * max(4, keys.element_size())))
+        span, size = len(rows.source) * (keys.shape[1:].numel() + values.shape[1:].numel()), keys.element_size()
+        if gpu_kernel_scores(keys):
+            stored = (span + len(rows.context) * keys.shape[1:].numel()) * size
+            needed = stored + 4 * (span + QUERY_TENSORS * queries * q_heads * keys.shape[2])
+        else:
+            numbers = span + len(rows.context) * (keys.shape[1:].numel() + values.shape[1:].numel())
+            # As compress/layer.py._head_groups counts them.
+            needed = max(numbers, 2 * len(rows.source) * queries * q_heads, 1) * max(4, size)
+        most = max(-(-heads_at_once(keys) // keys.shape[1]), scratch_bytes // needed)
         first = groups[-1][0] if groups else layer
         alike = storage.scales[first] == scale and _shape(storage, first) == _shape(storage, layer)
         if groups and alike and len(groups[-1]) < most:

@@ -16,7 +16,7 @@ from keepkv_sglang.compress.rules import get_rule
 from keepkv_sglang.compress.rules.base import Clusters
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, check_ranges, match, own_cluster, select
-from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
+from keepkv_sglang.compress.sums import QuerySums, Stored, on_device, query_sums
 from keepkv_sglang.compress.window import Window, context_log_z, observe
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge.torch_impl import Segments
@@ -27,7 +27,8 @@ class LayerInput:
     """One layer of one request.
 
     q [w, Hq, D]: window queries after RoPE, NOT scaled; q_index [w] int64: index in the span of each query's
-    token (query j sees span tokens <= q_index[j] and all of the context). w is 0 for a span that is
+    token (query j sees span tokens <= q_index[j] and all of the context); on the CPU, whatever the others are on: the
+    host wants to know it, and would have to wait for a GPU. w is 0 for a span that is
     compressed with no queries at hand, as under memory pressure: q [0, Hq, D], q_index [0]; the policy then
     names a scorer and a rule that need none (registry.py). k_ctx [c, Hkv, D], lv_ctx [c,
     Hkv]: everything before the span, c may be 0; used for softmax normalisation only. k, v [n, Hkv, D] and
@@ -72,11 +73,11 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     scorer, matching, outputs = get_scorer(p.scorer), p.merge != "evict", _reads_outputs(p.merge)
     out = _Output.empty(x, p.m)
     for view in head_views(x, scratch_bytes):
-        window = view.window(query_sums(view.q, *view.stored, outputs))
+        window = view.window(query_sums(view.q, *view.stored, outputs, view.host))
         kept, absorbs = select(scorer(window, p.pool_kernel), p)
         assign = own_cluster(kept, view.k.shape[1])
         if matching:
-            assign = match(view.k, kept, absorbs, assign, p, scratch_bytes)
+            assign = match(view.k, kept, absorbs, assign, p, scratch_bytes, view.stored.k.transpose(0, 1))
         _merge_heads(x, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
     return LayerResult(out.kept, out.assign, out.k, out.v, out.lv)
 
@@ -99,7 +100,7 @@ def merge_from_assignment(
     _check_queries(x, rule)
     out = _Output.empty(x, kept.shape[1])
     for view in head_views(x, scratch_bytes):
-        window = view.window(query_sums(view.q, *view.stored, _reads_outputs(rule)))
+        window = view.window(query_sums(view.q, *view.stored, _reads_outputs(rule), view.host))
         _merge_heads(x, view, window, kept[view.heads], assign[view.heads], rule, guard, fixed, out)
     return out.k, out.v, out.lv
 
@@ -131,7 +132,7 @@ class HeadView:
     """One group of kv heads, head-major, compute dtype: k, v [H, n, D], lv [H, n], q [H, w * G, D] scaled.
 
     heads: which of the layer's. stored: what query_sums reads, as it lies in the pool. block: for so many tokens the
-    logits of all queries fit the scratch memory.
+    logits of all queries fit the scratch memory. host: as Window has it.
     """
 
     heads: slice
@@ -141,6 +142,7 @@ class HeadView:
     q: torch.Tensor
     stored: Stored
     block: int
+    host: list[int] | None
 
     @staticmethod
     def of(x: LayerInput, heads: slice, scratch_bytes: int) -> HeadView:
@@ -149,7 +151,7 @@ class HeadView:
         group = q_heads // x.k.shape[1]
         q = x.q.reshape(w, x.k.shape[1], group, dim)[:, heads].permute(1, 0, 2, 3)
         q = q.to(dtype).reshape(q.shape[0], w * group, dim) * x.scale
-        stored = Stored(x.q_index.to(q.device), *(t[:, heads] for t in (x.k_ctx, x.lv_ctx, x.k, x.v, x.lv)))
+        stored = Stored(on_device(x.q_index, q.device), *(t[:, heads] for t in (x.k_ctx, x.lv_ctx, x.k, x.v, x.lv)))
         return HeadView(
             heads,
             stored.k.to(dtype).transpose(0, 1).contiguous(),
@@ -158,14 +160,15 @@ class HeadView:
             q,
             stored,
             max(1, scratch_bytes // max(1, 2 * q.shape[0] * q.shape[1] * q.element_size())),
+            x.q_index.tolist() if x.q_index.is_cpu else None,
         )
 
     def window(self, sums: QuerySums | None) -> Window:
         """What the queries see of the span. sums: of query_sums; None: torch computes what they would say."""
         k, v, lv, q, (position, k_ctx, lv_ctx, *_) = self.k, self.v, self.lv, self.q, self.stored
         if sums is not None:
-            return Window(q, k, v, lv, position, sums.log_z, sums.log_z_ctx, self.block, None, sums)
-        return observe(q, position, k, v, lv, context_log_z(q, k_ctx, lv_ctx, self.block), self.block)
+            return Window(q, k, v, lv, position, sums.log_z, sums.log_z_ctx, self.block, None, sums, self.host)
+        return observe(q, position, k, v, lv, context_log_z(q, k_ctx, lv_ctx, self.block), self.block, self.host)
 
 
 def head_views(x: LayerInput, scratch_bytes: int = 64 << 20) -> Iterator[HeadView]:

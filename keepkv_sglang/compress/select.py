@@ -15,6 +15,9 @@ import torch.nn.functional as F
 
 from keepkv_sglang.kernels.merge import nearest_kept
 
+MATCH_WITHIN = 4096
+"""Tokens of a block inside which keys are compared: the time of matching grows with the span, not with its square."""
+
 
 @dataclass(frozen=True)
 class SpanPolicy:
@@ -123,21 +126,20 @@ def match(
     assign: torch.Tensor,
     p: SpanPolicy,
     scratch_bytes: int,
+    stored: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each dropped token joins the absorbing kept token with the highest cosine similarity of keys, if above
-    p.threshold (KeepKV, candidates). k [H, n, D]; returns a new assign [H, n]."""
+    """Each dropped token joins the absorbing kept token of its block of MATCH_WITHIN tokens with the highest cosine
+    similarity of keys, if above p.threshold (KeepKV, candidates). k [H, n, D], stored: the same as the pool has them;
+    returns a new assign [H, n].
+
+    Differs from the paper: it compares with all kept tokens.
+    """
     n = assign.shape[1]
-    # The same number of tokens is dropped in every head, so this is a rectangle.
+    # The same number of tokens is dropped in every head, so this is a rectangle. Whole tokens absorb nothing.
     dropped = torch.sort((assign >= 0).to(torch.int8), dim=1, stable=True).indices[:, : n - p.m]
-    # Absorbing tokens to the front. Their number differs by head; this bound on it needs no look at the data.
-    sinks, recent = _always_kept(p)
-    bound = p.free - max(_strong(p), sinks + (0 if p.shares else recent))
-    front = torch.sort(absorbs.to(torch.int8), dim=1, descending=True, stable=True).indices[:, :bound]
-    if bound == 0:
-        return assign
-    targets, allowed = kept.gather(1, front), absorbs.gather(1, front)
-    similarity, column = nearest_kept(k, dropped, targets, allowed, scratch_bytes)
-    joined = torch.where(similarity > p.threshold, front.gather(1, column), -1)
+    targets, allowed = kept[:, p.whole_tokens :], absorbs[:, p.whole_tokens :]
+    similarity, column = nearest_kept(k, dropped, targets, allowed, MATCH_WITHIN, scratch_bytes, stored)
+    joined = torch.where(similarity > p.threshold, column + p.whole_tokens, -1)
     return assign.scatter(1, dropped, joined)
 
 

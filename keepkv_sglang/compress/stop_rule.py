@@ -70,7 +70,7 @@ def attention_lost(x: LayerInput, p: SpanPolicy) -> float:
     check_ranges(p, x.k.shape[0])
     full = kept_part = 0.0
     for view in head_views(x):
-        window = view.window(query_sums(view.q, *view.stored, False))
+        window = view.window(query_sums(view.q, *view.stored, False, view.host))
         kept, _ = select(get_scorer(p.scorer)(window, p.pool_kernel), p)
         heads, n = view.k.shape[:2]
         whole = slice(0, n)

@@ -5,6 +5,7 @@ In torch it is one operation after the other over [H, n, Q].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,21 @@ def recency(w: int, group: int, like: torch.Tensor) -> torch.Tensor:
     return torch.exp2(age / -RECENCY_HALF_LIFE).repeat_interleave(group)
 
 
+def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on a device. To a GPU from pinned memory, so that nobody waits for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
+
+
+def numbers(position: torch.Tensor) -> list[int]:
+    """Waits for a GPU."""
+    return [int(place) for place in position.tolist()]
+
+
 class QuerySums(NamedTuple):
     """Of all queries of a Window, float32; a_iq as in Window.attention.
 
-    log_z, log_z_ctx [H, Q]: as Window has them. received [H, n]: sum of a_iq over all queries, seen or not. references,
+    log_z, log_z_ctx [H, Q]: as Window has them. received [H, n]: sum of a_iq over all queries, seen or not, and
+    log_received [H, n] its logarithm: one of the two, as the kernel gives it. references,
     window, recent [H, n] or None (no such queries): sums of squares over the queries that see the token, over the
     references, over the window proper, and over that with its recency() as weights. output [H, Q, D] or None: the
     queries' attention outputs from the span.
@@ -32,7 +44,8 @@ class QuerySums(NamedTuple):
 
     log_z: torch.Tensor
     log_z_ctx: torch.Tensor
-    received: torch.Tensor
+    received: torch.Tensor | None
+    log_received: torch.Tensor | None
     references: torch.Tensor | None
     window: torch.Tensor | None
     recent: torch.Tensor | None
@@ -65,16 +78,17 @@ def query_sums(
     v: torch.Tensor,
     lv: torch.Tensor,
     outputs: bool,
+    host: list[int] | None = None,
 ) -> QuerySums | None:
-    """q [H, Q, D] as in Window; the others as in Stored. outputs: whether output is wanted. None where no kernel runs
-    (choose.py), or with another dtype: torch computes it."""
+    """q [H, Q, D] and host as in Window; the others as in Stored. outputs: whether output is wanted. None where no
+    kernel runs (choose.py), or with another dtype: torch computes it."""
     if q.shape[1] == 0 or any(x.dtype != torch.float32 for x in (q, lv_ctx, lv)):
         return None
     kernel = choose.implementation("score", k)
     if kernel is None or not kernel.supports(k_ctx, k, v):
         return None
     w, group = position.shape[0], q.shape[1] // position.shape[0]
-    references = int((position >= k.shape[0]).sum())
+    references = sum(place >= k.shape[0] for place in (numbers(position) if host is None else host))
     rows, border = position.repeat_interleave(group), references * group
     ones, newest = q.new_ones(1, q.shape[1]), recency(w - references, group, q)[None]
     behind = proper = None
@@ -90,10 +104,15 @@ def query_sums(
         found = [getattr(x, name) for x in parts]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
+    def added(found: list[torch.Tensor | None], add: Callable[..., torch.Tensor]) -> torch.Tensor | None:
+        first, *rest = found
+        return first if not rest or first is None else add(first, rest[0])
+
     return QuerySums(
         joined("log_z"),
         joined("log_z_ctx"),
-        parts[0].received if len(parts) == 1 else parts[0].received + parts[1].received,
+        added([x.received for x in parts], torch.add),
+        added([x.log_received for x in parts], torch.logaddexp),
         None if behind is None else behind.squares[0],
         None if proper is None else proper.squares[0],
         None if proper is None else proper.squares[1],

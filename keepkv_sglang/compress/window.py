@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from keepkv_sglang.compress.sums import QuerySums, recency
+from keepkv_sglang.compress.sums import QuerySums, numbers, recency
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Window:
     block_tokens: tensors [H, tokens, Q] exist only for this many tokens at a time
     whole    [H, n, Q] or None: attention() of the whole span, when that is one block and was needed for log_z
     sums     what a kernel found about all queries (sums.py), or None: torch computes it when asked
+    host     position as numbers, where the host knows them: then nothing here waits for a GPU to learn one
     """
 
     q: torch.Tensor
@@ -40,6 +41,17 @@ class Window:
     block_tokens: int
     whole: torch.Tensor | None
     sums: QuerySums | None = None
+    host: list[int] | None = None
+
+    @property
+    def places(self) -> list[int]:
+        """position, as numbers."""
+        return numbers(self.position) if self.host is None else self.host
+
+    @property
+    def first_hidden(self) -> int:
+        """Every query sees all tokens before this one."""
+        return min(self.places) + 1
 
     @property
     def group(self) -> int:
@@ -48,7 +60,7 @@ class Window:
 
     def parts(self) -> tuple[Window | None, Window | None]:
         """(the references, which stand behind the span and come first; the window proper); None: none of these."""
-        count = int((self.position >= self.k.shape[1]).sum())
+        count = sum(place >= self.k.shape[1] for place in self.places)
         if count in (0, len(self.position)):
             return (self, None) if count else (None, self)
         return self._queries(slice(count)), self._queries(slice(count, None))
@@ -65,6 +77,7 @@ class Window:
             log_z_ctx=self.log_z_ctx[:, rows],
             whole=None if self.whole is None else self.whole[..., rows],
             sums=None,
+            host=None if self.host is None else self.host[tokens],
         )
 
     def blocks(self) -> list[slice]:
@@ -128,7 +141,7 @@ class Window:
 
     def _received(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """reduce: [H, b, Q] -> [H, b], of attention that is 0 where the query may not see the token."""
-        first_hidden = int(self.position.min()) + 1  # every query sees everything before
+        first_hidden = self.first_hidden
 
         def one_block(block: slice) -> torch.Tensor:
             attention, seen = self.attention(block), _seen_by_all(block, first_hidden)
@@ -164,7 +177,9 @@ class Window:
     def _log_weight(self) -> torch.Tensor:
         if self.q.shape[1] == 0:
             return self.lv
-        if self.sums is not None:
+        if self.sums is not None and self.sums.log_received is not None:
+            return self.sums.log_received - math.log(self.q.shape[1])
+        if self.sums is not None and self.sums.received is not None:
             total = self.sums.received
         else:
             total = self.per_token(lambda block: self.attention(block).sum(dim=2))
@@ -215,14 +230,16 @@ def observe(
     lv: torch.Tensor,
     log_z_ctx: torch.Tensor,
     block_tokens: int,
+    host: list[int] | None = None,
 ) -> Window:
     """Builds the Window. q [H, Q, D] already scaled, position [w], k, v [H, n, D], lv [H, n], log_z_ctx
-    [H, Q] (-inf without a context). Q may be 0. Holds about two [H, block_tokens, Q] tensors at its peak."""
+    [H, Q] (-inf without a context), host as Window has it. Q may be 0. Holds about two [H, block_tokens, Q] tensors at
+    its peak."""
     n = k.shape[1]
     if q.shape[1] == 0:
-        return Window(q, k, v, lv, position, log_z_ctx, log_z_ctx, n, None)
+        return Window(q, k, v, lv, position, log_z_ctx, log_z_ctx, n, None, None, host)
     group = q.shape[1] // position.shape[0]
-    first_hidden = int(position.min()) + 1
+    first_hidden = min(numbers(position) if host is None else host) + 1
     log_z, x = log_z_ctx, None
     for block in _blocks(n, block_tokens):
         x = torch.bmm(k[:, block], q.transpose(1, 2)).add_(lv[:, block, None])
@@ -235,7 +252,7 @@ def observe(
             log_z = torch.logaddexp(log_z, torch.logsumexp(visible, dim=1))
     assert x is not None
     whole = x.sub_(log_z[:, None, :]).exp_() if x.shape[1] == n else None
-    return Window(q, k, v, lv, position, log_z, log_z_ctx, block_tokens, whole)
+    return Window(q, k, v, lv, position, log_z, log_z_ctx, block_tokens, whole, None, host)
 
 
 def context_log_z(q: torch.Tensor, k_ctx: torch.Tensor, lv_ctx: torch.Tensor, block_tokens: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from keepkv_sglang.runtime.compressor import SCRATCH_BYTES
+from keepkv_sglang.runtime.compressor import scratch_bytes
 from keepkv_sglang.runtime.process import Runtime
 
 
@@ -29,7 +29,7 @@ def memory(rt: Runtime) -> dict[str, float]:
         "arena_rows": rt.arena.rows,
         "arena_free_rows": rt.arena.free_rows,
         "arena_peak_rows": rt.arena.peak_rows,
-        "merge_scratch_bytes": SCRATCH_BYTES,
+        "merge_scratch_bytes": scratch_bytes(rt.arena.queries.device),
     }
 
 

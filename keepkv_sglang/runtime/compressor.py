@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
+from keepkv_sglang.compress.batch import Rows, Storage, compress_rows, scratch_bytes
 from keepkv_sglang.compress.layer import LayerResult
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
+from keepkv_sglang.compress.sums import on_device
 from keepkv_sglang.runtime import record
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.streams import on_forward_stream
@@ -57,7 +58,7 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
             where = Rows(row[: span.start], row[span.start : stop], target)
             queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
             with on_forward_stream(rt.scheduler):
-                for result in compress_rows(_storage(rt), where, *queries, span.policy, SCRATCH_BYTES):
+                for result in compress_rows(_storage(rt), where, *queries, span.policy, scratch_bytes(row.device)):
                     tally.layer(result)
             tally.finish(state)
     except Exception:
@@ -105,9 +106,9 @@ def merge_unused(
         return queries.behind(layer, end) if queries is not None else arena[layer, :0]
 
     count = queries.q.shape[1] if queries is not None else 0
-    q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64, device=arena.device)
+    q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64)  # on the CPU: see LayerInput
     with on_forward_stream(rt.scheduler):
-        for _ in compress_rows(_storage(rt), rows, place, arena.shape[2], q_index, policy, SCRATCH_BYTES):
+        for _ in compress_rows(_storage(rt), rows, place, arena.shape[2], q_index, policy, scratch_bytes(arena.device)):
             pass
 
 
@@ -140,7 +141,7 @@ def _storage(rt: Runtime) -> Storage:
 def _queries(rt: Runtime, span: DueSpan) -> tuple[Callable[[int], torch.Tensor], int, torch.Tensor]:
     """What scores the span, as compress_rows asks for it: a layer's queries, their heads, q_index."""
     queries, arena = span.queries, rt.arena.queries
-    rows = torch.tensor(queries.rows[: queries.filled], dtype=torch.int64, device=arena.device)
+    rows = on_device(torch.tensor(queries.rows[: queries.filled], dtype=torch.int64), arena.device)
     positions = list(queries.positions[: queries.filled])
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
     sample = QuerySample(positions, queries.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)

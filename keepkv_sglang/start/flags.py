@@ -109,7 +109,7 @@ def _choose_backends(values: dict[str, Any]) -> None:
             raise ConfigError(f"{flag} {values[name]} beside {chosen}: KeepKV needs one backend for both; leave it out")
     if device != "cpu":
         logger.warning(
-            "%s has never run on a GPU where KeepKV is developed: it is compiled and tested in emulation. Run "
+            "No server with %s has run on a GPU where KeepKV is developed (docs/gpu.md says what has). Run "
             "scripts/gpu_check.sh, and compare answers with those of a server without KeepKV, before you rely on it.",
             chosen,
         )

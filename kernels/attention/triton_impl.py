@@ -8,7 +8,7 @@ not the pool's); K and V of float32 are multiplied in float32, 16-bit ones in th
 the softmax weights are rounded to that dtype, as in FlashAttention. The split of a decode depends on the batch size, so
 its bits do too. In the interpreter everything is multiplied in float32.
 
-Never run on a GPU; compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
+What has run on a GPU: docs/gpu.md.
 """
 
 from __future__ import annotations

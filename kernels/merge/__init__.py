@@ -14,13 +14,21 @@ from keepkv_sglang.kernels.merge.torch_impl import Segments
 
 
 def nearest_kept(
-    k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor, scratch_bytes: int = 64 << 20
+    k: torch.Tensor,
+    dropped: torch.Tensor,
+    kept: torch.Tensor,
+    allowed: torch.Tensor,
+    within: int = 0,
+    scratch_bytes: int = 64 << 20,
+    stored: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch_impl.nearest_kept by the fastest implementation that runs here."""
+    """torch_impl.nearest_kept by the fastest implementation that runs here. stored: the same keys [H, n, D] in the
+    pool's dtype, where there are; a kernel that multiplies 16-bit keys takes these."""
     kernel = choose.implementation("merge", k)
-    if kernel is not None and kernel.supports(k):
-        return kernel.nearest_kept(k, dropped, kept, allowed)  # type: ignore[no-any-return]
-    return torch_impl.nearest_kept(k, dropped, kept, allowed, scratch_bytes)
+    for keys in (stored, k):
+        if kernel is not None and keys is not None and kernel.supports(keys):
+            return kernel.nearest_kept(keys, dropped, kept, allowed, within)  # type: ignore[no-any-return]
+    return torch_impl.nearest_kept(k, dropped, kept, allowed, within, scratch_bytes)
 
 
 def merge_segments(
@@ -28,7 +36,7 @@ def merge_segments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """torch_impl.merge_segments by the fastest implementation that runs here."""
     kernel = choose.implementation("merge", k)
-    if kernel is not None and kernel.supports(k) and kernel.supports(v):
+    if kernel is not None and kernel.merges(k) and kernel.merges(v):
         return kernel.merge_segments(k, v, lv, log_w, seg)  # type: ignore[no-any-return]
     return torch_impl.merge_segments(k, v, lv, log_w, seg)
 

@@ -15,7 +15,7 @@ from keepkv_sglang.kernels import cpu_build
 from .torch_impl import Segments
 
 _NEAREST = ("k", "dropped", "kept", "allowed", "similarity", "column")
-_NEAREST_SIZES = ("k_token", "k_head", "heads", "dim", "dropped_count", "kept_count", "threads")
+_NEAREST_SIZES = ("k_token", "k_head", "heads", "dim", "dropped_count", "kept_count", "within", "threads")
 _SEGMENTS = ("k", "v", "lv", "log_w", "rows", "offsets", "counts", "out_k", "out_v", "out_lv")
 _SEGMENTS_SIZES = ("clusters", "dim", "dim_v", "threads")
 _FIT = (
@@ -51,7 +51,7 @@ for _function in (_nearest, _segments, _fit):
 
 
 def nearest_kept(
-    k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor
+    k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor, within: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As torch_impl.nearest_kept; k [H, n, D] float32 with contiguous vectors, D a multiple of 8."""
     if not supports(k):
@@ -66,7 +66,7 @@ def nearest_kept(
     best, column = k.new_full((heads, r), -torch.inf), torch.zeros_like(dropped)
     if r and u:
         pointers = (k, dropped, kept, allowed, best, column)
-        sizes = (k.stride(1), k.stride(0), heads, k.shape[2], r, u, torch.get_num_threads())
+        sizes = (k.stride(1), k.stride(0), heads, k.shape[2], r, u, within, torch.get_num_threads())
         args = _Nearest(*(x.data_ptr() for x in pointers), *sizes)
         cpu_build.raise_for(_nearest(ctypes.addressof(args)))
     return best, column
@@ -150,3 +150,6 @@ def fit(
 def supports(k: torch.Tensor) -> bool:
     """Keys (or values) that nearest_kept and merge_segments read."""
     return k.is_cpu and k.dtype == torch.float32 and k.stride(2) == 1 and k.shape[2] % 8 == 0
+
+
+merges = supports

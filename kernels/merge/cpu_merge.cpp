@@ -18,7 +18,7 @@ struct NearestArgs {  // mirrored field by field by cpp_impl._Nearest
   const uint8_t* allowed;
   float* similarity;
   int64_t* column;
-  int64_t k_token, k_head, heads, dim, dropped_count, kept_count, threads;
+  int64_t k_token, k_head, heads, dim, dropped_count, kept_count, within, threads;
 };
 
 struct SegmentsArgs {  // mirrored field by field by cpp_impl._Segments
@@ -48,27 +48,28 @@ float length(const float* x, int64_t dim) {
   return std::sqrt(hsum<8>(sum));
 }
 
-void nearest(const NearestArgs& a, int64_t h, Scratch& w) {
-  const int64_t dim = a.dim, u = a.kept_count, r = a.dropped_count, panels = pad(u, kPanel) / kPanel;
+// Dropped tokens [r0, r1) of the list against kept ones [u0, u1).
+void nearest_of(const NearestArgs& a, int64_t h, int64_t r0, int64_t r1, int64_t u0, int64_t u1, Scratch& w) {
+  const int64_t dim = a.dim, count_u = u1 - u0, panels = pad(count_u, kPanel) / kPanel;
   const float* keys = a.k + h * a.k_head;
   w.a.resize(size_t(panels) * kPanel * dim), w.panels.resize(size_t(panels) * kPanel * dim);
   w.row.assign(size_t(panels) * kPanel, kNegInf);
-  for (int64_t i = 0; i < u; ++i) {  // kept keys of length 1, packed
-    const float* key = keys + a.kept[h * u + i] * a.k_token;
+  for (int64_t i = 0; i < count_u; ++i) {  // kept keys of length 1, packed
+    const int64_t at = h * a.kept_count + u0 + i;
+    const float* key = keys + a.kept[at] * a.k_token;
     const float norm = length(key, dim);
     const bool finite = norm < __builtin_inff();  // NaN is not: such a key is nobody's nearest
     const float scale = 1.0f / std::max(norm, 1e-12f);
     for (int64_t d = 0; d < dim; ++d) w.a[i * dim + d] = finite ? key[d] * scale : 0.0f;
-    if (finite && a.allowed[h * u + i]) w.row[i] = 0.0f;
+    if (finite && a.allowed[at]) w.row[i] = 0.0f;
   }
   for (int64_t p = 0; p < panels; ++p)
-    pack_panel(&w.a[p * kPanel * dim], std::min<int64_t>(kPanel, u - p * kPanel), dim, &w.panels[p * kPanel * dim]);
+    pack_panel(&w.a[p * kPanel * dim], std::min<int64_t>(kPanel, count_u - p * kPanel), dim, &w.panels[p * kPanel * dim]);
   w.b.resize(size_t(kRows) * dim), w.c.resize(size_t(kRows) * kPanel);
-  for (int64_t t0 = 0; t0 < r; t0 += kRows) {
-    const int64_t count = std::min<int64_t>(kRows, r - t0);
+  for (int64_t t0 = r0; t0 < r1; t0 += kRows) {
+    const int64_t count = std::min<int64_t>(kRows, r1 - t0), first = h * a.dropped_count + t0;
     std::fill(w.b.begin(), w.b.end(), 0.0f);
-    for (int64_t t = 0; t < count; ++t)
-      gather_rows(keys + a.dropped[h * r + t0 + t] * a.k_token, 0, 1, dim, &w.b[t * dim]);
+    for (int64_t t = 0; t < count; ++t) gather_rows(keys + a.dropped[first + t] * a.k_token, 0, 1, dim, &w.b[t * dim]);
     float best[kRows];
     int64_t where[kRows] = {};
     std::fill(best, best + kRows, kNegInf);
@@ -82,13 +83,29 @@ void nearest(const NearestArgs& a, int64_t h, Scratch& w) {
         for (int c = 1; c < kVecs; ++c) top = vmax<W>(top, load<W>(x + c * W));
         if (!(hmax<W>(top) > best[t])) continue;
         best[t] = hmax<W>(top);
-        where[t] = p * kPanel + (std::find(x, x + kPanel, best[t]) - x);
+        where[t] = u0 + p * kPanel + (std::find(x, x + kPanel, best[t]) - x);
       }
     }
     for (int64_t t = 0; t < count; ++t) {  // dividing by |k_i| does not move the maximum
-      a.similarity[h * r + t0 + t] = best[t] / std::max(length(&w.b[t * dim], dim), 1e-12f);
-      a.column[h * r + t0 + t] = where[t];
+      a.similarity[first + t] = best[t] / std::max(length(&w.b[t * dim], dim), 1e-12f);
+      a.column[first + t] = where[t];
     }
+  }
+}
+
+// Block by block of `within` tokens; both lists ascend.
+void nearest(const NearestArgs& a, int64_t h, Scratch& w) {
+  const int64_t *dropped = a.dropped + h * a.dropped_count, *kept = a.kept + h * a.kept_count;
+  for (int64_t r0 = 0, u0 = 0; r0 < a.dropped_count;) {
+    int64_t r1 = a.dropped_count, u1 = a.kept_count;
+    if (a.within > 0) {
+      const int64_t begin = dropped[r0] / a.within * a.within;
+      u0 = std::lower_bound(kept + u0, kept + a.kept_count, begin) - kept;
+      u1 = std::lower_bound(kept + u0, kept + a.kept_count, begin + a.within) - kept;
+      r1 = std::lower_bound(dropped + r0, dropped + a.dropped_count, begin + a.within) - dropped;
+    }
+    nearest_of(a, h, r0, r1, u0, u1, w);
+    r0 = r1, u0 = u1;
   }
 }
 

@@ -22,16 +22,24 @@ class Segments:
 
     rows    [T] int64: flat token row `head * n + token` of each member
     cluster [T] int64: flat cluster number `head * m + c` of each member, ascending
-    offsets [H * m] int64: first member of each cluster
+    bounds  [H * m + 1] int64: first member of each cluster, and where the last one ends
     counts  [H * m] int64: members per cluster, at least 1 in a valid assignment
+
+    On a GPU T is the number of tokens: to cut it down to the members the host would have to wait for their number. What
+    lies behind the last bound belongs to no cluster, and nothing adds it up.
     """
 
     rows: torch.Tensor
     cluster: torch.Tensor
-    offsets: torch.Tensor
+    bounds: torch.Tensor
     counts: torch.Tensor
     heads: int
     m: int
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """[H * m] int64: first member of each cluster."""
+        return self.bounds[:-1]
 
     @staticmethod
     def from_assignment(assign: torch.Tensor, m: int) -> Segments:
@@ -39,26 +47,47 @@ class Segments:
         heads = assign.shape[0]
         base = torch.arange(heads, device=assign.device)[:, None] * m
         flat = torch.where(assign >= 0, assign + base, heads * m).flatten()
-        counts = torch.bincount(flat, minlength=heads * m + 1)[: heads * m]
+        counts = _counts(flat, heads * m + 1)[:-1]
         ordered, rows = torch.sort(flat, stable=True)
-        members = int(counts.sum())
-        offsets = counts.cumsum(0) - counts
-        return Segments(rows[:members], ordered[:members], offsets, counts, heads, m)
+        bounds = _bounds(counts)
+        if known_to_host(assign):
+            members = int(bounds[-1])
+            ordered, rows = ordered[:members], rows[:members]
+        return Segments(rows, ordered, bounds, counts, heads, m)
 
     @staticmethod
     def sorted(cluster: torch.Tensor, rows: torch.Tensor, heads: int, m: int) -> Segments:
         """From members in order: cluster [T] flat cluster numbers, ascending, and rows [T]."""
-        counts = torch.bincount(cluster, minlength=heads * m)
-        return Segments(rows, cluster, counts.cumsum(0) - counts, counts, heads, m)
+        counts = _counts(cluster, heads * m)
+        return Segments(rows, cluster, _bounds(counts), counts, heads, m)
 
     def slots(self, part: torch.Tensor) -> Segments:
         """Clusters `part` [P] int64, ascending, of every head, numbered from 0."""
         number = part.new_full((self.m,), -1)
         number[part] = torch.arange(len(part), device=part.device)
+        inside = self.cluster < self.heads * self.m
         number = number[self.cluster % self.m]
-        inside = number >= 0
+        inside &= number >= 0
         cluster = torch.div(self.cluster, self.m, rounding_mode="floor") * len(part) + number
         return Segments.sorted(cluster[inside], self.rows[inside], self.heads, len(part))
+
+    def spread(self, per_cluster: torch.Tensor) -> torch.Tensor:
+        """[H * m, F] -> [T, F], each member its cluster's row; anything behind the last member."""
+        return per_cluster.index_select(0, self.cluster.clamp(max=self.heads * self.m - 1))
+
+
+def known_to_host(x: torch.Tensor) -> bool:
+    """Whether a number in x can be read without waiting for a GPU."""
+    return x.is_cpu
+
+
+def _counts(numbers: torch.Tensor, length: int) -> torch.Tensor:
+    """How often each of 0..length-1 occurs; torch.bincount would wait for the GPU."""
+    return numbers.new_zeros(length).scatter_add_(0, numbers, torch.ones_like(numbers))
+
+
+def _bounds(counts: torch.Tensor) -> torch.Tensor:
+    return F.pad(counts.cumsum(0), (1, 0))
 
 
 def segment_sum(
@@ -72,28 +101,29 @@ def segment_sum(
     """
     if index is None:
         index = torch.arange(table.shape[0], device=table.device)
-    return F.embedding_bag(index, table, seg.offsets, mode="sum", per_sample_weights=weights)
+    # One bag more, of what lies behind the members: CUDA's last bag goes to the end, whatever include_last_offset says.
+    return F.embedding_bag(index, table, seg.bounds, mode="sum", per_sample_weights=weights)[:-1]
 
 
 def segment_max(x: torch.Tensor, seg: Segments) -> torch.Tensor:
     """Maximum per cluster of x [T, F] (one row per member) -> [H * m, F]; an empty cluster gives the dtype's
     lowest."""
     lowest = torch.finfo(x.dtype).min
-    out = x.new_full((seg.heads * seg.m, x.shape[1]), lowest)
-    return out.scatter_reduce_(0, seg.cluster[:, None].expand_as(x), x, "amax")
+    out = x.new_full((seg.heads * seg.m + 1, x.shape[1]), lowest)  # the last row: what is in no cluster
+    return out.scatter_reduce_(0, seg.cluster[:, None].expand_as(x), x, "amax")[:-1]
 
 
 def segment_logsumexp(x: torch.Tensor, seg: Segments) -> torch.Tensor:
     """log sum exp per cluster of x [T, F] -> [H * m, F]. Each cluster is shifted by its own maximum: no
     overflow, and no cluster vanishes because another one is far stronger. An empty cluster gives -inf."""
     top = segment_max(x, seg)
-    total = segment_sum(x.sub(top.index_select(0, seg.cluster)).exp_(), seg)
+    total = segment_sum(x.sub(seg.spread(top)).exp_(), seg)
     return total.log_().add_(top)
 
 
 def segment_softmax(x: torch.Tensor, seg: Segments) -> torch.Tensor:
     """Softmax of x [T] inside each cluster -> [T], the weights of one cluster summing to 1."""
-    return (x - segment_logsumexp(x[:, None], seg)[seg.cluster, 0]).exp_()
+    return (x - seg.spread(segment_logsumexp(x[:, None], seg))[:, 0]).exp_()
 
 
 def merge_segments(
@@ -116,27 +146,42 @@ def nearest_kept(
     dropped: torch.Tensor,
     kept: torch.Tensor,
     allowed: torch.Tensor,
+    within: int = 0,
     scratch_bytes: int = 64 << 20,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each dropped token the kept token whose key has the highest cosine similarity.
 
     k [H, n, D] float; dropped [H, r] and kept [H, u] int64 token indices; allowed [H, u] bool, False where a
-    kept token may absorb nothing. Returns (similarity [H, r], column [H, r] int64 into `kept`); similarity
-    is -inf where the head has no allowed token. A zero key has similarity 0 to everything. Equal
+    kept token may absorb nothing. within > 0: only among tokens of the same block [b * within, (b + 1) * within), so
+    that time grows with n; dropped and kept then ascend. Returns (similarity [H, r], column [H, r] int64 into `kept`);
+    similarity is -inf where nothing is allowed. A zero key has similarity 0 to everything. Equal
     similarities: the lower column. Similarities are held for one block of dropped tokens at a time: at most
     `scratch_bytes` (at least one token).
     """
-    heads, _, dim = k.shape
+    heads, n, dim = k.shape
     r, u = dropped.shape[1], kept.shape[1]
     best = k.new_full((heads, r), -torch.inf)
     column = torch.zeros_like(dropped)
     if u == 0 or r == 0:
         return best, column
+    if 0 < within < n:
+        at = torch.arange(0, n + within, within, device=k.device).expand(heads, -1).contiguous()
+        ends = torch.stack([torch.searchsorted(x.contiguous(), at) for x in (dropped, kept)])
+        # Of all heads together: what is another block's is masked.
+        first, last = ends.amin(dim=1).tolist(), ends.amax(dim=1).tolist()
+        for b in range(len(first[0]) - 1):
+            part, columns = (slice(first[i][b], last[i][b + 1]) for i in range(2))
+            ours, targets = dropped[:, part] // within == b, kept[:, columns]
+            inside = allowed[:, columns] & (targets // within == b)
+            top, found = nearest_kept(k, dropped[:, part], targets, inside, 0, scratch_bytes)
+            best[:, part] = torch.where(ours, top, best[:, part])
+            column[:, part] = torch.where(ours, found + columns.start, column[:, part])
+        return best, column.clamp(max=u - 1)
     targets = F.normalize(k.gather(1, kept[:, :, None].expand(-1, -1, dim)), dim=2).transpose(1, 2)
     block = max(1, scratch_bytes // (heads * (u + dim) * k.element_size()))
     for start in range(0, r, block):
-        part = dropped[:, start : start + block]
-        rows = k.gather(1, part[:, :, None].expand(-1, -1, dim))
+        tokens = dropped[:, start : start + block]
+        rows = k.gather(1, tokens[:, :, None].expand(-1, -1, dim))
         sim = torch.bmm(rows, targets).masked_fill_(~allowed[:, None, :], -torch.inf)
         # Dividing by |k_i| does not move the maximum.
         top, column[:, start : start + block] = sim.max(dim=2)

@@ -1,8 +1,7 @@
 """Matching, merging and gathering of KV slots in Triton: drop-ins for torch_impl and compress/rules/base.py.
 
-`nearest_kept`, `merge_segments` and `gather_slots` have the signature and meaning of those in torch_impl, and are equal
-to them up to the order of float32 sums (gather_slots: bit for bit). Never run on a GPU;
-compiled for sm_80, sm_90 and sm_100 (kernels/README.md).
+`nearest_kept`, `merge_segments` and `gather_slots` have the meaning of those in torch_impl, and are equal to them up to
+the order of float32 sums (gather_slots: bit for bit).
 """
 
 from __future__ import annotations
@@ -15,26 +14,35 @@ import triton.language as tl
 
 from .torch_impl import Segments
 
+_KEYS = (torch.float32, torch.bfloat16, torch.float16)
 EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize, and of torch_impl.nearest_kept
 
 
-@triton.jit(do_not_specialize=["r", "u"])
+@triton.jit(do_not_specialize=["r", "u", "blocks"])
 def nearest_kernel(
-    k_ptr, dropped_ptr, kept_ptr, allowed_ptr, best_ptr, column_ptr, r, u, stride_kh, stride_kn,
-    DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr,
+    k_ptr, dropped_ptr, kept_ptr, allowed_ptr, ends_ptr, best_ptr, column_ptr, r, u, blocks, within,
+    stride_kh, stride_kn,
+    DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of dropped tokens, head): maximum over all allowed kept tokens, the lower column on a tie."""
+    """Program (tile of dropped tokens, head): maximum over the allowed kept tokens of the same block of `within`
+    tokens, the lower column on a tie. ends [H, blocks + 1]: where each block begins among the kept tokens. Products of
+    16-bit keys are exact in float32, so those are multiplied as they are and their lengths divided out."""
     head = tl.program_id(1).to(tl.int64)
     i, d = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     mask_r, mask_d = i < r, d < DIM
     token = tl.load(dropped_ptr + head * r + i, mask=mask_r, other=0)
+    block = tl.where(mask_r, (token // within).to(tl.int32), -1)
     rows = tl.load(
         k_ptr + head * stride_kh + token[:, None] * stride_kn + d[None, :],
         mask=mask_r[:, None] & mask_d[None, :], other=0.0,
     )  # fmt: skip
+    length = tl.maximum(tl.sqrt(tl.sum(rows.to(tl.float32) * rows.to(tl.float32), 1)), EPS)
     best = tl.full([BLOCK_R], float("-inf"), tl.float32)
     column = tl.zeros([BLOCK_R], tl.int32)
-    for start in range(0, u, BLOCK_U):
+    lowest = tl.min(tl.where(mask_r, block, blocks - 1), 0)
+    first = tl.load(ends_ptr + head * (blocks + 1) + lowest)
+    last = tl.load(ends_ptr + head * (blocks + 1) + tl.max(block, 0) + 1)
+    for start in range(first, last, BLOCK_U):
         j = start + tl.arange(0, BLOCK_U)
         allowed = tl.load(allowed_ptr + head * u + j, mask=j < u, other=0) != 0
         target = tl.load(kept_ptr + head * u + j, mask=j < u, other=0)
@@ -42,15 +50,20 @@ def nearest_kernel(
             k_ptr + head * stride_kh + target[None, :] * stride_kn + d[:, None],
             mask=(j < u)[None, :] & mask_d[:, None], other=0.0,
         )  # fmt: skip
-        keys = keys / tl.maximum(tl.sqrt(tl.sum(keys * keys, 0)), EPS)[None, :]
-        similarity = tl.dot(rows, keys, input_precision="ieee")
+        size = tl.maximum(tl.sqrt(tl.sum(keys.to(tl.float32) * keys.to(tl.float32), 0)), EPS)
+        if UPCAST:  # divided before the product: behind it, float32 spills
+            unit = keys.to(tl.float32) / size[None, :]
+            similarity = tl.dot(rows.to(tl.float32), unit, input_precision="ieee")
+        else:
+            similarity = tl.dot(rows, keys) / size[None, :]
+        same = (target // within).to(tl.int32)[None, :] == block[:, None]
         # A NaN is nobody's nearest; what tl.max makes of one, compiled and interpreted, differs.
-        similarity = tl.where(allowed[None, :] & (similarity == similarity), similarity, float("-inf"))
+        good = allowed[None, :] & same & (similarity == similarity)
+        similarity = tl.where(good, similarity, float("-inf"))
         top, at = tl.max(similarity, 1, return_indices=True, return_indices_tie_break_left=True)
         column = tl.where(top > best, start + at, column)
         best = tl.maximum(top, best)
-    norm = tl.maximum(tl.sqrt(tl.sum(rows * rows, 1)), EPS)
-    tl.store(best_ptr + head * r + i, best / norm, mask=mask_r)
+    tl.store(best_ptr + head * r + i, best / length, mask=mask_r)
     tl.store(column_ptr + head * r + i, column.to(tl.int64), mask=mask_r)
 
 
@@ -108,35 +121,47 @@ def gather_kernel(
 
 
 def nearest_kept(
-    k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor, scratch_bytes: int = 0
+    k: torch.Tensor, dropped: torch.Tensor, kept: torch.Tensor, allowed: torch.Tensor, within: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each dropped token the allowed kept token whose key has the highest cosine similarity.
-
-    k [H, n, D] float32, contiguous D; dropped [H, r], kept [H, u] int64; allowed [H, u] bool. Returns (similarity [H,
-    r] float32, column [H, r] int64 into `kept`): -inf and 0 where the head has no allowed token; a zero key has
-    similarity 0; equal similarities: the lower column. scratch_bytes is unused: no similarities are stored. ValueError
-    for another dtype or layout.
-    """
-    if k.dtype != torch.float32 or k.stride(2) != 1:
-        raise ValueError(f"keys must be float32 with contiguous head_dim, got {k.dtype}")
-    heads, _, dim = k.shape
+    """As torch_impl.nearest_kept; k [H, n, D] float32, bfloat16 or float16, contiguous vectors (else ValueError). No
+    similarities are stored."""
+    if k.dtype not in _KEYS or k.stride(2) != 1:
+        raise ValueError(f"keys must be float32 or 16-bit floats with contiguous head_dim, got {k.dtype}")
+    heads, n, dim = k.shape
     r, u = dropped.shape[1], kept.shape[1]
-    best = k.new_full((heads, r), -torch.inf)
+    best = torch.full((heads, r), -torch.inf, device=k.device)
     column = torch.zeros_like(dropped, memory_format=torch.contiguous_format)
     if u == 0 or r == 0:
         return best, column
-    block = 32
+    kept, within = kept.contiguous(), within if 0 < within < n else n
+    blocks = triton.cdiv(n, within)
+    if blocks == 1:
+        ends = torch.arange(2, device=k.device, dtype=torch.int32).mul_(u).expand(heads, -1).contiguous()
+    else:
+        at = torch.arange(0, n + within, within, device=k.device).expand(heads, -1).contiguous()
+        ends = torch.searchsorted(kept, at, out_int32=True)
+    exact = k.dtype == torch.float32
+    block = 32 if exact else 64
     nearest_kernel[(triton.cdiv(r, block), heads)](
-        k, dropped.contiguous(), kept.contiguous(), allowed.contiguous().view(torch.uint8), best, column, r, u,
+        k, dropped.contiguous(), kept, allowed.contiguous().view(torch.uint8), ends, best, column, r, u, blocks, within,
         k.stride(0), k.stride(1), DIM=dim, BLOCK_R=block, BLOCK_U=block, BLOCK_D=max(16, triton.next_power_of_2(dim)),
-        num_warps=4, num_stages=1,
+        UPCAST=exact or _interpreted(), num_warps=8 if exact else 4, num_stages=1 if exact else 2,
     )  # fmt: skip
     return best, column
 
 
+def _interpreted() -> bool:
+    return not isinstance(nearest_kernel, triton.runtime.JITFunction)
+
+
 def supports(k: torch.Tensor) -> bool:
-    """Keys (or values) that nearest_kept and merge_segments read."""
-    return k.dtype == torch.float32 and k.is_contiguous()
+    """Keys that nearest_kept reads."""
+    return k.dtype in _KEYS and k.stride(2) == 1
+
+
+def merges(x: torch.Tensor) -> bool:
+    """Keys or values that merge_segments reads."""
+    return x.dtype == torch.float32 and x.is_contiguous()
 
 
 def merge_segments(
@@ -144,7 +169,7 @@ def merge_segments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As torch_impl.merge_segments; float32 and contiguous (else ValueError)."""
     for x in (k, v, lv, log_w):
-        if x.dtype != torch.float32 or not x.is_contiguous():
+        if not merges(x):
             raise ValueError(f"merge_segments needs contiguous float32 tensors, got {x.dtype} {tuple(x.shape)}")
     clusters, dim, dim_v = seg.heads * seg.m, k.shape[2], v.shape[2]
     out_k, out_v = k.new_empty(seg.heads, seg.m, dim), v.new_empty(seg.heads, seg.m, dim_v)

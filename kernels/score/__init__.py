@@ -17,13 +17,15 @@ class Sums(NamedTuple):
 
     log_z, log_z_ctx [H, Q]: log of the softmax denominator with votes, over the context and what the query may see of
     the span, and over the context alone (-inf without one). received [H, n]: sum over all queries of a_iq, whether the
-    query sees token i or not. squares [R, H, n]: sum over the queries that see token i of weights_rq a_iq^2. output
+    query sees token i or not; a GPU gives its logarithm, log_received, so that nobody must look whether the sum is 0 or
+    inf. squares [R, H, n]: sum over the queries that see token i of weights_rq a_iq^2. output
     [H, Q, Dv] or None: sum over the tokens that query q sees of a_iq v_i.
     """
 
     log_z: torch.Tensor
     log_z_ctx: torch.Tensor
-    received: torch.Tensor
+    received: torch.Tensor | None
+    log_received: torch.Tensor | None
     squares: torch.Tensor
     output: torch.Tensor | None
 

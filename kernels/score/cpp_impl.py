@@ -66,7 +66,7 @@ def window_sums(
     sizes = (heads, queries, dim, v.shape[2], k_ctx.shape[0], tokens, len(weights), torch.get_num_threads())
     args = _Args(*(x.data_ptr() if x is not None else None for x in pointers), *strides, *sizes)
     cpu_build.raise_for(_function(ctypes.addressof(args), k.dtype == torch.bfloat16))
-    return Sums(log_z, log_z_ctx, received, squares, output)
+    return Sums(log_z, log_z_ctx, received, None, squares, output)
 
 
 def supports(k_ctx: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

@@ -6,8 +6,7 @@ which forms the logits once more. Keys and values are read where they lie, 16 bi
 
 Products are float32 ("ieee") where keys are. 16-bit keys and values are exact in TF32, which tensor cores multiply;
 what meets them is cut into two halves of TF32, so that 21 bits of it count: log Z must agree with logits that torch
-computes. A query that sees nothing gives nothing. Never run on a GPU; compiled for sm_80, sm_90 and sm_100
-(kernels/README.md).
+computes. A query that sees nothing gives nothing. What has run on a GPU: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -104,9 +103,11 @@ def sums_kernel(
     ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (token tile, head): sums over all queries of the weights that they give to each token."""
+    """Program (token tile, head): log of the sum of the weights that all queries give to each token, shifted by its
+    largest term, and sums of squares over those that see it."""
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     received = tl.zeros([BLOCK_N], tl.float32)
     first, second = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, queries, BLOCK_Q):
@@ -117,15 +118,19 @@ def sums_kernel(
             DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
         log_z = tl.load(log_z_ptr + head * queries + query, mask=mask_q, other=float("-inf"))
-        # inside the where: exp(-inf - -inf) is NaN
-        a = tl.where((log_z > float("-inf"))[:, None], tl.exp(logits - log_z[:, None]), 0.0)
-        received += tl.sum(a, 0)
+        # inside the where: -inf - -inf is NaN
+        a = tl.where((log_z > float("-inf"))[:, None], logits - log_z[:, None], float("-inf"))
+        new_top = tl.maximum(top, tl.max(a, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        received = received * tl.exp(top - shift) + tl.sum(tl.exp(a - shift[None, :]), 0)
+        top, a = new_top, tl.exp(a)
         last = tl.load(position_ptr + query, mask=mask_q, other=-1).to(tl.int32)
         a = tl.where(token[None, :] <= last[:, None], a * a, 0.0)  # what a query does not see can overflow
         if ROWS > 0:
             first += tl.sum(a * tl.load(weights_ptr + query, mask=mask_q, other=0.0)[:, None], 0)
         if ROWS > 1:
             second += tl.sum(a * tl.load(weights_ptr + queries + query, mask=mask_q, other=0.0)[:, None], 0)
+    received = tl.where(top == float("-inf"), top, top + tl.log(received))
     tl.store(received_ptr + head * n + token, received, mask=token < n)
     if ROWS > 0:
         tl.store(squares_ptr + head * n + token, first, mask=token < n)
@@ -165,10 +170,11 @@ def window_sums(
         _sums(q, k, lv, position, log_z, weights, received, squares)
     else:
         log_z.copy_(log_z_ctx)
-        for x in (received, squares, output):
+        received.fill_(-torch.inf)
+        for x in (squares, output):
             if x is not None:
                 x.zero_()
-    return Sums(log_z, log_z_ctx, received, squares, output)
+    return Sums(log_z, log_z_ctx, None, received, squares, output)
 
 
 def supports(k_ctx: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keepkv_sglang.compress.layer import compress_layer
+from keepkv_sglang.compress.registry import MERGE_RULES
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, match, select
-from keepkv_sglang.kernels.merge import reference
+from keepkv_sglang.kernels.merge import reference, torch_impl
 from keepkv_sglang.kernels.merge.torch_impl import (
     Segments,
     nearest_kept,
@@ -169,7 +170,7 @@ def test_nearest_kept_blocks_do_not_matter(scratch):
     k = torch.randn(3, 80, 8, generator=g, dtype=torch.float64)
     dropped = torch.arange(20, 80).expand(3, -1)
     kept, allowed = torch.arange(20).expand(3, -1), torch.rand(3, 20, generator=g) > 0.3
-    best, column = nearest_kept(k, dropped, kept, allowed, scratch)
+    best, column = nearest_kept(k, dropped, kept, allowed, scratch_bytes=scratch)
     cosine = torch.cosine_similarity(k[:, 20:, None], k[:, None, :20], dim=-1)
     expected = cosine.masked_fill(~allowed[:, None, :], -torch.inf).max(2)
     torch.testing.assert_close(best, expected.values)
@@ -177,6 +178,21 @@ def test_nearest_kept_blocks_do_not_matter(scratch):
 
 
 # Segment operations
+
+
+@pytest.mark.parametrize("rule", sorted(MERGE_RULES.names))
+def test_members_that_nobody_has_counted(rule, monkeypatch):
+    """On a GPU the members are followed by the dropped tokens; nothing adds them up."""
+    x, p = random_layer(n=60), policy(12, rule, threshold=0.7)
+    wanted = compress_layer(x, p)
+    assert (wanted.assign < 0).any(), "nothing was dropped"
+    assert rule == "evict" or (wanted.assign >= 0).sum() > wanted.kept.numel(), "nothing was merged"
+    monkeypatch.setenv("KEEPKV_CPU_KERNEL", "torch")
+    torch_alone = compress_layer(x, p)
+    monkeypatch.setattr(torch_impl, "known_to_host", lambda x: False)
+    got = compress_layer(x, p)
+    for name in ("kept", "assign", "k", "v", "lv"):
+        assert torch.equal(getattr(got, name), getattr(torch_alone, name)), name
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,6 +1,6 @@
 """CUDA graphs: captured once, replayed with other votes, other slots and other queries at the same addresses.
 
-Only on a GPU (scripts/gpu_check.sh); never run by us.
+Only on a GPU (scripts/gpu_check.sh); passed on an H200 (docs/gpu.md).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def test_it_is_what_torch_gives(scorer, rule, dtype, monkeypatch):
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, f=function, n=name: calls.append(n) or f(*a))
     monkeypatch.setenv("KEEPKV_CPU_KERNEL", "torch")
-    monkeypatch.delenv("KEEPKV_GPU_KERNEL", raising=False)
+    monkeypatch.setenv("KEEPKV_GPU_KERNEL", "torch")
     wanted = compress_layer(x, policy)
     assert not calls
     monkeypatch.setenv("KEEPKV_GPU_KERNEL", "triton")

@@ -27,6 +27,12 @@ def test_nearest_kept(gen, n, m, dim, poisoned):
     check_nearest(cpp_impl.nearest_kept, gen, n, m, dim)
 
 
+@pytest.mark.parametrize("within", [7, 50, 100, 300, 500, 9999])
+@pytest.mark.parametrize("implementation", [cpp_impl, torch_impl])
+def test_nearest_kept_inside_blocks(gen, within, implementation):
+    check_nearest(implementation.nearest_kept, gen, 300, 90, 64, within=within)
+
+
 def test_nearest_kept_at_the_edges(gen):
     check_nearest_edges(cpp_impl.nearest_kept, torch.randn(1, 80, 64, generator=gen))
 

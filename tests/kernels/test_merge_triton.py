@@ -24,6 +24,13 @@ def test_nearest_kept(gen, n, m, dim):
     assert (torch_column.cpu() == column).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("within", [7, 50, 100, 300, 500, 9999])
+def test_nearest_kept_inside_blocks(gen, within, dtype):
+    """Products of 16-bit keys are exact: the same tolerance."""
+    check_nearest(triton_impl.nearest_kept, gen, 300, 90, 64, DEVICE, within, dtype)
+
+
 def test_nearest_kept_at_the_edges(gen):
     """Keys of 64 ones and minus ones have norm 8, so that every product is exact: the interpreter's NumPy may round
     equal columns of other keys differently."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from keepkv_sglang.compress.batch import SCRATCH_BYTES
 from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.queries.pseudo import PseudoQueries, calibration_rows
 from keepkv_sglang.compress.queries.rotary import Rotary
@@ -15,7 +16,7 @@ from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.memory.arena import QueryArena
 from keepkv_sglang.memory.calibration import QUERIES, Calibration, rotary_of
 from keepkv_sglang.memory.votes import VoteStore
-from keepkv_sglang.runtime.compressor import SCRATCH_BYTES, merge_unused
+from keepkv_sglang.runtime.compressor import merge_unused
 from keepkv_sglang.settings.config import KeepKVConfig
 from tests.support.layers import in_slots
 from tests.support.rotary import table

@@ -8,22 +8,26 @@ import torch
 TOLERANCE = 1e-5  # float32 sums of at most 256 products of size 1
 
 
-def check_nearest(nearest_kept, gen, n, m, dim, device="cpu"):
+def check_nearest(nearest_kept, gen, n, m, dim, device="cpu", within=0, dtype=torch.float32):
     """Asserts the similarity and an allowed column that is as good; returns (arguments, similarity, column)."""
     heads = 2
-    k = torch.randn(heads, n, dim, generator=gen)
+    k = torch.randn(heads, n, dim, generator=gen).to(dtype)
     order = torch.stack([torch.randperm(n, generator=gen) for _ in range(heads)])
     kept, dropped = order[:, :m].sort(dim=1).values, order[:, m:].sort(dim=1).values
     allowed = torch.rand(heads, m, generator=gen) < 0.7
     allowed[:, 0] = True
     exact = torch.nn.functional.normalize(k.double(), dim=2)
     cosine = torch.stack([exact[h, dropped[h]] @ exact[h, kept[h]].T for h in range(heads)])
-    wanted = cosine.masked_fill(~allowed[:, None, :], -torch.inf).max(dim=2)
+    inside = allowed[:, None, :] & (dropped[:, :, None] // (within or n) == kept[:, None, :] // (within or n))
+    wanted = cosine.masked_fill(~inside, -torch.inf).max(dim=2)
     arguments = [x.to(device) for x in (k, dropped, kept, allowed)]
-    best, column = (x.cpu() for x in nearest_kept(*arguments))
-    assert (best - wanted.values).abs().max() < TOLERANCE
-    got = cosine.gather(2, column[:, :, None])[:, :, 0]  # the same column, or one as good within rounding
-    assert (got - wanted.values).abs().max() < TOLERANCE and allowed.gather(1, column).all()
+    best, column = (x.cpu() for x in nearest_kept(*arguments, within))
+    none = wanted.values == -torch.inf
+    assert best[none].eq(-torch.inf).all() and best.dtype == torch.float32
+    assert (best - wanted.values)[~none].abs().max() < TOLERANCE
+    # the same column, or one as good within rounding
+    got = cosine.masked_fill(~inside, -torch.inf).gather(2, column[:, :, None])[:, :, 0]
+    assert (got - wanted.values)[~none].abs().max() < TOLERANCE
     return arguments, best, column
 
 

@@ -36,7 +36,7 @@ class QuerySample:
             self._turn = rotary.turn(torch.tensor(positions[:references]), target, dtype, device)
         # A reference stands behind the span and sees all of it.
         index = [slots + i for i in range(references)] + [slots - (end - p) for p in positions[references:]]
-        self.q_index = torch.tensor(index, dtype=torch.int64, device=device)
+        self.q_index = torch.tensor(index, dtype=torch.int64)  # on the CPU: see LayerInput
 
     def place(self, q: torch.Tensor) -> torch.Tensor:
         """One layer's queries [w, Hq, D] in the order of `positions`, references moved."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from keepkv_sglang.compress.sums import on_device
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -34,7 +36,7 @@ class Rotary:
         self, position: torch.Tensor, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [w, 1, R / 2]."""
-        at = position.to(self.cos_sin.device).clamp(max=self.cos_sin.shape[0] - 1)
+        at = on_device(position, self.cos_sin.device).clamp(max=self.cos_sin.shape[0] - 1)
         cos, sin = self.cos_sin[at].to(dtype).to(device)[:, None].chunk(2, dim=-1)
         return cos, sin
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from keepkv_sglang.compress.window import Window, trusted
 from keepkv_sglang.kernels.merge import merge_segments
@@ -53,7 +54,7 @@ class Clusters:
         """[H, Q, D]: the span's part of the queries' attention outputs."""
         if self.window.sums is not None and self.window.sums.output is not None:
             return self.window.sums.output
-        first_hidden = int(self.window.position.min()) + 1
+        first_hidden = self.window.first_hidden
         output = self.v.new_zeros(())
         for block in self.window.blocks():
             attention = self.window.attention(block)
@@ -93,7 +94,7 @@ class Clusters:
     def _members(self) -> Iterator[tuple[torch.Tensor, Segments, slice]]:
         """(x [T, Q], their Segments, the flat clusters these are of) of clusters with more than one member, as many
         members of a head at a time as the window has tokens in a block; x: lv_i + l_qi - log Z_q."""
-        many = self.seg.counts[self.seg.cluster] > 1
+        many = F.pad(self.seg.counts, (0, 1))[self.seg.cluster] > 1  # behind the members: none
         rows, clusters, (heads, n) = self.seg.rows[many], self.seg.cluster[many], self.assign.shape
         ends = torch.bincount(rows // n, minlength=heads).cumsum(0).tolist()
         for h, (start, end) in enumerate(itertools.pairwise([0, *ends])):

@@ -27,7 +27,7 @@ def expected_attention_full(window: Window, pool_kernel: int) -> torch.Tensor:
     Votes; otherwise differs from the paper in nothing but the epsilon beside the norm, 0 as in kvpress's default.
     """
     n = window.k.shape[1]
-    if n <= SINKS or not (len(window.position) and bool((window.position == n - 1).all())):
+    if n <= SINKS or not (len(window.position) and all(place == n - 1 for place in window.places)):
         raise ValueError(
             "scorer 'expected_attention_full' needs queries moved behind the span (offline only: evaluate/future.py) "
             f"and more than {SINKS} tokens; use 'expected_attention' with the queries of a window"

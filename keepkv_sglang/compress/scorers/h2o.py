@@ -15,7 +15,7 @@ def h2o(window: Window, pool_kernel: int) -> torch.Tensor:
     token per step; the recent half of the budget is SpanPolicy.recent.
     """
     n, w = window.k.shape[1], window.position.shape[0]
-    if w != n or not torch.equal(window.position, torch.arange(n, device=window.position.device)):
+    if w != n or not window.places == list(range(n)):
         raise ValueError(
             f"scorer 'h2o' needs the attention of every query, and of {n} tokens the window has {w} queries: pass the "
             "queries of the whole span (offline only), or use a scorer of the window such as 'snapkv'"
