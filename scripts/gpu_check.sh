@@ -22,7 +22,7 @@
 # are not installed, and the report says so. Exit status 0 only when nothing failed; a skip is not a failure, a step that
 # runs out of time or leaves no status is one. 2: no GPU, nothing was checked. PYTHON chooses the Python. Compiled
 # kernels stay in KEEPKV_CACHE (default .cache) and in FlashInfer's own cache: a second run is faster.
-# A and B have run on an H200 (docs/gpu.md); C, a machine with SGLang and a server have not.
+# A, B and the sanitizer have run on an H200 (docs/gpu.md); FlashInfer, a machine with SGLang and a server have not.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 # Seconds since the start at which the first part and the benchmark are over, whatever they have done; the report

@@ -194,15 +194,15 @@ def _observe(
     output: torch.Tensor | None,
 ) -> None:
     heads, queries, dim = q.shape
-    block, block_d, warps = _tile(k, dim)
+    queries_at, tokens_at, block_d, launch = _tile(k, dim)
     dim_v = v.shape[2] if v is not None else dim
     stride_v = (v.stride(1), v.stride(0)) if v is not None else (0, 0)
-    observe_kernel[(triton.cdiv(queries, block), heads)](
+    observe_kernel[(triton.cdiv(queries, queries_at), heads)](
         q, k, v, lv, position, start, log_z, output, queries, k.shape[0],
         k.stride(1), k.stride(0), *stride_v, lv.stride(1), lv.stride(0),
-        DIM=dim, DIM_V=dim_v, BLOCK_Q=block, BLOCK_N=block, BLOCK_D=block_d,
+        DIM=dim, DIM_V=dim_v, BLOCK_Q=queries_at, BLOCK_N=tokens_at, BLOCK_D=block_d,
         BLOCK_V=max(16, triton.next_power_of_2(dim_v)), HAS_START=start is not None, HAS_OUTPUT=output is not None,
-        PRECISION=_precision(k), num_warps=warps, num_stages=1,
+        PRECISION=_precision(k), **launch,
     )  # fmt: skip
 
 
@@ -217,12 +217,12 @@ def _sums(
     squares: torch.Tensor,
 ) -> None:
     heads, queries, dim = q.shape
-    block, block_d, warps = _tile(k, dim)
-    sums_kernel[(triton.cdiv(k.shape[0], block), heads)](
+    tokens_at, queries_at, block_d, launch = _tile(k, dim)
+    sums_kernel[(triton.cdiv(k.shape[0], tokens_at), heads)](
         q, k, lv, position, log_z, weights, received, squares, queries, k.shape[0], heads,
         k.stride(1), k.stride(0), lv.stride(1), lv.stride(0),
-        ROWS=len(weights), DIM=dim, BLOCK_Q=block, BLOCK_N=block, BLOCK_D=block_d,
-        PRECISION=_precision(k), num_warps=warps, num_stages=1,
+        ROWS=len(weights), DIM=dim, BLOCK_Q=queries_at, BLOCK_N=tokens_at, BLOCK_D=block_d,
+        PRECISION=_precision(k), **launch,
     )  # fmt: skip
 
 
@@ -234,9 +234,13 @@ def _precision(k: torch.Tensor) -> str:
     return "ieee" if k.dtype == torch.float32 else "tf32"
 
 
-def _tile(k: torch.Tensor, dim: int) -> tuple[int, int, int]:
-    """(queries or tokens, head_dim, warps) of a tile: such that hardly anything spills (compile_gate.py)."""
+def _tile(k: torch.Tensor, dim: int) -> tuple[int, int, int, dict[str, int]]:
+    """(a program's own queries or tokens, those that it goes through at a time, head_dim, warps and stages): such that
+    hardly anything spills (compile_gate.py); of 16-bit keys the fastest of 16 on an H200 at head_dim 128 (docs/log.md)."""
     block_d = max(16, triton.next_power_of_2(dim))
+    if _precision(k) == "tf32" and block_d <= 128:
+        return 32, 64, block_d, {"num_warps": 4, "num_stages": 2}
     exact = _precision(k) == "ieee" and not _interpreted()
     block = 16 if block_d > 128 else 32 if exact or block_d > 64 else 64
-    return block, block_d, 8 if block == 64 or (exact and block_d == 128) else 4
+    warps = 8 if block == 64 or (exact and block_d == 128) else 4
+    return block, block, block_d, {"num_warps": warps, "num_stages": 1}
