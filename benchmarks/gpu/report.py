@@ -173,13 +173,42 @@ def bench_lines(measured: dict[str, Any]) -> list[str]:
     return lines + [f"- skipped: {text}" for text in measured.get("skipped", [])]
 
 
+def turns_lines(measured: dict[str, Any]) -> list[str]:
+    """Of turns.json (turns.py)."""
+    columns = (
+        "compression", "context", "tokens", "kernels", "scratch, MiB", "ms", "first, ms", "GPU busy, ms", "waits",
+        "operations", "peak, MiB",
+    )  # fmt: skip
+    rows = [
+        (*(row[key] for key in ("case", "context", "tokens", "kernel", "mib")), _ms(row.get("s")), _ms(row["first_s"]),
+         f"{row['parts_ms']['all']:.1f}" if row.get("parts_ms") else "-", row.get("syncs", "-"),
+         row.get("operations", "-"), f"{row['peak_mib']:.0f}")
+        for row in measured.get("turns", [])
+    ]  # fmt: skip
+    lines = ["One compression of an 8B-shaped model (benchmarks/gpu/turns.py):", "", tables.markdown(columns, rows), ""]
+    columns = "prefill: slots before", "new", "SGLang's extend, us a layer", "with votes", "votes cost", "torch SDPA"
+    rows = [
+        (row["before"], row["new"], f"{row['us_off']:.0f}", f"{row['us_on']:.0f}",
+         f"{row['us_on'] / row['us_off'] - 1:+.0%}", f"{row['us_sdpa']:.0f}")
+        for row in measured.get("prefill", [])
+    ]  # fmt: skip
+    lines += [tables.markdown(columns, rows), "", *(f"- ERROR: {text}" for text in measured.get("errors", []))]
+    return lines + [f"- skipped: {text}" for text in measured.get("skipped", [])]
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.1f}"
+
+
 def report(folder: Path) -> str:
     """Writes both files and returns report.md."""
     steps, measured = steps_of(folder / "logs"), read_json(folder / "bench.json")
-    whole = {"commit": commit(), "versions": versions(), "steps": steps, "bench": measured}
+    turns = read_json(folder / "turns.json")
+    whole = {"commit": commit(), "versions": versions(), "steps": steps, "bench": measured, "turns": turns}
     lines = [f"# scripts/gpu_check.sh, commit {whole['commit']}", ""]
     lines += [", ".join(f"{name} {version}" for name, version in whole["versions"].items()), ""]
     lines += [*step_lines(steps), "", *(bench_lines(measured) if measured else ["No readable bench.json."])]
+    lines += ["", *turns_lines(turns)] if turns else []
     text = "\n".join(lines) + "\n"
     write(folder / "report.json", json.dumps(whole, indent=1))
     write(folder / "report.md", text)

@@ -236,7 +236,8 @@ def _precision(k: torch.Tensor) -> str:
 
 def _tile(k: torch.Tensor, dim: int) -> tuple[int, int, int, dict[str, int]]:
     """(a program's own queries or tokens, those that it goes through at a time, head_dim, warps and stages): such that
-    hardly anything spills (compile_gate.py); of 16-bit keys the fastest of 16 on an H200 at head_dim 128 (docs/log.md)."""
+    hardly anything spills (compile_gate.py); of 16-bit keys the fastest of 16 on an H200 at head_dim 128 (docs/log.md).
+    """
     block_d = max(16, triton.next_power_of_2(dim))
     if _precision(k) == "tf32" and block_d <= 128:
         return 32, 64, block_d, {"num_warps": 4, "num_stages": 2}

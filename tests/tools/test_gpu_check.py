@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -68,6 +69,28 @@ def test_a_report_names_what_failed_and_why(folder):
     whole = json.loads((folder / "report.json").read_text())
     assert whole["bench"] == measured and whole["steps"]["triton"]["exit"] == "1"
     assert (folder / "report.md").read_text() == report and not list(folder.glob("*.part"))
+
+
+def test_a_report_of_turns(folder):
+    row = {
+        "case": "turn",
+        "context": 0,
+        "tokens": 500,
+        "kernel": "triton",
+        "mib": 1024,
+        "first_s": 2.0,
+        "peak_mib": 9.4,
+    }
+    more = {"s": 0.02, "parts_ms": {"all": 6.72, "sums_kernel": 1.0}, "syncs": 0, "operations": 1279}
+    measured = {"turns": [row | more, row | {"tokens": 900}], "errors": ["y"], "skipped": ["z: out of time"]}
+    measured["prefill"] = [{"before": 0, "new": 8, "us_off": 100.0, "us_on": 134.0, "us_sdpa": 50.0}]
+    (folder / "turns.json").write_text(json.dumps(measured))
+    text = unpadded(gpu_report.report(folder))
+    for part in (
+        "| turn | 0 | 500 | triton | 1024 | 20.0 | 2000.0 | 6.7 | 0 | 1279 | 9 |", "| 0 | 8 | 100 | 134 | +34% | 50 |",
+        "| turn | 0 | 900 | triton | 1024 | - | 2000.0 | - | - | - | 9 |", "ERROR: y", "skipped: z: out of time",
+    ):  # fmt: skip
+        assert part in text, part
 
 
 @pytest.mark.parametrize("xml", [None, XML[:300]])
@@ -264,8 +287,8 @@ def script(tmp_path):
     fake.chmod(0o755)
     base = {**os.environ, "PYTHON": str(fake), "PIDS": str(tmp_path / "pids"), "KEEPKV_CACHE": str(tmp_path / "cache")}
 
-    def start(sleep=0.1, **exits):
-        command = ["bash", str(REPO / "scripts" / "gpu_check.sh"), str(tmp_path / "out")]
+    def start(sleep=0.1, mode=None, **exits):
+        command = ["bash", str(REPO / "scripts" / "gpu_check.sh"), *([mode] if mode else []), str(tmp_path / "out")]
         exits = {"MERGE": 0, "GRAPHS": 0, "SMALL": 0, "MODULES": 77, **exits}
         environment = {**base, "SLEEP": str(sleep), **{name: str(code) for name, code in exits.items()}}
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -287,6 +310,38 @@ def test_the_script_ends_with_1_when_a_step_failed_and_packs_its_logs(merge, scr
     assert steps["flashinfer_build"]["remark"] == "FlashInfer is not installed"
     with tarfile.open(out / "logs.tar.gz") as packed:
         assert {"logs/bench.log", "logs/triton_score.log", "logs/steps.txt"} <= set(packed.getnames())
+
+
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [
+        ("A", {"triton_attention", "triton_merge", "triton_score", "triton_layer", "sglang_score_mod", "graphs"}),
+        ("B", {"bench", "turns"}),
+        ("C", {"flashinfer_build", "flashinfer", "small", "sanitizer"}),
+    ],
+)
+def test_a_mode_runs_its_own_steps(mode, wanted, script, tmp_path):
+    running = script(mode=mode)
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 0, output
+    assert set(json.loads((tmp_path / "out" / "report.json").read_text())["steps"]) == wanted
+
+
+def test_sglang_kernels_without_sglang(tmp_path):
+    """The files are SGLang's own, the rest of it is not there, and our score_mod computes Equation 6 with them."""
+    command = [sys.executable, str(REPO / "scripts" / "sglang_kernels.py"), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    installed = importlib.metadata.distribution("sglang")
+    for name in ("decode_attention.py", "extend_attention.py", "score_mod.py"):
+        path = f"sglang/kernels/ops/attention/{name}"
+        assert (tmp_path / path).read_bytes() == installed.locate_file(path).read_bytes()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}", "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_score_mod_triton.py", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+    look = "import sglang, importlib.util as u; print(sglang.__file__, u.find_spec('sglang.srt.server_args'))"
+    where = subprocess.check_output([sys.executable, "-c", look], env=environment, cwd=tmp_path, text=True)
+    assert where.split() == [str(tmp_path / "sglang" / "__init__.py"), "None"]
 
 
 def test_what_is_skipped_cut_or_lost_is_told(script, tmp_path):
