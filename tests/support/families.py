@@ -35,7 +35,8 @@ FAMILIES = {
     "Qwen2": shape(6, 2, 64, rope_parameters=YARN, tie_word_embeddings=True),
     "Qwen3": shape(4, 2, 128, hidden_size=256, rope_parameters={"rope_type": "default", **THETA}),
     "Mistral": shape(4, 1, 80, rope_parameters={"rope_type": "linear", "factor": 2.0, **THETA}, sliding_window=None),
-    "Phi3": shape(4, 4, 96, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5, **THETA}),
+    # At the top of config.json, as checkpoints have it: SGLang does not read it in rope_parameters.
+    "Phi3": shape(4, 4, 96, partial_rotary_factor=0.5, rope_parameters={"rope_type": "default", **THETA}),
     "Gemma": shape(2, 1, 256, hidden_size=256, rope_parameters={"rope_type": "default", **THETA}),
     "Olmo2": shape(2, 2, 128, rope_parameters={"rope_type": "default", **THETA}),
 }
