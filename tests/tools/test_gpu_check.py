@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -325,23 +324,6 @@ def test_a_mode_runs_its_own_steps(mode, wanted, script, tmp_path):
     output, _ = running.communicate(timeout=120)
     assert running.returncode == 0, output
     assert set(json.loads((tmp_path / "out" / "report.json").read_text())["steps"]) == wanted
-
-
-def test_sglang_kernels_without_sglang(tmp_path):
-    """The files are SGLang's own, the rest of it is not there, and our score_mod computes Equation 6 with them."""
-    command = [sys.executable, str(REPO / "scripts" / "sglang_kernels.py"), str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    installed = importlib.metadata.distribution("sglang")
-    for name in ("decode_attention.py", "extend_attention.py", "score_mod.py"):
-        path = f"sglang/kernels/ops/attention/{name}"
-        assert (tmp_path / path).read_bytes() == installed.locate_file(path).read_bytes()
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPO}", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_score_mod_triton.py", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
-    look = "import sglang, importlib.util as u; print(sglang.__file__, u.find_spec('sglang.srt.server_args'))"
-    where = subprocess.check_output([sys.executable, "-c", look], env=environment, cwd=tmp_path, text=True)
-    assert where.split() == [str(tmp_path / "sglang" / "__init__.py"), "None"]
 
 
 def test_what_is_skipped_cut_or_lost_is_told(script, tmp_path):
