@@ -19,7 +19,7 @@ from keepkv_sglang.kernels.merge import gather_slots
 SCRATCH_BYTES = 128 << 20
 """Working memory of the layers that are merged at once, on a CPU and where a GPU has little memory left."""
 GPU_SCRATCH_BYTES = 1 << 30
-"""On a GPU, whose time is starting operations: an 8B's turn of 2,000 tokens is one group of layers instead of four."""
+"""On a GPU, whose time is starting operations: an 8B's turn of 2,000 tokens is two groups of layers instead of 16."""
 QUERY_TENSORS = 6
 """How many [heads, queries, D] of float32 exist at once on a GPU: queries, outputs and what the fit makes of them."""
 

@@ -90,7 +90,7 @@ def test_the_host_never_waits(rule, scorer, context, monkeypatch):
 
 
 def test_operations_grow_with_groups_of_layers_not_with_tokens(monkeypatch):
-    """Of one group, and 15 per layer: writing the results."""
+    """A layer more in the same group: gathering its K, V and votes, and writing them, at most 25 operations."""
     monkeypatch.setenv("KEEPKV_GPU_KERNEL", "triton")
     policy = SpanPolicy(20, "attention_matching", recent=4, sinks=2, threshold=0.3, scorer="window_references")
     counts = []
@@ -105,7 +105,7 @@ def test_operations_grow_with_groups_of_layers_not_with_tokens(monkeypatch):
 
 @pytest.mark.parametrize(("tokens", "groups"), [(2000, 2), (8000, 5), (32000, 16)])
 def test_layers_of_an_8b_at_once(tokens, groups, monkeypatch):
-    """32 layers, 8 kv heads, group 4, head size 128 in 1 GiB: an operation count on no more than `groups` groups."""
+    """32 layers, 8 kv heads, group 4, head size 128 in 1 GiB: operations grow with these groups."""
     monkeypatch.setattr("keepkv_sglang.compress.batch.gpu_kernel_scores", lambda k: True)
     k = torch.empty(tokens, 8, 128, device="meta", dtype=torch.bfloat16)
     at = torch.empty(tokens, device="meta", dtype=torch.int64)

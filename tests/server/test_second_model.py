@@ -34,7 +34,7 @@ def qwen() -> str:
 @pytest.fixture(scope="module")
 def text(qwen) -> list[int]:
     """Tokens of English prose, without message borders."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # start-up cost: most runs skip this file
 
     return AutoTokenizer.from_pretrained(qwen).encode((REPO / "LICENSE").read_text())
 
@@ -110,7 +110,7 @@ def test_others_share_the_compressed_prefix(server):
 
 
 def test_openai_client_keeps_the_system_message_whole(server, qwen):
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # start-up cost: most runs skip this file
 
     flush(server)
     client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0)
