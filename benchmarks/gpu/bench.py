@@ -1,4 +1,4 @@
-"""Vote-weighted decode on a GPU: votes on against off, over budgets, contexts and batches; then compression.
+"""Vote-weighted decode on a GPU: votes on against off, over budgets, contexts and batches.
 
     python -m benchmarks.gpu.bench [--out FOLDER] [--seconds N]     measures; writes bench.json as it goes
     python -m benchmarks.gpu.bench --small      every Triton kernel once on a small case (for compute-sanitizer)
@@ -16,26 +16,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 
-from benchmarks.gpu.cases import DIM, DTYPE, HEADS, HEADS_KV, KERNELS, SLOT_BYTES, Batch, missing, small
+from benchmarks.gpu.cases import KERNELS, SLOT_BYTES, Batch, missing, small
 from benchmarks.gpu.report import write
 
 CONTEXTS, BATCHES, BUDGETS = (2048, 8192, 32768, 65536), (1, 8, 64), (0.1, 0.2, 1.0)
 POOL_BYTES = 20 << 30  # a case with more K and V is left out, and the table says so
 L2_BYTES = 50 << 20  # a Hopper GPU's, where torch does not tell
 CALLS = 10  # in one graph: the launch of a graph takes longer than the smallest of these calls
-DECODE_SECONDS, COMPRESSION_SECONDS = 90, 40  # no decode case begins later than 90 s; 40 s are kept for the rest
-COMPRESSED_LAYERS = 8
+DECODE_SECONDS = 90  # no case begins later
 
 
 class Result:
@@ -44,7 +41,7 @@ class Result:
     def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "bench.json"
-        self.data: dict[str, Any] = {"rows": [], "compression": [], "skipped": [], "errors": []}
+        self.data: dict[str, Any] = {"rows": [], "skipped": [], "errors": []}
 
     def save(self) -> None:
         write(self.path, json.dumps(self.data, indent=1))
@@ -229,50 +226,6 @@ def decodes(result: Result, kernels: list[str], end: float) -> None:
         del case
 
 
-def compression(n: int, kernel: str, device: str = "cuda") -> float:
-    """Milliseconds a layer for a prompt of n tokens to a tenth, default scorer and rule, 256 + 32 query tokens, as the
-    server does it; kernel: KEEPKV_GPU_KERNEL."""
-    # only this measurement needs them: the others go on where they cannot be imported
-    from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
-    from keepkv_sglang.compress.select import SpanPolicy
-
-    m = n // 10
-    index = torch.cat([torch.full((256,), n), torch.arange(n - 32, n)])
-    k, v = (
-        [torch.randn(n + m, HEADS_KV, DIM, device=device, dtype=DTYPE) for _ in range(COMPRESSED_LAYERS)]
-        for _ in range(2)
-    )
-    votes = [torch.zeros(n + m, HEADS_KV, device=device) for _ in k]
-    q = torch.randn(288, HEADS, DIM, device=device, dtype=DTYPE)
-    slots = torch.arange(n + m, device=device)
-    storage, rows = Storage(k, v, votes, [DIM**-0.5] * len(k)), Rows(slots[:0], slots[:n], slots[n:])
-    policy = SpanPolicy(m, "attention_matching", recent=64, sinks=4, threshold=0.85, scorer="window_references")
-
-    def call() -> None:
-        for _ in compress_rows(storage, rows, lambda _: q, HEADS, index, policy, SCRATCH_BYTES):
-            pass
-
-    with patch.dict(os.environ, KEEPKV_GPU_KERNEL=kernel):
-        return 1e3 * seconds(call) / len(k)
-
-
-def compressions(result: Result, end: float) -> None:
-    """Fills compression. Behind everything else: a kernel that fails may end this process's CUDA."""
-    for n in (2000, 8000):
-        row: dict[str, Any] = {"tokens": n}
-        result.data["compression"].append(row)
-        for kernel in ("torch", "triton"):
-            what = f"compression of {n} tokens, {kernel}"
-            if time.monotonic() > end:
-                result.data["skipped"].append(f"{what}: out of time")
-                continue
-            try:
-                row[f"{kernel}_ms"] = compression(n, kernel)
-            except Exception as error:
-                result.note(what, error)
-            result.save()
-
-
 def bench(out: Path, seconds_left: float, without: list[str]) -> int:
     """Everything, within seconds_left; the exit status."""
     last = time.monotonic() + seconds_left
@@ -285,8 +238,7 @@ def bench(out: Path, seconds_left: float, without: list[str]) -> int:
     result.save()
     kernels = warm_up(result, without)
     result.save()
-    decodes(result, kernels, min(time.monotonic() + DECODE_SECONDS, last - COMPRESSION_SECONDS))
-    compressions(result, last - COMPRESSION_SECONDS / 4)
+    decodes(result, kernels, min(time.monotonic() + DECODE_SECONDS, last))
     result.save()
     return int(bool(result.data["errors"]))
 

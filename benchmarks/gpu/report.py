@@ -159,12 +159,6 @@ def bench_lines(measured: dict[str, Any]) -> list[str]:
              f"{row['gb_per_s'] / ceiling:.0%}", differs, " ".join(marks))
         )  # fmt: skip
     lines += [tables.markdown(columns, rows), ""]
-    compressions = [
-        (row["tokens"], *(f"{row[name]:.2f}" if name in row else "-" for name in ("torch_ms", "triton_ms")))
-        for row in measured.get("compression", [])
-    ]
-    columns = "compression, tokens", "torch, ms a layer", "Triton, ms a layer"
-    lines += [tables.markdown(columns, compressions, text=())]
     why = Counter(
         f"{row['kernel']}: {row.get('eager_because', '')}" for row in measured.get("rows", []) if not row["graph"]
     )
