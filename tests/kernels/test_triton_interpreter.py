@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 def test_every_triton_kernel_in_the_interpreter():
     modules = sorted(str(path) for path in FOLDER.glob("test_*_triton.py"))
-    assert len(modules) == 6
+    assert modules, f"no test_*_triton.py in {FOLDER}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *modules]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=800)
