@@ -22,6 +22,8 @@ from keepkv_sglang.settings.values import ConfigError, shown
 __all__ = ["OPTIONS", "REQUEST_KEYS", "ConfigError", "KeepKVConfig"]
 
 PRESSURE_MODES = ("off", "merge")
+HOST_DTYPES = ("auto", "int8", "int4")
+MAX_HOST_RATIO = 1 << 16
 MAX_WINDOW = 256
 MAX_REFERENCES = 1024
 MIN_SPAN_TOKENS = 64
@@ -176,6 +178,41 @@ class KeepKVConfig:
         help="KV slots that a scheduler step compresses before the other requests that are due wait for the next "
         "one; the first is never put off.",
     )
+    host_ratio: float = option(
+        0.0,
+        parse=values.real("host_ratio", 0, MAX_HOST_RATIO, "a number of pools"),
+        unit="pools",
+        server=True,
+        shapes=False,
+        help="Originals of compressed tokens are kept in host memory, for so many times the tokens that the KV pool"
+        " holds; a new turn is read over them. 0: what compression drops is gone.",
+    )
+    host_size: float = option(
+        0.0,
+        parse=values.real("host_size", 0, 1 << 20, "gigabytes"),
+        unit="GB per rank",
+        server=True,
+        shapes=False,
+        help="The same as an amount of host memory (1 GB is 10^9 bytes) for each tensor-parallel rank; it goes before"
+        " --keepkv-host-ratio. 0: the ratio counts.",
+    )
+    host_dtype: str = option(
+        "auto",
+        parse=values.choice("host_dtype", HOST_DTYPES),
+        server=True,
+        shapes=False,
+        choices=HOST_DTYPES,
+        help="How originals are stored: auto, as they lie in the KV pool, or int8 or int4, with scales.",
+    )
+    unpack: float = option(
+        0.5,
+        parse=values.unpack,
+        unit="fraction",
+        bound=AT_MOST,
+        shapes=False,
+        help="Most of the KV pool that originals of running requests may take at once; a history that does not fit is"
+        " read compressed. 0, or false in a request: never.",
+    )
     configurations: int = option(
         64,
         parse=values.whole("configurations", 1, 1 << 16),
@@ -259,8 +296,13 @@ class KeepKVConfig:
 
     def fingerprint(self) -> str:
         """Hash of every value that shapes all of an entry."""
-        shaping = sorted((k, repr(v)) for k, v in asdict(self).items() if not OPTIONS[k].by_token)
+        shaping = sorted((k, repr(v)) for k, v in asdict(self).items() if OPTIONS[k].shapes and not OPTIONS[k].by_token)
         return hashlib.sha256(repr((ALGORITHM_VERSION, shaping)).encode()).hexdigest()[:16]
+
+    @property
+    def keeps_originals(self) -> bool:
+        """True when the server has host memory for the originals of what it compresses."""
+        return self.host_ratio > 0 or self.host_size > 0
 
     def kept_slots(self, start: int, end: int) -> int:
         """Slots for the tokens [start, end) of a growing span, so that [0, end) keeps ceil(budget * end).

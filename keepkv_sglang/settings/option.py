@@ -19,7 +19,8 @@ class Option:
     server: no request may choose it for its neighbours. bound: how far a request may move away from the server's value
     (bounds.py); None: anywhere. scaled: the number is a length of text, and the simulator divides it together with all
     others, down to this least value; 0: it is not. by_token: it marks tokens of a span's key instead of being part of
-    all of it. choices: all values, where these are a few words.
+    all of it. shapes: False where it says nothing about what a span's slots hold. choices: all values, where these are
+    a few words.
     """
 
     parse: Check
@@ -29,6 +30,7 @@ class Option:
     bound: Bound | None = None
     scaled: int = 0
     by_token: bool = False
+    shapes: bool = True
     choices: tuple[str, ...] = ()
 
 

@@ -102,6 +102,11 @@ def real(name: str, low: float, high: float, what: str) -> Check:
     return check
 
 
+def unpack(value: Any) -> float:
+    """A fraction of the pool; a request says false for none of it."""
+    return 0.0 if value is False else float(real("unpack", 0, 1, "false, or a fraction of the KV pool")(value))
+
+
 def choice(name: str, known: tuple[str, ...]) -> Check:
     """One of a few texts."""
 

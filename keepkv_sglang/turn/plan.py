@@ -12,13 +12,22 @@ from keepkv_sglang.turn.state import Planned, RequestState
 
 @dataclass(frozen=True)
 class Chain:
-    """The compressed spans of the prefix cache that a row begins with: slots and tokens of the anchor, of all of it,
-    and where its raw end begins (slots, tokens, how many of these the last compression carried)."""
+    """What a row begins with: the compressed spans of the prefix cache, or a history that was unpacked.
+
+    anchor, slots, tokens: of the anchor, and of all of it. tail: where its raw end begins (slots, tokens, how many of
+    these the last compression carried). unpacked: how many of the tokens are originals that were brought back.
+    """
 
     anchor: int
     slots: int
     tokens: int
     tail: tuple[int, int, int]
+    unpacked: int = 0
+
+    @staticmethod
+    def of_originals(anchor: int, tokens: int, unpacked: int) -> Chain:
+        """A history of `tokens` tokens with a slot each: all behind the anchor is compressed again, with the turn."""
+        return Chain(anchor, tokens, tokens, (anchor, anchor, 0), unpacked)
 
 
 def begin(limits: Limits, state: RequestState, row: Row, chain: Chain | None) -> None:
@@ -28,7 +37,8 @@ def begin(limits: Limits, state: RequestState, row: Row, chain: Chain | None) ->
     if chain is not None:
         anchor, slots, tokens, tail = chain.anchor, chain.slots, chain.tokens, chain.tail
         if state.compressions == 0:
-            state.cached_compressed_tokens = tokens - anchor
+            state.unpacked_tokens = chain.unpacked
+            state.cached_compressed_tokens = 0 if chain.unpacked else tokens - anchor
     else:
         slots = tokens = row.prefix
         anchor = max(row.prefix, min(first_message_end(row.prompt, limits.border), state.reply_start))

@@ -72,6 +72,7 @@ class RequestState:
     broken: bool = False  # an error of ours: nothing of it is compressed or published any more
     # for the answer (observe/answer.py)
     cached_compressed_tokens: int = 0
+    unpacked_tokens: int = 0
     logical_tokens: int = 0
     slots_held: int = 0
     protected_tokens: int = 0

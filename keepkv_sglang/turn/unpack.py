@@ -1,0 +1,40 @@
+"""How much of a prompt is read over its originals: decided by counts, so that tensor-parallel ranks agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Matched:
+    """What the prefix cache has of a prompt, in logical tokens.
+
+    uncompressed: tokens [0, uncompressed) have a slot each in SGLang's tree. tokens: the match ends here. whole_from:
+    from here to the end each token has a slot that nothing was merged into. compressed: some have not.
+    """
+
+    uncompressed: int
+    tokens: int
+    whole_from: int
+    compressed: bool
+
+
+class Incomplete(Exception):
+    """The match is compressed, and the originals of some of its tokens are gone."""
+
+
+def history(matched: Matched, archived: int, prompt_tokens: int) -> int:
+    """Tokens [0, history) of a prompt that are read as originals instead of the match; 0: the match stays as it is.
+
+    archived: tokens [0, archived) of the prompt have originals. A prompt with nothing new but its last token, such as a
+    parallel sample, keeps the match. Raises Incomplete where originals would have been wanted.
+    """
+    if matched.tokens >= prompt_tokens - 1:
+        return 0
+    if archived > matched.tokens:
+        return archived
+    if not matched.compressed:
+        return 0
+    if archived < matched.whole_from:
+        raise Incomplete
+    return matched.tokens
