@@ -10,6 +10,7 @@ import heapq
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .order import Usage
 
@@ -162,3 +163,13 @@ class NodeBook:
         if node is not None and not node.queued:
             node.queued = True
             heapq.heappush(self._heap, (node.usage.last_access, node_id))
+
+
+def tenant_of(namespace: Any) -> tuple[str | None, str | None]:
+    """extra_key and cache_salt: what of a namespace a waiting request's key tells."""
+    return namespace[:2]
+
+
+def scope_of(req: Any, key: Any) -> Scope:
+    """What must agree besides tokens; key: whatever carries extra_key and cache_salt."""
+    return key.extra_key, key.cache_salt, getattr(req, "lora_id", None)

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 from keepkv_sglang.faults.guard import guarded
 from keepkv_sglang.hooks.admission import refuse_length
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.runtime import process
+from keepkv_sglang.runtime import process, unpack
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.requests import row_of
 from keepkv_sglang.turn.capacity import later_slots, peak_slots
@@ -73,6 +74,37 @@ class KeepKVAdder:
             return tokens  # no room for its queries: its reply will stay as it is
         return min(tokens, state.reply_growth(math.ceil(tokens)) + _left_behind(req, state))
 
+    # -- originals ----------------------------------------------------------------------------------------------------
+
+    def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
+        """With its history's originals where these have room; else, in the same round, over its compressed match."""
+        asked = self._propose(req)
+        result = super().add_one_req(req, *args, **kwargs)  # type: ignore[misc]
+        if asked and not self._has(req) and self._withdraw(req, result):
+            result = super().add_one_req(req, *args, **kwargs)  # type: ignore[misc]
+        return result
+
+    def _has(self, req: Any) -> bool:
+        return any(other is req for other in self.can_run_list)  # type: ignore[attr-defined]
+
+    @guarded(lambda *_: False)
+    def _propose(self, req: Any) -> bool:
+        found = self._compressed(req)
+        return found is not None and unpack.propose(found[0], req, found[1])
+
+    @guarded(lambda *_: False)
+    def _withdraw(self, req: Any, result: Any) -> bool:
+        """Whether the request is to be looked at again."""
+        from sglang.srt.managers.schedule_policy import AddReqResult
+
+        found = self._compressed(req)
+        assert found is not None
+        rt, state = found
+        failed = unpack.withdraw(rt, req, state)
+        again = failed or result is AddReqResult.NO_TOKEN
+        rt.counters.unpack_no_room += again
+        return again
+
     # -- new requests -------------------------------------------------------------------------------------------------
 
     def _update_prefill_budget(
@@ -96,7 +128,10 @@ class KeepKVAdder:
         return min(new_tokens, later if ends else max(0, later))
 
     def _later(self, rt: Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
-        return later_slots(rt.limits, state, row_of(req), extend, new_tokens, self._arena_rows)
+        row = row_of(req)
+        if (unpacking := unpack.pending(rt, state)) is not None:
+            row, extend = replace(row, prefix=unpacking.start), extend + unpacking.end - unpacking.start
+        return later_slots(rt.limits, state, row, extend, new_tokens, self._arena_rows)
 
     def _others_run(self, req: Any) -> bool:
         running = self.running_batch.reqs if self.running_batch is not None else ()  # type: ignore[attr-defined]
@@ -107,7 +142,7 @@ class KeepKVAdder:
         limit = kwargs.get("chunk_limit")
         chunk = extend_input_len if limit is None else min(extend_input_len, limit)
         # SGLang looks at what is promised only, which can now be less than what this round takes.
-        if chunk + self.per_req_token_overhead >= self.cur_rem_tokens:  # type: ignore[attr-defined]
+        if req.host_hit_length + chunk + self.per_req_token_overhead >= self.cur_rem_tokens:  # type: ignore[attr-defined]
             return False, None
         total_tokens = self._total(req, extend_input_len, chunk, total_tokens)
         return super()._check_prefill_budget(  # type: ignore[misc]
@@ -122,12 +157,13 @@ class KeepKVAdder:
         rt, state = found
         if rt.requests.too_long(req):
             return self._too_long_total(rt, state, req, extend, total)
-        wanted = total - extend
+        brought = req.host_hit_length  # takes its slots at once, and is compressed with the prompt
+        wanted = total - extend - brought
         later = self._later(rt, state, req, extend, wanted)
         if chunk < extend:
             later = max(0, later)  # it must be in the pool whole before it gives anything back
         overhead: int = self.per_req_token_overhead  # type: ignore[attr-defined]
-        return extend + min(wanted, later + overhead)
+        return brought + extend + min(wanted, later + overhead)
 
     def _too_long_total(self, rt: Runtime, state: RequestState, req: Any, extend: int, total: int) -> int:
         peak = peak_slots(rt.limits, state, req.origin_input_ids, extend)

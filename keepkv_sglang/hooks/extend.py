@@ -10,7 +10,7 @@ from keepkv_sglang.faults import guard
 from keepkv_sglang.faults.guard import fail_batch, guarded, guarded_around
 from keepkv_sglang.hooks import failing
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.runtime import due, process
+from keepkv_sglang.runtime import due, process, unpack
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.requests import known_state
 from keepkv_sglang.runtime.step import device_lengths
@@ -54,9 +54,11 @@ def around_alloc_for_extend(original: Any, batch: Any) -> Any:
     if any(offsets):
         device_lengths(batch, offsets)
     result = original(batch)
-    for req, offset in zip(batch.reqs, offsets, strict=True):
+    for req, state, offset in zip(batch.reqs, states, offsets, strict=True):
         if offset:
             rt.offsets[req.kv.req_pool_idx] = offset
+        if state is not None:
+            unpack.settle(rt, state)
     return result
 
 

@@ -9,11 +9,9 @@ import torch
 from keepkv_sglang.kernels.codec import BLOCK_TOKENS, BlockLayout, decode, encode
 
 
-def tokens_of_size(layout: BlockLayout, layers: int, ratio: float, size: float, slots: int) -> int:
-    """Tokens that the originals may have: `size` gigabytes of 10^9 bytes, or `ratio` times the pool's slots where size
-    is 0. Whole blocks."""
-    blocks = int(size * 1e9) // (layers * layout.block_bytes) if size else -(-int(ratio * slots) // BLOCK_TOKENS)
-    return blocks * BLOCK_TOKENS
+def blocks_of(layout: BlockLayout, layers: int, ratio: float, size: float, slots: int) -> int:
+    """How many blocks: those of `size` gigabytes (10^9 bytes), or `ratio` times the pool's slots where size is 0."""
+    return int(size * 1e9) // (layers * layout.block_bytes) if size else -(-int(ratio * slots) // BLOCK_TOKENS)
 
 
 class BlockStore:
@@ -22,6 +20,8 @@ class BlockStore:
     bytes: per layer uint8 [blocks, layout.block_bytes]. A block is written once, from the KV pool, and read back into
     it.
     """
+
+    block_tokens = BLOCK_TOKENS
 
     def __init__(self, layout: BlockLayout, layers: int, blocks: int) -> None:
         self.layout, self.blocks = layout, blocks

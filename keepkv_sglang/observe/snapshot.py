@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from keepkv_sglang.runtime.compressor import scratch_bytes
+from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.process import Runtime
 
 
@@ -25,11 +26,24 @@ def memory(rt: Runtime) -> dict[str, float]:
         "slot_tokens_bytes": slot_tokens,
         "calibration_bytes": calibration,
         "persistent_share_of_16_bit_pool": (rt.votes.nbytes + offsets + slot_tokens) / pool16,
+        "originals_bytes": rt.originals.store.nbytes if rt.originals is not None else 0,
         "arena_bytes": rt.arena.nbytes,
         "arena_rows": rt.arena.rows,
         "arena_free_rows": rt.arena.free_rows,
         "arena_peak_rows": rt.arena.peak_rows,
         "merge_scratch_bytes": scratch_bytes(rt.arena.queries.device),
+    }
+
+
+def originals(store: Originals) -> dict[str, Any]:
+    """What the host memory for originals holds."""
+    return {
+        "codec": store.store.layout.codec,
+        "blocks": store.store.blocks,
+        "free_blocks": store.store.free_blocks,
+        "tokens": store.tokens,
+        "bytes_per_token": store.store.nbytes / (store.store.blocks * store.store.block_tokens),
+        "unpacked_slots": store.unpacked_slots,
     }
 
 
@@ -48,4 +62,5 @@ def snapshot(rt: Runtime) -> dict[str, Any]:
         "evictable_slots": int(rt.tree.evictable_size()),
         "protected_slots": int(rt.tree.protected_size()),
         "active_rows": rt.active_rows,
+        **({"originals": originals(rt.originals)} if rt.originals is not None else {}),
     }

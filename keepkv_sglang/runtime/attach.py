@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import psutil
 import torch
 
 from keepkv_sglang.memory.arena import QueryArena
 from keepkv_sglang.memory.calibration import Calibration, rotary_of
+from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore, blocks_of
 from keepkv_sglang.memory.votes import SlotTokens, VoteStore
+from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.requests import Requests
+from keepkv_sglang.runtime.unpack import HostSide
 from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
 from keepkv_sglang.settings.protect import names_system
 from keepkv_sglang.turn.anchor import message_border
@@ -44,12 +48,46 @@ def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
     rt.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
     rt.votes = VoteStore(layers, slots, kv_heads, keys.device)
     rt.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
+    rt.originals = originals(rt, keys, pool.get_value_buffer(rt.first_layer))
     rt.rank = rank
     q_heads = runner.model_config.num_attention_heads // ranks
     row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
     references = rt.rotary is not None
     rows = arena_rows(rt.config, references, runner.model_config.context_len, ARENA_MAX_BYTES // row_bytes - 1)
     share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
+
+
+def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor) -> Originals | None:
+    """Host memory for originals, where the server wants them; ConfigError where it cannot be had. keys, values: of a
+    layer."""
+    config, layers = rt.config, rt.kv_pool.layer_num
+    if not config.keeps_originals:
+        return None
+    if not keys.is_cpu:
+        raise ConfigError("originals in host memory are not implemented for a GPU yet; leave out --keepkv-host-ratio")
+    codec = "native" if config.host_dtype == "auto" else config.host_dtype
+    layout = BlockLayout(codec, keys.shape[1], keys.shape[2], values.shape[2], keys.dtype)
+    blocks = blocks_of(layout, layers, config.host_ratio, config.host_size, len(keys) - 1)
+    if not blocks:
+        raise ConfigError("--keepkv-host-size is too small for one block of originals; use a larger one")
+    size = blocks * layers * layout.block_bytes
+    free = psutil.virtual_memory().available
+    if size > free:
+        raise ConfigError(
+            f"originals need {size / 1e9:.2f} GB of host memory and {free / 1e9:.2f} GB are free; use a smaller "
+            "--keepkv-host-ratio or --keepkv-host-size, or --keepkv-host-dtype int4"
+        )
+    logger.info(
+        "originals of %d tokens in %.2f GB of host memory (%s, %.0f bytes per token), on this rank",
+        blocks * BLOCK_TOKENS, size / 1e9, codec, layers * layout.block_bytes / BLOCK_TOKENS,
+    )  # fmt: skip
+    every = range(rt.first_layer, rt.first_layer + layers)
+    return Originals(
+        BlockStore(layout, layers, blocks),
+        [rt.kv_pool.get_key_buffer(layer) for layer in every],
+        [rt.kv_pool.get_value_buffer(layer) for layer in every],
+        rt.counters,
+    )
 
 
 def arena_rows(config: KeepKVConfig, references: bool, context_len: int, most: int) -> int:
@@ -95,4 +133,6 @@ def pools(rt: Runtime, tree: Any, allocator: Any, req_to_token_pool: Any) -> Non
     rt.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
     rt.requests = Requests(rt.config, rt.limits, rt.counters, rt.pressure_key, tree.configurations)
     tree.requests = rt.requests
+    if rt.originals is not None:
+        tree.host = HostSide(rt)
     rt.attached = True

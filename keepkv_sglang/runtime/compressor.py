@@ -48,7 +48,7 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
     private = row[max(span.start, kv.cache_protected_len) : stop]
     target, spare = private[: span.m], private[span.m :]
     if len(private) < span.m:
-        extra = _allocate(rt, span.m - len(private))
+        extra = allocate(rt, span.m - len(private))
         if extra is None:
             rt.counters.skipped_no_room += 1
             return False
@@ -112,8 +112,8 @@ def merge_unused(
             pass
 
 
-def _allocate(rt: Runtime, count: int) -> torch.Tensor | None:
-    """Slots for a span whose kept tokens lie in cached slots; evicts cold entries, never raises when full.
+def allocate(rt: Runtime, count: int) -> torch.Tensor | None:
+    """Fresh slots beside the row's own, int64 [count]; evicts cold entries, None when full.
 
     Leaves what the step being scheduled was promised. While SGLang collects frees, evicting would give nothing.
     """

@@ -25,3 +25,11 @@ class Counters(Skips):
     pressure_merges: int = 0
     pressure_tokens: int = 0
     pressure_seconds: float = 0.0
+    archived_tokens: int = 0  # whose originals were written to host memory
+    archive_full_tokens: int = 0  # that found no block, all being held
+    archive_gaps: int = 0  # compressions of which nothing was archived: what is before them is not
+    unpacked: int = 0  # histories that were brought back, and how many tokens of them
+    unpacked_tokens: int = 0
+    unpack_no_room: int = 0  # histories that were read compressed: for want of slots, or of some of their originals
+    unpack_incomplete: int = 0
+    originals_seconds: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keepkv_sglang.runtime import unpack
 from keepkv_sglang.runtime.compressor import compress_span
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.publish import publish_compressed, publish_raw
@@ -21,7 +22,10 @@ def begin_row(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
     it to the device once the row exists.
     """
     chain = None
-    if entry is not None:
+    if (unpacking := unpack.pending(rt, state)) is not None:
+        anchor = plan.anchor_of(rt.limits, state, row_of(req), unpacking.start)
+        chain = plan.Chain.of_originals(anchor, unpacking.end, unpacking.end - unpacking.start)
+    elif entry is not None:
         rt.counters.entry_hits += 1
         chain = plan.Chain(entry.anchor_len, entry.path_slots, entry.path_tokens, rt.tree.raw_tail_start(entry))
     plan.begin(rt.limits, state, row_of(req), chain)
@@ -50,7 +54,7 @@ def compress_due(
         span = spans.planned_span(state, state.plan[0], kv.kv_committed_len)
         if not isinstance(span, DueSpan):
             _keep_planned(rt, req, state, span)
-        elif compress_span(rt, req, state, span):
+        elif _compress(rt, req, state, span):
             _note_compressed(rt, req, state, span)
         else:
             break  # no room: it is tried again in the next round
@@ -59,21 +63,31 @@ def compress_due(
         return
     span = spans.reply_span(state, kv.kv_committed_len)
     if span is Raw.CLOSED:
+        unpack.archive(rt, req, state, kv.kv_committed_len + state.offset)
         spans.keep_reply(state, kv.kv_committed_len, kv.cache_protected_len)
-    elif isinstance(span, DueSpan) and compress_span(rt, req, state, span):
+    elif isinstance(span, DueSpan) and _compress(rt, req, state, span):
         _note_compressed(rt, req, state, span)
     # Without room or queries the tail stays raw; the next set of queries opens at once and tries again when it is full.
     queries.release_reply(rt.limits, state)
 
 
+def _compress(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool:
+    unpack.archive(rt, req, state, span.end)
+    return compress_span(rt, req, state, span)
+
+
 def _note_compressed(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
     spans.commit(state, span)
+    if rt.originals is not None:
+        rt.originals.packed(state)
     publish_compressed(rt, req, state, span)
 
 
 def _keep_planned(rt: Runtime, req: Any, state: RequestState, kept: Raw) -> None:
     """The first planned span is not compressed. It is published, so that the next turn can take it in."""
     end = state.plan[0].end
+    if kept is Raw.CLOSED:
+        unpack.archive(rt, req, state, end)
     publish_raw(rt, req, state, end)
     if kept is Raw.CLOSED:
         spans.keep_raw(state, end - state.offset, end, req.kv.cache_protected_len)

@@ -17,6 +17,7 @@ from keepkv_sglang.memory.arena import QueryArena
 from keepkv_sglang.memory.calibration import Calibration
 from keepkv_sglang.memory.votes import SlotTokens, VoteStore
 from keepkv_sglang.runtime.counters import Counters
+from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.requests import STATE, Requests
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.turn.limits import Limits
@@ -46,6 +47,7 @@ class Runtime:
         self.attached = False  # to a scheduler
         self.tree: Any = None
         self.slot_tokens: SlotTokens | None = None
+        self.originals: Originals | None = None  # where the server keeps them
         self.scales: dict[int, float] = {}
         self.first_layer = 0
         self.rank = 0  # of tensor parallelism
@@ -78,6 +80,8 @@ class Runtime:
         if state.offset:
             self.set_offset(req, state, 0)
         drop_plan(self.limits, state)
+        if self.originals is not None:
+            self.originals.forget(state, self.allocator)
         state.admitted = False
         state.own, state.merged_tokens = [], 0
         state.move_tail(0, 0)

@@ -41,7 +41,7 @@ def begin(limits: Limits, state: RequestState, row: Row, chain: Chain | None) ->
             state.cached_compressed_tokens = 0 if chain.unpacked else tokens - anchor
     else:
         slots = tokens = row.prefix
-        anchor = max(row.prefix, min(first_message_end(row.prompt, limits.border), state.reply_start))
+        anchor = anchor_of(limits, state, row, row.prefix)
         tail = (anchor, anchor, 0)
     state.begin_row(anchor_len=anchor, prefix_tokens=tokens, prefix_slots=slots, tail=tail)
     start = state.counted_tokens
@@ -51,6 +51,11 @@ def begin(limits: Limits, state: RequestState, row: Row, chain: Chain | None) ->
         # Only tokens computed now have queries: never before the matched prefix, never before this span.
         state.plan.append(Planned(end, max(start, row.prefix), is_prompt))
         start = end
+
+
+def anchor_of(limits: Limits, state: RequestState, row: Row, uncompressed: int) -> int:
+    """Tokens of a row that are never compressed: what it has from SGLang's tree, and its first message."""
+    return max(uncompressed, min(first_message_end(row.prompt, limits.border), state.reply_start))
 
 
 def plan_chunk(limits: Limits, state: RequestState, prefix: int, end: int, too_long: bool) -> None:

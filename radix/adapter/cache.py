@@ -26,9 +26,9 @@ from keepkv_sglang.radix.adapter.cold import ColdPrefixes
 from keepkv_sglang.radix.adapter.covered import MOST_NAMESPACES, CoveredCopies
 from keepkv_sglang.radix.adapter.events import SpanEvents
 from keepkv_sglang.radix.adapter.eviction import FULL, Goal, SpanEviction, Tracker
-from keepkv_sglang.radix.adapter.requests import Requests, State
+from keepkv_sglang.radix.adapter.requests import HostSide, Requests, State
 from keepkv_sglang.radix.keyhash import as_tokens
-from keepkv_sglang.radix.nodes import NodeBook, Scope
+from keepkv_sglang.radix.nodes import NodeBook, Scope, scope_of, tenant_of
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 
@@ -41,11 +41,13 @@ def create(ctx: Any) -> Any:
 class KeepKVRadixCache(UnifiedRadixCache):
     """UnifiedRadixCache whose handles may also be spans: last_node, lock and paths accept a NodeId or a Span.
 
-    requests: set once the scheduler exists; until then, and where KeepKV is off, it is SGLang's cache.
+    requests: set once the scheduler exists; until then, and where KeepKV is off, it is SGLang's cache. host: set where
+    the server keeps originals.
     """
 
     is_keepkv = True
     requests: Requests | None = None
+    host: HostSide | None = None
     book: SpanBook
 
     def __init__(self, params: Any) -> None:
@@ -68,6 +70,8 @@ class KeepKVRadixCache(UnifiedRadixCache):
         self.cold = ColdPrefixes(self)
         self._eviction = SpanEviction(self.spans, self.nodes, self.drop_spans)
         self._goal: Goal | None = None
+        if self.host is not None:
+            self.host.reset()
         super().reset()
 
     def take_events(self) -> list[Any]:
@@ -104,7 +108,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
             if entry is not None:
                 self.spans.touch(entry)
         # After the spans: an anchor is never older than what hangs below it.
-        self._touch(path, key.token_ids, _scope(params.req, key), state)
+        self._touch(path, key.token_ids, scope_of(params.req, key), state)
         if entry is None:
             return result
         return result._replace(
@@ -154,7 +158,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
         node: Any = req.last_node.anchor if isinstance(req.last_node, Span) else req.last_node
         if node is not None and not self.is_root(node):
             state = self.requests.known_state(req) if self.requests is not None else None
-            self._touch(self.path_of(node), req.full_untruncated_fill_ids, _scope(req, req), state)
+            self._touch(self.path_of(node), req.full_untruncated_fill_ids, scope_of(req, req), state)
 
     def count_hit(self, node: Any) -> None:
         """A request was admitted on this match, for eviction orders that count hits."""
@@ -221,6 +225,16 @@ class KeepKVRadixCache(UnifiedRadixCache):
         assert slots == (node.path_slots if node is not None else entry.anchor_len), (slots, entry)
         self.move_lock(req, target, slots)
 
+    # -- originals in host memory: SGLang's names for what comes back from a host ---------------------------------------
+
+    def init_load_back(self, params: Any) -> tuple[int, Any] | None:
+        """The request was admitted with its history's originals: they are loaded. None: there is no room after all."""
+        return self.host.load(params.req) if self.host is not None else super().init_load_back(params)
+
+    def load_back_is_cache_owned(self) -> bool:
+        """What was loaded is the request's own, until its compression is published."""
+        return self.host is None and super().load_back_is_cache_owned()
+
     # -- publishing ---------------------------------------------------------------------------------------------------
 
     def publish_anchor(self, req: Any, anchor_len: int) -> None:
@@ -250,7 +264,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
         """What SGLang has published is in use, and may be a copy of what spans hold."""
         if not self.disable and not self.is_root(req.last_node):
             self.touch_of(req)
-            self.covered.find(self.path_of(req.last_node), req.full_untruncated_fill_ids, _scope(req, req))
+            self.covered.find(self.path_of(req.last_node), req.full_untruncated_fill_ids, scope_of(req, req))
 
     # -- paths --------------------------------------------------------------------------------------------------------
 
@@ -269,7 +283,10 @@ class KeepKVRadixCache(UnifiedRadixCache):
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         if isinstance(req.last_node, Span):
             return self.path_device_indices(req.last_node)
-        return super().prefix_device_indices(req)
+        own = self.host.slots_of(req) if self.host is not None else None
+        if own is None:
+            return super().prefix_device_indices(req)
+        return torch.cat([self.path_device_indices(req.last_node), own])
 
     def is_root(self, node: Any) -> bool:
         return not isinstance(node, Span) and super().is_root(node)
@@ -379,13 +396,3 @@ class KeepKVRadixCache(UnifiedRadixCache):
         if self.disable:
             return
         check_cache(self, running)
-
-
-def tenant_of(namespace: Any) -> tuple[str | None, str | None]:
-    """extra_key and cache_salt: what of a namespace a waiting request's key tells."""
-    return namespace[:2]
-
-
-def _scope(req: Any, key: Any) -> Scope:
-    """What must agree besides tokens; key: whatever carries extra_key and cache_salt."""
-    return key.extra_key, key.cache_salt, getattr(req, "lora_id", None)

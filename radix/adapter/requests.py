@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from typing import Any, Protocol
 
+import torch
+
 
 class Protected(Protocol):
     """What a request marks (turn/protection.py)."""
@@ -31,6 +33,23 @@ class State(Protocol):
 
     @property
     def protection(self) -> Protected: ...
+
+
+class HostSide(Protocol):
+    """Originals in host memory (runtime/unpack.py)."""
+
+    def load(self, req: Any) -> tuple[int, Any] | None:
+        """Fills slots of the request's own: (tokens, the node that its shared part ends with); None: there is no
+        room."""
+        ...
+
+    def slots_of(self, req: Any) -> torch.Tensor | None:
+        """These slots, int64, until its row has them."""
+        ...
+
+    def reset(self) -> None:
+        """Everything cached is forgotten."""
+        ...
 
 
 class Requests(Protocol):

@@ -30,6 +30,7 @@ def request(prompt: int, reply: int, config: KeepKVConfig | None = TENTH, genera
         output_ids=[1] * generated,
         full_untruncated_fill_ids=ids + [1] * generated,
         prefix_len=0,
+        host_hit_length=0,
         extend_end=0,
         sampling_params=SimpleNamespace(max_new_tokens=reply),
         auxiliary_swa_host_hit_length=0,
@@ -40,6 +41,7 @@ def request(prompt: int, reply: int, config: KeepKVConfig | None = TENTH, genera
 def round_of(pool: int, chunk: int | None = 8192, promised: int = 0, arena: int = 64 * QUERIES) -> Any:
     """An adder with `pool` free slots; `promised` of them are what running replies may still take."""
     rt = SimpleNamespace(
+        originals=None,
         limits=Limits(SimpleNamespace(free_rows=arena, rows=arena), pool_limit=10 * pool),
         requests=SimpleNamespace(too_long=lambda req: len(req.origin_input_ids) >= 10 * pool),
     )
@@ -156,6 +158,7 @@ def test_a_round_with_a_parked_chunk_admits_nobody(monkeypatch):
     adder.running_batch = SimpleNamespace(reqs=[other])
     scheduler = SimpleNamespace(_pending_chunked_abort_req=None)
     rt = SimpleNamespace(
+        originals=None,
         allocator=SimpleNamespace(available_size=lambda: 100),
         tree=SimpleNamespace(evictable_size=lambda: 0),
         scheduler=scheduler,

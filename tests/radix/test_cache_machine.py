@@ -81,6 +81,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.compress_span, due.compress_span = due.compress_span, self.compressed_span
         self.is_cold = pressure.is_cold
         self.merge_unused, pressure.merge_unused = pressure.merge_unused, self.merged_unused
+        if self.rt.originals is not None:
+            self.watch(self.rt.originals)
         extend, decode = self.world._extend, self.world._decode
         self.world._extend = lambda req, stop: self.written(req, extend, req, stop)  # type: ignore[method-assign]
         self.world._decode = lambda req, n: self.written(req, decode, req, n)  # type: ignore[method-assign]
@@ -165,6 +167,31 @@ class CacheMachine(RuleBasedStateMachine):
             self.knows[slot] = texts[-1]
             self.whole.pop(slot, None)
 
+    # -- what blocks of originals know --------------------------------------------------------------------------------
+
+    def watch(self, originals: Any) -> None:
+        """What a slot knows goes into its block and comes back; only a slot that nothing was merged into is stored."""
+        blocks: dict[int, list[tuple[Any, int]]] = {}
+
+        def write(numbers: Any, counts: Any, keys: Any, values: Any, slots: torch.Tensor) -> None:
+            tokens = [(self.knows[slot], self.whole[slot]) for slot in slots.tolist()]
+            assert sum(counts) == len(tokens) and all(len(text) == place + 2 for text, place in tokens)
+            for block, count in zip(numbers, counts, strict=True):
+                blocks[block], tokens = tokens[:count], tokens[count:]
+
+        def read(numbers: Any, counts: Any, keys: Any, values: Any, slots: torch.Tensor) -> None:
+            tokens = [token for block in numbers for token in blocks[block]]
+            assert [len(blocks[block]) for block in numbers] == list(counts)
+            for slot, (text, place) in zip(slots.tolist(), tokens, strict=True):
+                if slot:
+                    self.knows[slot], self.whole[slot] = text, place
+
+        def copy(source: torch.Tensor, target: torch.Tensor) -> None:
+            for old, new in zip(source.tolist(), target.tolist(), strict=True):
+                self.knows[new], self.whole[new] = self.knows[old], self.whole[old]
+
+        originals.store.write, originals.store.read, originals.copy = write, read, copy
+
     # -- a request ----------------------------------------------------------------------------------------------------
 
     @rule(**REQUEST)
@@ -214,7 +241,7 @@ class CacheMachine(RuleBasedStateMachine):
             return None
         node = req.last_node
         if req.prefix_len:
-            matched = self.world.tree.path_device_indices(node).tolist()
+            matched = self.world.tree.prefix_device_indices(req).tolist()
             self.sees_only_itself(req, matched)
             seen = req.prefix_len + (node.lookahead if isinstance(node, Span) else 0)
             assert all(len(self.knows[slot]) - 1 <= seen for slot in matched), "knows of the future"
@@ -308,6 +335,16 @@ class Protecting(CacheMachine):
     CONFIG: ClassVar[dict[str, Any]] = {"protect": "system,90-120"}
 
 
+class Originals(CacheMachine):
+    """Later turns are read over originals; some are gone, since the host has fewer tokens than the pool."""
+
+    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 0.7, "unpack": 0.8}
+
+
+class ManyOriginals(CacheMachine):
+    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 20, "unpack": 1, "protect": "system,90-120"}
+
+
 class Starved(CacheMachine):
     """Room for one query window: most turns stay raw, until pressure merges them."""
 
@@ -319,4 +356,6 @@ TestManyRecent = case(ManyRecent, *SIZE)
 TestSpanTokens = case(SpanTokens, *SIZE)
 TestSlots = case(Slots, *SIZE)
 TestProtecting = case(Protecting, *SIZE)
+TestOriginals = case(Originals, *SIZE)
+TestManyOriginals = case(ManyOriginals, *SIZE)
 TestStarved = case(Starved, *SIZE)

@@ -28,10 +28,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from keepkv_sglang.hooks import extend as extend_hooks
 from keepkv_sglang.hooks import scheduler as scheduler_hooks
 from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.originals import BlockLayout, BlockStore, blocks_of
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.adapter.cache import KeepKVRadixCache
 from keepkv_sglang.radix.invariants import check_tree
-from keepkv_sglang.runtime import attach, due, pressure, process
+from keepkv_sglang.runtime import attach, due, pressure, process, unpack
+from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.requests import row_of
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.turn.anchor import MessageBorder
@@ -150,6 +152,10 @@ class World:
         # context_len is the longest request's here
         self.arena_rows = attach.arena_rows(config, True, self.rows.max_context_len, self.arena_rows or 1 << 60)
         attach.share_arena(rt, QueryArena(0, self.arena_rows, 1, 1, torch.float32, "cpu"), references=True)
+        if config.keeps_originals:
+            layout = BlockLayout("native", 1, 1, 1, torch.float32)
+            blocks = blocks_of(layout, 1, config.host_ratio, config.host_size, self.slots)
+            rt.originals = Originals(BlockStore(layout, 0, blocks), [], [], rt.counters)
         limits = rt.limits
         limits.border, limits.chunk_tokens = MessageBorder(BORDER, 0), self.chunk
         limits.capacity, limits.pool_limit = self.slots, self.slots - 1
@@ -192,11 +198,20 @@ class World:
         if not self.rows.available_size():
             return False
         req.init_next_round_input(self.tree)
+        state = self._state(req)
+        if self.rt is not None and state is not None and unpack.propose(self.rt, req, state):
+            if self._takes(req, state):
+                return True
+            unpack.withdraw(self.rt, req, state)
+        return self._takes(req, state)
+
+    def _takes(self, req: Any, state: Any) -> bool:
+        """Admits the request as it is matched: over its originals where it asks for them."""
         req.lock = self.tree.lock(req.last_node)
-        extend = len(req.full_untruncated_fill_ids) - req.prefix_len
+        brought = req.host_hit_length
+        extend = len(req.full_untruncated_fill_ids) - req.prefix_len - brought
         reply = req.sampling_params.max_new_tokens
         later, wanted = reply, extend + reply + 1
-        state = self._state(req)
         if self.rt is not None and state is not None:
             if self.rt.requests.too_long(req):
                 peak = peak_slots(self.rt.limits, state, req.origin_input_ids, extend)
@@ -204,9 +219,14 @@ class World:
                 wanted = min(wanted, reply + 1 + peak) if self.promised else peak + 1
             else:
                 # Here replies end while a prompt is computed, so its slots are not theirs before it is compressed.
-                later = max(0, min(reply, later_slots(self.rt.limits, state, row_of(req), extend, reply)))
+                later = max(0, min(reply, later_slots(self.rt.limits, state, row_of(req), brought + extend, reply)))
                 wanted = extend + later + 1
-        if wanted >= self.free_or_evictable() - self.reserved:
+        loaded = (0, None)
+        full = brought + wanted >= self.free_or_evictable() - self.reserved
+        if not full and brought:
+            loaded = self.tree.init_load_back(SimpleNamespace(req=req))
+        req.prefix_len += loaded[0] if loaded is not None else 0
+        if full or loaded is None:
             self.tree.unlock(req.lock)
             req.lock = None
             return False
@@ -284,9 +304,10 @@ class World:
                 break
             self._decode(req, step)
             left -= step
+            req.output_ids.extend(reply[len(req.output_ids) : count - left])  # the last one is only sampled
             if left:
                 self._compress(req)
-        req.output_ids.extend(reply[:count])
+        req.output_ids.extend(reply[len(req.output_ids) : count])
         self._end(req, FINISH_LENGTH(count))
 
     def abort(self, req: Any) -> None:
@@ -370,6 +391,9 @@ class World:
             check_tree(self.tree.spans, slots_of=lambda slots: slots.tolist())
         if self.rt is not None:
             assert not self.rt.counters.mispublished, "a span did not follow its prefix"
+            if self.rt.originals is not None:
+                self.rt.originals.check()
+                check_tree(self.rt.originals.index)
 
     def flush(self) -> None:
         """Evicts everything; AssertionError unless every slot comes back, each once. Only when nothing runs."""

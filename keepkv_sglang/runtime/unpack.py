@@ -1,0 +1,209 @@
+"""A request's history as originals: brought into slots of its own before its prompt is read, archived when compressed.
+
+Rides on what SGLang has for a host cache: the request says at admission how many tokens lie on the host, SGLang's
+adder counts them, and asks the prefix cache to load them (radix/adapter/cache.py, `init_load_back`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from keepkv_sglang.faults import guard
+from keepkv_sglang.radix.span import Span
+from keepkv_sglang.runtime.compressor import allocate
+from keepkv_sglang.runtime.originals import Originals
+from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.runtime.requests import known_state, logical_tokens
+from keepkv_sglang.runtime.streams import on_forward_stream
+from keepkv_sglang.turn.state import RequestState
+from keepkv_sglang.turn.unpack import Incomplete, Matched, history
+
+
+@dataclass
+class Unpacking:
+    """A request between admission and the row that takes its slots over.
+
+    view: (prefix_len, last_node, host_hit_length, best_match_node, cache_protected_len) of the match that it replaces.
+    start, end: tokens [start, end) get slots of their own. last: block of the index that ends the archived part.
+    slots: int64, once they are filled. failed: the pool had no room after all.
+    """
+
+    view: tuple[Any, ...]
+    start: int
+    end: int
+    last: Span | None
+    slots: torch.Tensor | None = None
+    failed: bool = False
+
+
+def propose(rt: Runtime, req: Any, state: RequestState) -> bool:
+    """At admission: makes the request ask for its history's originals instead of the compressed match. False: the match
+    stays. Decided by counts alone."""
+    originals = rt.originals
+    if originals is None or state.config.unpack == 0 or state.broken or rt.requests.too_long(req):
+        return False
+    node, prompt = req.last_node, req.full_untruncated_fill_ids
+    if len(prompt) > len(req.origin_input_ids):  # after a retraction: its reply's spans end where they did
+        return False
+    last = originals.covers(state.namespace, state.protection.keyed(prompt), most_cached(req))
+    matched = _matched(rt, node, req.prefix_len)
+    try:
+        end = history(matched, last.path_tokens if last is not None else 0, len(prompt), state.config.window)
+    except Incomplete:
+        rt.counters.unpack_incomplete += 1
+        return False
+    start = matched.uncompressed
+    if end <= start:
+        return False
+    if originals.unpacked_slots + end - start > state.config.unpack * rt.limits.capacity:
+        rt.counters.unpack_no_room += 1
+        return False
+    view = (req.prefix_len, node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len)
+    originals.unpacking[state] = Unpacking(view, start, end, last)
+    anchor = node.anchor if isinstance(node, Span) else node
+    req.last_node = req.best_match_node = anchor if anchor is not None else rt.tree.root_node_handle(req.extra_key)
+    req.prefix_len = req.kv.cache_protected_len = start
+    req.host_hit_length = end - start
+    return True
+
+
+def withdraw(rt: Runtime, req: Any, state: RequestState) -> bool:
+    """The request was not admitted with its originals: its compressed match is its prefix again. Returns whether the
+    pool had no room when they were to be loaded."""
+    assert rt.originals is not None
+    unpacking: Unpacking = rt.originals.unpacking.pop(state)
+    req.prefix_len, req.last_node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len = unpacking.view
+    return unpacking.failed
+
+
+def pending(rt: Runtime, state: RequestState) -> Unpacking | None:
+    """What the request asks for, or has got and its row has not taken over yet."""
+    return rt.originals.unpacking.get(state) if rt.originals is not None else None
+
+
+class HostSide:
+    """What the prefix cache asks (radix/adapter/requests.py)."""
+
+    def __init__(self, rt: Runtime) -> None:
+        self._rt = rt
+
+    def load(self, req: Any) -> tuple[int, Any] | None:
+        """See `load`."""
+        return load(self._rt, req)
+
+    def slots_of(self, req: Any) -> torch.Tensor | None:
+        """Slots that continue what the request's row shares; None where there are none."""
+        state = known_state(req)
+        unpacking = pending(self._rt, state) if state is not None else None
+        return unpacking.slots if unpacking is not None else None
+
+    def reset(self) -> None:
+        """The cache was flushed."""
+        assert self._rt.originals is not None
+        self._rt.originals.reset()
+
+
+def load(rt: Runtime, req: Any) -> tuple[int, Any] | None:
+    """Brings the originals back into fresh slots: (tokens, the node that the row's shared part ends with); None when
+    the pool has no room. What the prefix cache still has raw of the history is copied."""
+    originals, state = rt.originals, known_state(req)
+    assert originals is not None and state is not None
+    unpacking = originals.unpacking[state]
+    view = unpacking.view[1]
+    count = unpacking.end - unpacking.start
+    lock = rt.tree.lock(view) if isinstance(view, Span) else None  # making room must not evict what is copied
+    if unpacking.last is not None:
+        originals.hold(state, unpacking.last)
+    try:
+        slots = allocate(rt, count)
+        if slots is None:
+            unpacking.failed = True
+            originals.release(state)
+            return None
+        unpacking.slots = slots
+        with on_forward_stream(rt.scheduler):
+            _fill(rt, originals, unpacking, slots)
+    finally:
+        if lock is not None:
+            rt.tree.unlock(lock)
+    if rt.slot_tokens is not None:
+        tokens = req.full_untruncated_fill_ids[unpacking.start : unpacking.end]
+        rt.slot_tokens.write(slots, torch.tensor(tokens))
+    originals.unpacked_slots += count
+    return count, req.last_node
+
+
+def _fill(rt: Runtime, originals: Originals, unpacking: Unpacking, slots: torch.Tensor) -> None:
+    start, end, last = unpacking.start, unpacking.end, unpacking.last
+    archived = min(max(last.path_tokens if last is not None else 0, start), end)
+    if last is not None and archived > start:
+        originals.read(last, start, slots[: archived - start])
+    if archived < end:
+        matched, node = unpacking.view[:2]
+        cached = rt.tree.path_device_indices(node)
+        cached = cached[len(cached) - (matched - archived) :][: end - archived]
+        originals.copy(cached, slots[archived - start :])
+    for layer in range(rt.kv_pool.layer_num):
+        rt.votes.reset(layer, slots)
+
+
+def settle(rt: Runtime, state: RequestState) -> None:
+    """The request's row has its slots: from here on it is one that nothing was compressed of."""
+    if rt.originals is None or (unpacking := rt.originals.unpacking.pop(state, None)) is None:
+        return
+    rt.originals.rows[state] = unpacking.end - unpacking.start
+    rt.counters.unpacked += 1
+    rt.counters.unpacked_tokens += unpacking.end - unpacking.start
+
+
+def archive(rt: Runtime, req: Any, state: RequestState, end: int) -> None:
+    """Keeps the originals of the row's tokens up to logical `end` that are not archived yet. Call before they are
+    merged: later is too late. An error of ours costs the originals, never the request."""
+    if rt.originals is None or state.broken or req.skip_radix_cache_insert:
+        return
+    try:
+        _archive(rt, rt.originals, req, state, end)
+    except Exception as error:
+        guard.note("archive", error)
+
+
+def _archive(rt: Runtime, originals: Originals, req: Any, state: RequestState, end: int) -> None:
+    tokens = logical_tokens(req)[:end]
+    if len(tokens) < end:  # some of them are behind a stop
+        return
+    keyed = state.protection.keyed(tokens)
+    last = originals.held(state) or originals.covers(state.namespace, keyed, end)
+    first = last.path_tokens if last is not None else 0
+    if first >= end:
+        return
+    # From here on each token has a slot that nothing was merged into.
+    if first < (state.counted_tokens if state.offset else 0):
+        rt.counters.archive_gaps += 1
+        return
+    if last is not None:
+        originals.hold(state, last)
+    row = rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, first - state.offset : end - state.offset]
+    slots = row.to(torch.int64)
+    if rt.slot_tokens is not None and not rt.slot_tokens.hold(slots, tokens[first:]):
+        rt.requests.mispublished(req, "its slots hold other tokens than would be archived")
+        return
+    with on_forward_stream(rt.scheduler):
+        last = originals.archive(last, state.namespace, keyed[first:], slots)
+    if last is not None:
+        originals.hold(state, last)
+
+
+def most_cached(req: Any) -> int:
+    """Most tokens of its text that a request can take from a cache: SGLang's Req._compute_max_prefix_len."""
+    most = len(req.full_untruncated_fill_ids) - 1
+    return min(most, req.logprob_start_len) if req.return_logprob and req.logprob_start_len >= 0 else most
+
+
+def _matched(rt: Runtime, node: Any, tokens: int) -> Matched:
+    if not isinstance(node, Span):
+        return Matched(tokens, tokens, 0, compressed=False)
+    _, whole, carried = rt.tree.raw_tail_start(node)
+    return Matched(node.anchor_len, tokens, whole + carried, compressed=node.path_slots < node.path_tokens)
