@@ -1,0 +1,184 @@
+"""Originals on the whole cache manager without a model: who gets what back, and what becomes of slots and blocks."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from keepkv_sglang.runtime.process import current
+from tests.support.served import OFF, SYSTEM, serving, text
+
+FIRST = [*SYSTEM, *text(1000, 160)]
+NEW = text(3000, 40)
+HOST = {"host_ratio": 4.0, "unpack": 1.0}
+
+
+def counts():
+    return current().counters
+
+
+def second(reply=4):
+    """The prompt of the turn that follows FIRST."""
+    return [*FIRST, *text(9000, reply), *NEW]
+
+
+def test_a_new_turn_is_read_over_the_whole_history():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        assert counts().archived_tokens == len(FIRST) - 1 and not counts().unpacked
+        old = {span.serial for span in server.tree.spans.spans()}
+        req = server.admit(second())
+        state = server.rt.requests.state_of(req)
+        assert req.prefix_len == len(FIRST) + 3, "all but what the reply's last token would have computed"
+        assert server.world.prefill(req)
+        assert (state.offset, state.unpacked_tokens) == (0, len(FIRST) + 3 - len(SYSTEM)), "a slot for each token"
+        assert server.rt.originals.unpacked_slots == state.unpacked_tokens
+        server.world.prefilled(req)
+        # The new chain hangs at the anchor, beside the old one.
+        new = [span for span in server.tree.spans.spans() if span.serial not in old]
+        assert new[0].parent is None and new[0].path_tokens > len(FIRST)
+        assert all(not span.lock_ref for span in server.tree.spans.spans() if span.serial in old)
+        kept = server.rt.config.kept_slots(0, len(second()) - 1 - len(SYSTEM))
+        assert req.kv.kv_committed_len == len(SYSTEM) + kept + 1, "history and turn together, at the budget"
+        assert server.rt.originals.unpacked_slots == 0
+        server.world.finish(req, array("q", text(9000, 4)))
+        assert counts().archived_tokens == len(second()) - 1, "each token once"
+
+
+def test_a_twin_takes_what_is_compressed():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        assert server.run(FIRST) == len(FIRST) - 1
+        assert not counts().unpacked
+
+
+def test_a_window_is_computed_in_any_case():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        prompt = [*FIRST, *text(9000, 4), 5]
+        assert server.run(prompt) == len(prompt) - 1 - 4
+        assert counts().unpacked == 1 and counts().compressions == 2
+
+
+@pytest.mark.parametrize("kind", [{"unpack": False}, {"unpack": 0}])
+def test_a_request_may_do_without(kind):
+    with serving(**HOST) as server:
+        server.run(FIRST, kind=kind)
+        server.run(second(), kind=kind)
+        assert not counts().unpacked and counts().archived_tokens == len(second()) - 1
+
+
+def test_what_finds_no_slots_is_read_compressed():
+    with serving(**{**HOST, "unpack": 0.25}) as server:
+        server.run(FIRST)
+        server.run(second())
+        assert (counts().unpacked, counts().unpack_no_room) == (0, 1)
+    with serving(slots=260, **HOST) as server:
+        server.run(FIRST)
+        other = server.admit(text(5000, 60), kind=OFF)
+        assert server.world.prefill(other)
+        req = server.admit(second(), reply=1)
+        assert (req.prefix_len, req.host_hit_length) == (len(FIRST) + 3, 0)
+        assert (counts().unpacked, counts().unpack_no_room) == (0, 0)
+        server.world.abort(req)
+        server.world.abort(other)
+
+
+def test_a_conversation_comes_back_after_its_spans_were_evicted():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        server.tree.evict_slots(600)
+        assert not len(server.tree.spans) and server.rt.originals.tokens == len(FIRST) - 1
+        assert server.run(second()) == len(FIRST) - 1
+        assert counts().unpacked_tokens == len(FIRST) - 1, "the system prompt too"
+        assert not server.tree.is_root(server.tree.match_core(array("q", SYSTEM), (None, None, None)).last_device_node)
+
+
+def test_the_first_half_of_a_turn_is_shared():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        assert server.run([*FIRST[:150], *text(7000, 60)]) == 128, "whole blocks"
+        assert server.cached([*FIRST[:150], *text(8000, 60)], kind={"unpack": False}) == len(SYSTEM)
+
+
+def test_originals_of_another_tenant_or_text_are_not_found():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        server.tree.evict_slots(600)
+        assert server.cached([1, *FIRST[1:], *NEW]) == 0
+        assert server.cached([*FIRST, *NEW], kind={"budget": 0.5}) == 0, "other settings"
+
+
+def test_a_full_archive_gives_up_the_oldest_and_says_what_is_missing():
+    with serving(host_ratio=0.5, unpack=1.0) as server:  # 5 blocks
+        server.run(FIRST)  # 4 of them
+        server.run([*SYSTEM, *text(2000, 160)])
+        assert counts().archive_full_tokens == 0
+        server.run(second())
+        assert (counts().unpacked, counts().unpack_incomplete) == (0, 1)
+        assert counts().archive_gaps == 1, "nothing is archived behind a gap"
+
+
+def test_an_archive_of_one_block_changes_nothing():
+    with serving(host_ratio=0.1, unpack=1.0) as server:
+        server.run(FIRST)
+        assert (counts().archived_tokens, counts().archive_full_tokens) == (64, len(FIRST) - 65)
+        assert server.run(second()) == len(FIRST) + 3
+        assert not counts().unpacked
+
+
+def test_whoever_ends_before_its_row_gives_everything_back():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        for end in (server.world.abort, server.world.retract):
+            req = server.admit(second())
+            assert server.rt.originals.unpacking
+            end(req)
+            server.rt.forget_row(req)
+            assert not server.rt.originals.unpacking and not server.rt.originals.unpacked_slots
+            assert not server.rt.originals.index.protected_slots
+        server.world.check()
+
+
+def test_a_retracted_request_goes_on():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        req = server.admit(second(), reply=40)
+        assert server.world.prefill(req)
+        server.world.prefilled(req)
+        req.output_ids.append(9000)
+        server.world.retract(req)
+        server.tree.check()
+        assert server.rt.originals.unpacked_slots == 0 and not server.rt.originals.index.protected_slots
+
+
+def test_a_flush_forgets_them():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        server.world.allocator.clear()
+        server.world.rows.clear()
+        server.tree.reset()
+        assert server.rt.originals.tokens == 0
+        assert server.rt.originals.store.free_blocks == server.rt.originals.store.blocks
+        assert server.cached(second()) == 0
+
+
+def test_a_budget_in_slots():
+    with serving(budget=40, **HOST) as server:
+        server.run(FIRST)
+        req = server.admit(second())
+        assert server.world.prefill(req)
+        server.world.prefilled(req)
+        assert req.kv.kv_committed_len == len(SYSTEM) + 40 + 1
+        server.world.finish(req, array("q", text(9000, 4)))
+        assert counts().unpacked == 1
+
+
+def test_an_error_while_archiving_costs_the_originals_only(monkeypatch, caplog):
+    with serving(**HOST) as server:
+        monkeypatch.setattr(server.rt.originals.store, "write", lambda *_: 1 / 0)
+        server.run(FIRST)
+        assert counts().compressions == 1 and not server.rt.originals.tokens
+        assert server.run(second()) == len(FIRST) + 3
+    assert "archive failed" in caplog.text
