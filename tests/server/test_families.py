@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from tests.support.client import tokens
-from tests.support.families import VOCABULARY, build
+from tests.support.families import FAMILIES, VOCABULARY, build
 from tests.support.replay import Replay
 from tests.support.replayed import BOUND, BOUND_FITTED, FLAGS, STRICT_RULE, next_turn
 
-SERVED = ("Qwen3", "Phi3", "Llama", "Qwen2", "Mistral", "Olmo2")  # of support/families.py; Gemma: docs/log.md
 pytestmark = [pytest.mark.server, pytest.mark.soak]  # a server start each
 
 
-@pytest.fixture(scope="module", params=SERVED)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     build(request.param, folder)

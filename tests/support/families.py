@@ -37,7 +37,10 @@ FAMILIES = {
     "Mistral": shape(4, 1, 80, rope_parameters={"rope_type": "linear", "factor": 2.0, **THETA}, sliding_window=None),
     # At the top of config.json, as checkpoints have it: SGLang does not read it in rope_parameters.
     "Phi3": shape(4, 4, 96, partial_rotary_factor=0.5, rope_parameters={"rope_type": "default", **THETA}),
-    "Gemma": shape(2, 1, 256, hidden_size=256, rope_parameters={"rope_type": "default", **THETA}),
+    # The exact GELU, which is SGLang's Gemma whatever config.json names. transformers turns "gelu" into the tanh one.
+    "Gemma": shape(
+        2, 1, 256, hidden_size=256, hidden_act="gelu_python", rope_parameters={"rope_type": "default", **THETA}
+    ),
     "Olmo2": shape(2, 2, 128, rope_parameters={"rope_type": "default", **THETA}),
 }
 
@@ -47,7 +50,10 @@ def build(family: str, folder: Path) -> None:
     import transformers
 
     torch.manual_seed(7)
-    config = getattr(transformers, f"{family}Config")(**SHAPE, **FAMILIES[family], initializer_range=0.08)
+    given = {**SHAPE, **FAMILIES[family], "initializer_range": 0.08}
+    config = getattr(transformers, f"{family}Config")(**given)
+    changed = {key: getattr(config, key) for key, value in given.items() if getattr(config, key) != value}
+    assert not changed, f"transformers changed {changed}"
     model = getattr(transformers, f"{family}ForCausalLM")(config).float()
     for name, parameter in model.named_parameters():  # biases and norms are 0 and 1 otherwise
         if name.endswith("bias") or "norm" in name:
