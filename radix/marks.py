@@ -34,6 +34,13 @@ def marked(tokens: array[int]) -> bool:
     return bool(len(tokens)) and int(np.frombuffer(tokens, dtype=np.int64).max()) >= WHOLE_MARK
 
 
+def whole_in(tokens: array[int]) -> list[int]:
+    """Indices of the tokens of a key that are protected whole, ascending."""
+    if not marked(tokens):
+        return []
+    return np.flatnonzero(np.frombuffer(tokens, dtype=np.int64) & WHOLE_MARK).tolist()
+
+
 def plain(tokens: array[int]) -> array[int]:
     """Token ids of a key, without marks: the same array when there are none."""
     if not marked(tokens):

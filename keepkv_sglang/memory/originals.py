@@ -29,6 +29,11 @@ class BlockStore:
         self._free = list(range(blocks - 1, -1, -1))
 
     @property
+    def exact(self) -> bool:
+        """What is read back is bit for bit what was written."""
+        return self.layout.codec == "native"
+
+    @property
     def free_blocks(self) -> int:
         return len(self._free)
 

@@ -19,6 +19,7 @@ from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime.compressor import merge_unused
 from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.runtime.unpack import archive_unused
 
 MOST_LOOKED_AT = 16  # nodes per step that turn out not to be merged
 
@@ -129,8 +130,10 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int | None:
         return 0
     if cut > start:
         tree.cold.split_node(node_id, cut)
-    _merge_into(rt, tree.path_device_indices(node_id), cut, end, target)
-    tree.cold.replace_node(node_id, (*node.scope, rt.pressure_key), target)
+    namespace, path = (*node.scope, rt.pressure_key), tree.path_device_indices(node_id)
+    archive_unused(rt, namespace, tree.cold.prompt_of(node_id), path)
+    _merge_into(rt, path, cut, end, target)
+    tree.cold.replace_node(node_id, namespace, target)
     _count(rt, n, began)
     return n
 

@@ -6,12 +6,14 @@ adder counts them, and asks the prefix cache to load them (radix/adapter/cache.p
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from keepkv_sglang.faults import guard
+from keepkv_sglang.radix.marks import whole_in
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.runtime.compressor import allocate
 from keepkv_sglang.runtime.originals import Originals
@@ -146,8 +148,23 @@ def _fill(rt: Runtime, originals: Originals, unpacking: Unpacking, slots: torch.
         cached = rt.tree.path_device_indices(node)
         cached = cached[len(cached) - (matched - archived) :][: end - archived]
         originals.copy(cached, slots[archived - start :])
+    if isinstance(unpacking.view[1], Span):
+        _copy_protected(originals, unpacking.view[1], start, archived, slots)
     for layer in range(rt.kv_pool.layer_num):
         rt.votes.reset(layer, slots)
+
+
+def _copy_protected(originals: Originals, entry: Span, start: int, archived: int, slots: torch.Tensor) -> None:
+    """What is protected is bit for bit what was computed, whatever the codec: compression puts it first, as it was."""
+    if originals.store.exact:
+        return
+    for span in entry.path():
+        first = span.path_tokens - span.n
+        whole = whole_in(span.tokens)
+        pairs = [(at, first + index) for at, index in enumerate(whole) if start <= first + index < archived]
+        if pairs and not span.raw:
+            source, target = (torch.tensor(part) for part in zip(*pairs, strict=True))
+            originals.copy(span.slots[source], slots[target - start])
 
 
 def settle(rt: Runtime, state: RequestState) -> None:
@@ -194,6 +211,24 @@ def _archive(rt: Runtime, originals: Originals, req: Any, state: RequestState, e
         last = originals.archive(last, state.namespace, keyed[first:], slots)
     if last is not None:
         originals.hold(state, last)
+
+
+def archive_unused(rt: Runtime, namespace: Any, tokens: array[int], slots: torch.Tensor) -> None:
+    """The same of a cached prefix that no request uses: all `tokens`, one slot each. Raw spans that pressure merges
+    were archived when their request left them whole."""
+    if rt.originals is None:
+        return
+    try:
+        last = rt.originals.covers(namespace, tokens, len(tokens))
+        first = last.path_tokens if last is not None else 0
+        if last is not None:
+            rt.originals.hold(namespace, last)
+        with on_forward_stream(rt.scheduler):
+            rt.originals.archive(last, namespace, tokens[first:], slots[first:].to(torch.int64))
+    except Exception as error:
+        guard.note("archive", error)
+    finally:
+        rt.originals.release(namespace)
 
 
 def most_cached(req: Any) -> int:

@@ -176,8 +176,8 @@ class CacheMachine(RuleBasedStateMachine):
         def write(numbers: Any, counts: Any, keys: Any, values: Any, slots: torch.Tensor) -> None:
             tokens = [(self.knows[slot], self.whole[slot]) for slot in slots.tolist()]
             assert sum(counts) == len(tokens) and all(len(text) == place + 2 for text, place in tokens)
-            for block, count in zip(numbers, counts, strict=True):
-                blocks[block], tokens = tokens[:count], tokens[count:]
+            for block, n in zip(numbers, counts, strict=True):
+                blocks[block], tokens = tokens[:n], tokens[n:]
 
         def read(numbers: Any, counts: Any, keys: Any, values: Any, slots: torch.Tensor) -> None:
             tokens = [token for block in numbers for token in blocks[block]]
