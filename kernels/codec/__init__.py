@@ -53,5 +53,5 @@ def decode(
 
 
 def _kernel(layout, keys, values):
-    kernel = None
+    kernel = choose.implementation("codec", keys)
     return kernel if kernel is not None and kernel.supports(layout, keys, values) else reference
