@@ -54,10 +54,11 @@ def compress_due(
         span = spans.planned_span(state, state.plan[0], kv.kv_committed_len)
         if not isinstance(span, DueSpan):
             _keep_planned(rt, req, state, span)
-        elif _compress(rt, req, state, span):
-            _note_compressed(rt, req, state, span)
         else:
-            break  # no room: it is tried again in the next round
+            unpack.archive(rt, req, state, span.end)
+            if not compress_span(rt, req, state, span):
+                break  # no room: it is tried again in the next round
+            _note_compressed(rt, req, state, span)
         queries.release(rt.limits, state.plan.pop(0))
     if not reply or state.plan or not spans.reply_due(state, kv.kv_committed_len):
         return
@@ -65,15 +66,12 @@ def compress_due(
     if span is Raw.CLOSED:
         unpack.archive(rt, req, state, kv.kv_committed_len + state.offset)
         spans.keep_reply(state, kv.kv_committed_len, kv.cache_protected_len)
-    elif isinstance(span, DueSpan) and _compress(rt, req, state, span):
-        _note_compressed(rt, req, state, span)
+    elif isinstance(span, DueSpan):
+        unpack.archive(rt, req, state, span.end)
+        if compress_span(rt, req, state, span):
+            _note_compressed(rt, req, state, span)
     # Without room or queries the tail stays raw; the next set of queries opens at once and tries again when it is full.
     queries.release_reply(rt.limits, state)
-
-
-def _compress(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool:
-    unpack.archive(rt, req, state, span.end)
-    return compress_span(rt, req, state, span)
 
 
 def _note_compressed(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:

@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="length of cache entries, 0: whole turns; repeat (default: 0)")  # fmt: skip
     add("--pressure", choices=PRESSURE_MODES, default="off", help="what happens to cold uncompressed prefixes when "
         "slots run low (default: merge)")  # fmt: skip
+    add("--host-ratio", type=float, default=0.0, metavar="R", help="originals in host memory for R times the pool's "
+        "tokens (default: 0, none)")  # fmt: skip
     add("--scale", type=int, default=16, metavar="T", help="T real tokens are simulated as one (default: 16)")
     add("--limit", type=int, default=0, metavar="REQUESTS", help="only the first so many requests")
     add("--max-running", type=int, default=256, metavar="N", help="most requests that run at once (default: 256)")
@@ -76,7 +78,14 @@ def _configs(args: argparse.Namespace) -> list[KeepKVConfig | None]:
         return configs
     for span_tokens in args.span_tokens or [0]:
         configs += [
-            KeepKVConfig(enabled=True, budget=budget, span_tokens=span_tokens, pressure=args.pressure)
+            KeepKVConfig(
+                enabled=True,
+                budget=budget,
+                span_tokens=span_tokens,
+                pressure=args.pressure,
+                host_ratio=args.host_ratio,
+                unpack=1.0,
+            )
             for budget in args.budget or [0.1]
         ]
     return configs
@@ -130,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     if claims:
         print(report.table([claims[0].stock, *(claim.keepkv for claim in claims)]))
     if args.json is not None:
-        names = ("traces", "limit", "scale", "pressure", "max_running", "arena_rows")
+        names = ("traces", "limit", "scale", "pressure", "max_running", "arena_rows", "host_ratio")
         settings = {name: getattr(args, name) for name in names}
         report.write_json(args.json, results, claims, settings | asdict(timing))
     if args.plot is not None:

@@ -51,6 +51,8 @@ class Result:
     microseconds: dict[str, float] = field(default_factory=dict)
     counters: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    unpacked_tokens: int = 0
+    host_tokens: int = 0  # whose originals the host holds in the end
 
     @property
     def hit_rate(self) -> float:
@@ -100,6 +102,7 @@ def replay(
         run.go(check_every)
         world.check()
         evicted, microseconds = world.evicted, world.stopwatch.microseconds()
+        host = world.rt.originals.tokens if world.rt is not None and world.rt.originals is not None else 0
         world.flush()
     scale = workload.scale
     return Result(
@@ -125,6 +128,8 @@ def replay(
         microseconds=microseconds,
         counters=asdict(world.rt.counters) if world.rt is not None else {},
         seconds=time.perf_counter() - began,
+        unpacked_tokens=world.rt.counters.unpacked_tokens * scale if world.rt is not None else 0,
+        host_tokens=host * scale,
     )
 
 

@@ -19,6 +19,8 @@ _COLUMNS = (
     ("pool", lambda r: _tokens(r.pool)),
     ("hit rate", lambda r: f"{100 * r.hit_rate:.2f} %"),
     ("of admitted", lambda r: f"{100 * r.admitted_hit_rate:.2f} %"),
+    ("unpacked", lambda r: _tokens(r.unpacked_tokens)),
+    ("on the host", lambda r: _tokens(r.host_tokens)),
     ("recomputed", lambda r: _tokens(r.recomputed_tokens)),
     ("evicted", lambda r: _tokens(r.evicted_slots)),
     ("merges", lambda r: f"{r.compressions:,}"),

@@ -1,4 +1,4 @@
-"""Two parts of SGLang that the simulator has in its own way: the allocator, and the global configuration."""
+"""What the simulator has in its own way: SGLang's allocator and global configuration, and an archive without bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from contextlib import contextmanager
 import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.runtime_context import get_context
+
+from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore
+from keepkv_sglang.runtime.counters import Counters
+from keepkv_sglang.runtime.originals import Originals
+from keepkv_sglang.settings.config import KeepKVConfig
 
 
 class HugeAllocator(TokenToKVPoolAllocator):
@@ -53,3 +58,11 @@ def sglang_context() -> Iterator[None]:
     finally:
         override.restore()
         _context_depth -= 1
+
+
+def empty_originals(config: KeepKVConfig, slots: int, scale: int, counters: Counters) -> Originals:
+    """The server's archive with blocks that hold nothing: the pool has no layers. A block stands for 64 real tokens."""
+    size = max(1, BLOCK_TOKENS // scale)
+    store = BlockStore(BlockLayout("native", 1, 1, 1, torch.float32), 0, -(-int(config.host_ratio * slots) // size))
+    store.block_tokens = size
+    return Originals(store, [], [], counters)

@@ -28,12 +28,10 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from keepkv_sglang.hooks import extend as extend_hooks
 from keepkv_sglang.hooks import scheduler as scheduler_hooks
 from keepkv_sglang.memory.arena import QueryArena
-from keepkv_sglang.memory.originals import BlockLayout, BlockStore, blocks_of
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.adapter.cache import KeepKVRadixCache
 from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.runtime import attach, due, pressure, process, unpack
-from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.requests import row_of
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.turn.anchor import MessageBorder
@@ -41,7 +39,7 @@ from keepkv_sglang.turn.capacity import later_slots, peak_slots
 from keepkv_sglang.turn.queries import capture
 
 from .scale import scaled
-from .sglang_parts import HugeAllocator, sglang_context
+from .sglang_parts import HugeAllocator, empty_originals, sglang_context
 from .stopwatch import Stopwatch
 from .traces import BORDER
 
@@ -153,9 +151,7 @@ class World:
         self.arena_rows = attach.arena_rows(config, True, self.rows.max_context_len, self.arena_rows or 1 << 60)
         attach.share_arena(rt, QueryArena(0, self.arena_rows, 1, 1, torch.float32, "cpu"), references=True)
         if config.keeps_originals:
-            layout = BlockLayout("native", 1, 1, 1, torch.float32)
-            blocks = blocks_of(layout, 1, config.host_ratio, config.host_size, self.slots)
-            rt.originals = Originals(BlockStore(layout, 0, blocks), [], [], rt.counters)
+            rt.originals = empty_originals(config, self.slots, self.scale, rt.counters)
         limits = rt.limits
         limits.border, limits.chunk_tokens = MessageBorder(BORDER, 0), self.chunk
         limits.capacity, limits.pool_limit = self.slots, self.slots - 1
