@@ -117,3 +117,5 @@ def after_on_idle(_result: Any, self: Any) -> None:
         return
     rt.checked_at = rt.tree.spans.now
     rt.tree.check()
+    if rt.originals is not None:
+        rt.originals.check(idle=True)

@@ -48,7 +48,7 @@ def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
     rt.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
     rt.votes = VoteStore(layers, slots, kv_heads, keys.device)
     rt.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
-    rt.originals = originals(rt, keys, pool.get_value_buffer(rt.first_layer))
+    rt.originals = originals(rt, keys, pool.get_value_buffer(rt.first_layer), ranks)
     rt.rank = rank
     q_heads = runner.model_config.num_attention_heads // ranks
     row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
@@ -57,9 +57,9 @@ def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
     share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
 
 
-def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor) -> Originals | None:
+def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, ranks: int) -> Originals | None:
     """Host memory for originals, where the server wants them; ConfigError where it cannot be had. keys, values: of a
-    layer."""
+    layer. ranks: that share the machine."""
     config, layers = rt.config, rt.kv_pool.layer_num
     if not config.keeps_originals:
         return None
@@ -71,7 +71,7 @@ def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor) -> Original
     if not blocks:
         raise ConfigError("--keepkv-host-size is too small for one block of originals; use a larger one")
     size = blocks * layers * layout.block_bytes
-    free = psutil.virtual_memory().available
+    free = psutil.virtual_memory().available // ranks
     if size > free:
         raise ConfigError(
             f"originals need {size / 1e9:.2f} GB of host memory and {free / 1e9:.2f} GB are free; use a smaller "
@@ -133,6 +133,8 @@ def pools(rt: Runtime, tree: Any, allocator: Any, req_to_token_pool: Any) -> Non
     rt.offsets = torch.zeros(table.shape[0], dtype=torch.int64, device=table.device)
     rt.requests = Requests(rt.config, rt.limits, rt.counters, rt.pressure_key, tree.configurations)
     tree.requests = rt.requests
+    if tree.disable:  # --disable-radix-cache: nothing is found again
+        rt.originals = None
     if rt.originals is not None:
         tree.host = HostSide(rt)
     rt.attached = True

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from keepkv_sglang.memory.originals import BlockStore
+from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime.counters import Counters
@@ -150,8 +151,13 @@ class Originals:
         """Tokens that are archived."""
         return self.index.evictable_slots + self.index.protected_slots
 
-    def check(self) -> None:
-        """AssertionError unless every block is free or one live span's, once (H1)."""
+    def check(self, idle: bool = False) -> None:
+        """AssertionError unless every block is free or one live span's, once (H1). idle: no request runs, so nothing may
+        be held. Walks everything: for tests."""
+        if idle:
+            assert not (self._held or self.unpacking or self.rows or self.unpacked_slots), "held although nothing runs"
+            assert not self.index.protected_slots, "blocks are locked although nothing runs"
+        check_tree(self.index)
         used = [span.slots for span in self.index.spans()]
         free = self.store._free
         assert sorted([*used, *free]) == list(range(self.store.blocks)), "a block was lost or belongs to two"

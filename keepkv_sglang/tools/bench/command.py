@@ -38,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--pool", type=pool_size, action="append", metavar="N", help="KV slots: 3000, 40k; repeat. Default: 3000, "
         "decode and traces 8000, short 40000")  # fmt: skip
     add("--budget", default="0.1", help="of the server `keepkv` (default: 0.1)")
-    add("--servers", metavar="A,B", help="which, in this order: stock, keepkv, budget1, disabled "
+    add("--servers", metavar="A,B", help="which, in this order: stock, keepkv, originals, budget1, disabled "
         "(default: stock,keepkv; short: disabled,keepkv)")  # fmt: skip
+    add("--host", type=float, metavar="R", help="also with originals in host memory, for R times the pool")
     add("--budget1", action="store_true", help="also ours at budget 1: what the attention kernel gives alone")
     add("--disabled", action="store_true", help="also our attention backend without --enable-keepkv")
     add("--repeat", type=int, default=1, metavar="N", help="runs of every server, the order turned round each time")
@@ -78,7 +79,8 @@ def server_names(args: argparse.Namespace) -> list[str]:
 
     default = "disabled,keepkv" if args.workload == "short" else "stock,keepkv"
     names = [name.strip() for name in (args.servers or default).split(",")]
-    names += [name for name in ("budget1", "disabled") if getattr(args, name) and name not in names]
+    extra = {"originals": args.host, "budget1": args.budget1, "disabled": args.disabled}
+    names += [name for name, wanted in extra.items() if wanted and name not in names]
     unknown = [name for name in names if name not in NAMES]
     if unknown or len(set(names)) != len(names):
         raise ValueError(f"--servers {args.servers}: name each of {', '.join(NAMES)} at most once")
@@ -126,7 +128,11 @@ def run(args: argparse.Namespace) -> int:
     path = models.resolve(args.model)
     check_context(path, workload)
     setup = servers.Setup(
-        path, args.budget, tuple(shlex.split(args.server_flags)), tuple(shlex.split(args.keepkv_flags))
+        path,
+        args.budget,
+        tuple(shlex.split(args.server_flags)),
+        tuple(shlex.split(args.keepkv_flags)),
+        args.host or servers.Setup.host_ratio,
     )
     base = "stock" if "stock" in names else names[0]
     rows: list[dict[str, Any]] = []
@@ -163,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     report.write(rows, args.out, settings, text)
     print(text)
     # Stock refuses prompts that are longer than its pool: a result, not a failure of the benchmark.
-    return 1 if any(row["errors"] for row in rows if row["server"] in ("keepkv", "budget1")) else 0
+    return 1 if any(row["errors"] for row in rows if row["server"] not in ("stock", "disabled")) else 0
 
 
 def check_context(path: str, workload: Workload) -> None:

@@ -16,10 +16,11 @@ from . import measure
 from .client import Call
 from .workloads import Agents, Tick, Workload
 
-NAMES = ("stock", "keepkv", "budget1", "disabled")
+NAMES = ("stock", "keepkv", "originals", "budget1", "disabled")
 ABOUT = {
     "stock": "SGLang with its radix cache, KeepKV off; on a CPU the plain platform with torch_native attention",
     "keepkv": "--enable-keepkv at the given budget",
+    "originals": "the same with --keepkv-host-ratio: later turns are read over originals in host memory",
     "budget1": "--enable-keepkv --keepkv-budget 1: our attention kernel and caches, nothing compressed",
     "disabled": "our attention backend without --enable-keepkv: SGLang's radix cache, no votes",
 }
@@ -34,13 +35,16 @@ class Setup:
     budget: str
     extra: tuple[str, ...] = ()
     keepkv_flags: tuple[str, ...] = ()
+    host_ratio: float = 4
     start_timeout_s: float = 600
 
     def flags(self, name: str, pool: int) -> list[str]:
         """Arguments of sglang.launch_server. ValueError for an unknown name."""
+        keepkv = ["--enable-keepkv", "--keepkv-budget", self.budget, *self.keepkv_flags]
         own = {
             "stock": [],
-            "keepkv": ["--enable-keepkv", "--keepkv-budget", self.budget, *self.keepkv_flags],
+            "keepkv": keepkv,
+            "originals": [*keepkv, "--keepkv-host-ratio", str(self.host_ratio)],
             "budget1": ["--enable-keepkv", "--keepkv-budget", "1", *self.keepkv_flags],
             "disabled": ["--attention-backend", flags.AUTO_BACKEND.get(flags.default_device(), flags.CPU_BACKEND)],
         }

@@ -217,10 +217,8 @@ class World:
                 # Here replies end while a prompt is computed, so its slots are not theirs before it is compressed.
                 later = max(0, min(reply, later_slots(self.rt.limits, state, row_of(req), brought + extend, reply)))
                 wanted = extend + later + 1
-        loaded = (0, None)
         full = brought + wanted >= self.free_or_evictable() - self.reserved
-        if not full and brought:
-            loaded = self.tree.init_load_back(SimpleNamespace(req=req))
+        loaded = self.tree.init_load_back(SimpleNamespace(req=req)) if brought and not full else (0, None)
         req.prefix_len += loaded[0] if loaded is not None else 0
         if full or loaded is None:
             self.tree.unlock(req.lock)
@@ -389,7 +387,6 @@ class World:
             assert not self.rt.counters.mispublished, "a span did not follow its prefix"
             if self.rt.originals is not None:
                 self.rt.originals.check()
-                check_tree(self.rt.originals.index)
 
     def flush(self) -> None:
         """Evicts everything; AssertionError unless every slot comes back, each once. Only when nothing runs."""

@@ -46,6 +46,7 @@ def test_bad_options_are_one_line(argv, words, tmp_path, capsys):
 def test_servers_and_flags():
     assert command.server_names(options()) == ["stock", "keepkv"]
     assert command.server_names(options("--workload", "short")) == ["disabled", "keepkv"]
+    assert command.server_names(options("--host", "4")) == ["stock", "keepkv", "originals"]
     assert command.server_names(options("--budget1", "--disabled")) == ["stock", "keepkv", "budget1", "disabled"]
     setup = servers.Setup("M", "0.1", extra=("--x",), keepkv_flags=("--keepkv-scorer", "knorm"))
     assert setup.flags("stock", 7) == ["--model-path", "M", "--max-total-tokens", "7", "--x"]
