@@ -98,3 +98,18 @@ def test_half_a_turn_that_is_shared_comes_from_the_archive(server, text_tokens):
     assert apart(answer, generate(server, parted, 1, top_logprobs_num=TOP)) <= BOUND
     assert generate(server, parted, 1, extra_key="other").cached == 0  # H7
     numbers(server)
+
+
+@pytest.mark.soak
+def test_three_ranks_answer_as_one(launch, server, stock, replies, text_tokens):
+    """H8: ranks keep the same blocks and unpack the same histories; each checks its own memory (client.STRICT)."""
+    flush(server)
+    alone = conversation(server, text_tokens, replies)
+    bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1"}  # SGLang otherwise wants a NUMA node for each
+    ranks = launch(*BUDGET, *SIZE, "--keepkv-host-ratio", "4", "--tp-size", "3", env=bind)
+    together = conversation(ranks, text_tokens, replies)
+    for one, three, expected in zip(alone, together, stock, strict=True):
+        assert apart(three, expected) <= BOUND
+        assert three.keepkv["unpacked_tokens"] == one.keepkv["unpacked_tokens"]
+    numbers(ranks)
+    flush(ranks)

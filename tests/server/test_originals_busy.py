@@ -1,0 +1,74 @@
+"""Originals on a server that is short of everything: a small pool, small chunks, int4, requests that come and go."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from keepkv_sglang.tools.agent_load import AgentLoad
+from keepkv_sglang.tools.bench.workloads import Agents
+from tests.support.client import body, flush, generate, numbers, tokens
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def server(launch):
+    return launch(
+        *("--enable-keepkv", "--keepkv-budget", "0.2", "--max-total-tokens", "1500", "--chunked-prefill-size", "128"),
+        *("--keepkv-host-ratio", "3", "--keepkv-host-dtype", "int4", "--keepkv-interval", "32", "--enable-mixed-chunk"),
+    )  # fmt: skip
+
+
+def test_agents_in_a_pool_that_holds_one_of_them(server):
+    """H9: strict memory checks stay green; whoever finds no slots for its history reads it compressed."""
+    load = Agents(AgentLoad(agents=4, turns=4, system=60, task=300, tool_result=100, reply=40, seed=3))
+    calls = load.run(server.port, lambda: None)
+    assert all(call.ok for call in calls), [call.error for call in calls if not call.ok][:3]
+    state = numbers(server)
+    counters = state["counters"]
+    assert counters["unpacked"] > 0 and counters["archived_tokens"] > 1500
+    assert state["originals"]["unpacked_slots"] == 0
+    held = state["originals"]
+    assert held["tokens"] <= 64 * (held["blocks"] - held["free_blocks"])
+    layers, heads, dim = 30, 3, 64
+    assert held["bytes_per_token"] == layers * heads * (dim + 4 * dim / 64 + 4 * dim / 32)
+    assert state["memory"]["originals_bytes"] == held["bytes_per_token"] * 64 * held["blocks"]
+
+
+def test_samples_and_clients_that_leave(server):
+    """Parallel samples of a new turn, and answers that are given up in the middle."""
+    flush(server)
+    first = tokens(400, 1)
+    generate(server, first, 8)
+    later = body(first + tokens(80, 2), 40)
+    later["sampling_params"]["n"] = 3
+    status, answers = server.post_json("/generate", later | {"rid": None})
+    assert status == 200 and len(answers) == 3
+    assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
+    started = threading.Event()
+
+    def leave(seed: int) -> None:
+        request = body(first + tokens(90, seed), 200)
+        started.set()
+        ThreadPoolExecutor(1).submit(server.post_json, "/generate", request)
+        started.wait(10)
+        server.post_json("/abort_request", {"rid": request["rid"]})
+
+    for seed in (10, 11, 12):
+        leave(seed)
+    assert generate(server, first + tokens(30, 13), 4).keepkv["logical_tokens"] == 433
+    numbers(server)
+    flush(server)
+    state = numbers(server)["originals"]
+    assert state["free_blocks"] == state["blocks"] and state["tokens"] == 0
+
+
+def test_a_request_may_not_ask_for_more_than_the_server_allows(server):
+    status, answer = server.post_json("/generate", body(tokens(20, 1), 2, {"unpack": 0.9}))
+    assert status == 400 and "use at most 0.5" in answer["error"]["message"]
+    status, answer = server.post_json("/generate", body(tokens(20, 1), 2, {"host_ratio": 9}))
+    assert status == 400 and "setting of the server" in answer["error"]["message"]
+    assert generate(server, tokens(20, 1), 2, {"unpack": False}).keepkv["unpacked_tokens"] == 0
