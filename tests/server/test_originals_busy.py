@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -48,17 +48,13 @@ def test_samples_and_clients_that_leave(server):
     status, answers = server.post_json("/generate", later | {"rid": None})
     assert status == 200 and len(answers) == 3
     assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
-    started = threading.Event()
-
-    def leave(seed: int) -> None:
-        request = body(first + tokens(90, seed), 200)
-        started.set()
-        ThreadPoolExecutor(1).submit(server.post_json, "/generate", request)
-        started.wait(10)
-        server.post_json("/abort_request", {"rid": request["rid"]})
-
-    for seed in (10, 11, 12):
-        leave(seed)
+    requests = [body(first + tokens(90, seed), 200) for seed in (10, 11, 12)]
+    with ThreadPoolExecutor(len(requests)) as pool:
+        jobs = [pool.submit(server.post_json, "/generate", request) for request in requests]
+        time.sleep(2)
+        for request in requests:
+            server.post_json("/abort_request", {"rid": request["rid"]})
+        assert all("meta_info" in job.result()[1] or "error" in job.result()[1] for job in jobs)
     assert generate(server, first + tokens(30, 13), 4).keepkv["logical_tokens"] == 433
     numbers(server)
     flush(server)
