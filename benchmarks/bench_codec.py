@@ -25,7 +25,11 @@ from keepkv_sglang.tools.origin import commit
 from keepkv_sglang.tools.report import tables
 
 TOKENS = 8192
-SHAPES = ((3, 64, torch.float32), (8, 128, torch.bfloat16), (8, 128, torch.float16))  # heads, dim, dtype: demo, 8B models
+SHAPES = (
+    (3, 64, torch.float32),
+    (8, 128, torch.bfloat16),
+    (8, 128, torch.float16),
+)  # heads, dim, dtype: demo, 8B models
 
 
 def medians(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -68,7 +72,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1 s per line instead of 6 s")
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(f"{platform.machine()}, torch {torch.__version__}, commit {commit()}; GB/s read and written (share of a copy's)")
+    print(
+        f"{platform.machine()}, torch {torch.__version__}, commit {commit()}; GB/s read and written (share of a copy's)"
+    )
     columns = "heads x dim", "copy", *(f"{name} {way}" for name in CODECS for way in ("encode", "decode"))
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -65,9 +65,11 @@ def _finite(x):
 
 
 @triton.jit
-def _program(slots_ptr, first_ptr, counts_ptr, blocks_ptr, pool_ptr, stride_slot, stride_head, HEAD_BYTES: tl.constexpr):
-    """Of this program: its rows' addresses in the pool [64, 1], which of them are tokens, the byte where its part of the
-    block begins."""
+def _program(
+    slots_ptr, first_ptr, counts_ptr, blocks_ptr, pool_ptr, stride_slot, stride_head, HEAD_BYTES: tl.constexpr
+):
+    """Of this program: its rows' addresses in the pool [64, 1], which of them are tokens, and where its part of the
+    block begins in the arena."""
     block, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = tl.arange(0, TOKENS)
     used = place < tl.load(counts_ptr + block)
