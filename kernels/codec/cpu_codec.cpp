@@ -95,7 +95,8 @@ template <class F> INL vf<8> scale_of(vf<8> quotient, vf<8> span, F reaches) {
   const vf<8> up = vmax<8>((vf<8>)(((ints)quotient + digits) & ~digits), splat<8>(kTiny));
   const vf<8> below = (vf<8>)((ints)up - (up <= kNormal ? ints{} + 0x800000 : ints{} + 0x2000));
   const vf<8> found = vmin(reaches(below) & (up > kTiny) ? below : up, splat<8>(kHalfMax));
-  return span <= kTiny / 2 ? vf<8>{} : found;
+  const vf<8> normal = splat<8>(kNormal);  // which may have been reached by more than one step of those above it
+  return span <= kTiny / 2 ? vf<8>{} : (up > normal) & reaches(normal) ? normal : found;
 }
 
 template <class T> INL vf<8> symmetric(vf<8> largest) {

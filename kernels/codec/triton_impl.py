@@ -46,6 +46,9 @@ def _scale(span, zero, largest, STEPS: tl.constexpr, dtype: tl.constexpr):
     below = (up.to(tl.int32, bitcast=True) - step).to(tl.float32, bitcast=True)
     reaches = (zero + STEPS * below).to(dtype).to(tl.float32) >= largest
     found = tl.minimum(tl.where(reaches & (up > F16_TINY), below, up), F16_MAX)
+    # 2^-14 may have been reached by more than one step of those above it.
+    reaches = (zero + STEPS * F16_NORMAL).to(dtype).to(tl.float32) >= largest
+    found = tl.where(reaches & (up > F16_NORMAL), F16_NORMAL, found)
     return tl.where(span <= F16_TINY / 2, 0.0, found)
 
 
