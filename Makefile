@@ -64,9 +64,10 @@ compile-gate: env ## every Triton kernel compiled for sm_80, sm_90, sm_100 (no G
 flashinfer-gate: env ## compile the FlashInfer kernels without a GPU: no register or spill more than recorded (10-20 min)
 	$(BIN)/python -m keepkv_sglang.kernels.attention.flashinfer_build --gate
 
-bench-kernels: env model ## attention kernels against SGLang's torch_native, votes, bandwidth; compression against prefill
+bench-kernels: env model ## attention kernels against SGLang's torch_native, votes, bandwidth; compression against prefill; codecs
 	$(BIN)/python benchmarks/bench_attention.py --threads 2 $(ARGS)
 	$(BIN)/python benchmarks/bench_compression.py
+	$(BIN)/python benchmarks/bench_codec.py
 
 bench-budget1: env model ## stock SGLang against KeepKV at budget 1, side by side
 	$(BIN)/python benchmarks/bench_budget1.py

@@ -57,7 +57,9 @@ def decode(
 def supports(layout: BlockLayout, keys: torch.Tensor, values: torch.Tensor) -> bool:
     """Pools on a CPU whose vectors are contiguous, of 16, 32, ... up to 1024 numbers (native: of any size)."""
     packed = all(x.is_cpu and x.stride(2) == 1 for x in (keys, values))
-    return packed and (layout.codec == "native" or all(d % 16 == 0 and d <= _MAX_DIM for d in (layout.k_dim, layout.v_dim)))
+    return packed and (
+        layout.codec == "native" or all(d % 16 == 0 and d <= _MAX_DIM for d in (layout.k_dim, layout.v_dim))
+    )
 
 
 def _run(encoding: bool, layout, keys, values, slots, arena, blocks, counts) -> None:

@@ -48,7 +48,13 @@ INL typename V<8>::u bf16_bits(vf<8> v) {
   return u + 0x7FFF + (u >> 16 & 1);
 }
 INL void store8(bf16* p, vf<8> v) {
-  *reinterpret_cast<typename V<8>::hu*>(p) = __builtin_convertvector(bf16_bits(v) >> 16, typename V<8>::h);
+  const typename V<8>::u top = bf16_bits(v) >> 16;
+#if defined(__AVX2__)
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128((__m256i)top), _mm256_extracti128_si256((__m256i)top, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+#else
+  *reinterpret_cast<typename V<8>::hu*>(p) = __builtin_convertvector(top, typename V<8>::h);
+#endif
 }
 INL void store8(half* p, vf<8> v) {
 #if defined(__F16C__)

@@ -4,15 +4,20 @@ A value x is stored as q and read as the pool's dtype's rounding of zero + q * s
 integer to (x - zero) / scale, of -127..127 or 0..15, for the zero and scale that are stored, after their rounding.
 
 int8, per token and head: a = max |x|, scale from a / 127. int4, per channel of the block (K) or group of a token (V):
-zero = min rounded down to float16, scale from (max - zero) / 15.
+zero = min rounded down to float16 (below 2^-14 to the nearest), scale from (max - zero) / 15.
 
 scale: the quotient rounded up to float16; below 2^-14, where float16 loses digits, up to a power of two. Where the
-number below it, read back and rounded to the pool's dtype, still reaches the largest value, that one: so the largest
-value that decode writes gives the same scale again. All values within 2^-25 of zero: scale 0.
+number below it, or 2^-14, read back and rounded to the pool's dtype, still reaches the largest value, that one: so the
+largest value that decode writes gives the same scale again. All values within 2^-25 of zero: scale 0.
 
 Error, before the rounding to the pool's dtype: |zero + q * scale - x| <= scale / 2 (1 + 2^-12), where 2^-12 is what
 float32 rounds; 2^-25 where scale is 0. Beyond float16's range (|x| > 65504 with int4, 127 * 65504 with int8) zero and
 scale saturate and x is clipped to what they reach.
+
+Again: encoding what decode wrote, with the same counts, gives the same bytes, up to these limits. Not so int4 of a
+float32 pool where scale <= 2^-9 |zero|, that is where a channel's or group's values differ by less than 3 % of their
+size: zero may have been rounded down by more than half a step, so that min is not read as zero, and the next round may
+find another one. It then moves a value by half a step at most, 2^-10 |zero|. In 16-bit pools zero is min itself.
 
 NaN and infinities become 0, except in native, which copies bits.
 """
@@ -133,6 +138,8 @@ def _scale(quotient, reaches, span):
     step = torch.where(up <= F16_NORMAL, 0x800000, 0x2000).int()
     below = (up.view(torch.int32) - step).view(torch.float32)
     found = torch.where(reaches(below) & (up > F16_TINY), below, up).clamp(max=F16_MAX)
+    normal = torch.full_like(up, F16_NORMAL)  # which may have been reached by more than one step of those above it
+    found = torch.where((up > normal) & reaches(normal), normal, found)
     return torch.where(span <= F16_TINY / 2, 0.0, found)
 
 
