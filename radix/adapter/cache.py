@@ -225,7 +225,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
         assert slots == (node.path_slots if node is not None else entry.anchor_len), (slots, entry)
         self.move_lock(req, target, slots)
 
-    # -- originals in host memory: SGLang's names for what comes back from a host ---------------------------------------
+    # -- originals in host memory: SGLang's names for what comes back from a host ------------------------------------
 
     def init_load_back(self, params: Any) -> tuple[int, Any] | None:
         """The request was admitted with its history's originals: they are loaded. None: there is no room after all."""

@@ -1,4 +1,4 @@
-"""What is said in `keepkv demo`: an agent's system prompt, then tool results as user turns."""
+"""What is said in `keepkv demo`: an agent's system prompt, tool results as user turns, a question about the second."""
 
 from __future__ import annotations
 
@@ -110,3 +110,6 @@ time   requests  error_rate  p99_ms  db_pool_in_use  db_pool_waiting
 
 Write the closing note for the incident channel: what happened, when, which change, what next.""",
 )
+
+QUESTION, ANSWER = "What is the pool limit per host? Answer with the number only.", "60"
+ASKED_FROM = 3  # turns from which on it is about something long gone

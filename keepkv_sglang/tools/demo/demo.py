@@ -2,7 +2,8 @@
 
 One server with --enable-keepkv serves both runs: ``custom_params {"keepkv": {"enabled": false}}`` makes a
 request an ordinary SGLang request. Each run has its own cache_salt, so neither finds the other's prefix;
-within a run every turn reuses the previous ones. The tool results are written down in conversation.py
+within a run every turn reuses the previous ones, read over their originals in host memory (docs/originals.md). A third
+run shows what the last question finds without them. The tool results are written down in conversation.py
 and come back as user turns: a model of 135 million parameters cannot be trusted to call tools
 (examples/agent_openai.py lets it try).
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -20,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
-from keepkv_sglang.tools.demo.conversation import SYSTEM, TURNS
+from keepkv_sglang.tools.demo.conversation import ANSWER, ASKED_FROM, QUESTION, SYSTEM, TURNS
 from keepkv_sglang.tools.demo.side_by_side import GAP, WIDTH, columns, common_words, parting
 from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.server_process import ServerError, ServerProcess
@@ -39,7 +41,7 @@ class Run:
     logical: int = 0
     held: int = 0
     cached: int = 0
-    compressed: int = 0
+    unpacked: int = 0
     seconds: float = 0.0
     took: float = 0.0  # the last turn
 
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")  # as `keepkv model` does: progress bars make unreadable logs
     model_path = models.resolve(args.model)
     flags = ["--model-path", str(model_path), "--max-total-tokens", str(POOL_SLOTS), "--enable-cache-report"]
-    flags += ["--enable-keepkv", "--keepkv-budget", str(budget)]
+    flags += ["--enable-keepkv", "--keepkv-budget", str(budget), "--keepkv-host-ratio", "1"]
     _say("starting the server: sglang.launch_server " + " ".join(flags))
     try:
         with ServerProcess(flags, say=_say) as server:
@@ -93,7 +95,25 @@ def _converse(base_url: str, budget: float | int, turns: int, max_tokens: int) -
             _one_turn(client, conversation, text, max_tokens)
         print(columns(full.replies[-1], small.replies[-1]))
         print(f"\n{_pair(_numbers(full), _numbers(small))}\n{parting(full.replies[-1], small.replies[-1])}", flush=True)
-    print(_summary(full, small))
+    if turns >= ASKED_FROM:
+        _long_gone(client, full, small)
+    print(_summary(full, small, turns))
+
+
+def _long_gone(client: Any, full: Run, small: Run) -> None:
+    """One question about the second turn: with the full cache, with originals, and without them."""
+    without = Run("the same without originals", {**small.keepkv, "unpack": False}, messages=small.messages[:1])
+    said = small.messages[1:]
+    _say(f"the same conversation as {small.name}, {without.name}")
+    for text, reply in zip(said[::2], said[1::2], strict=True):
+        _one_turn(client, without, text["content"], max_tokens=1)
+        without.messages[-1] = reply
+    print(f"\n{RULE}\nasked for something long gone: {QUESTION}\n")
+    for run in (full, small, without):
+        _say(f"the last question, {run.name}")
+        _one_turn(client, run, QUESTION, max_tokens=24)
+        found = re.search(rf"\b{ANSWER}\b", run.replies[-1]) is not None
+        print(f"{'found' if found else 'not found':>9}  {run.name}: {' '.join(run.replies[-1].split())}", flush=True)
 
 
 def _one_turn(client: Any, conversation: Run, text: str, max_tokens: int) -> None:
@@ -120,7 +140,7 @@ def _one_turn(client: Any, conversation: Run, text: str, max_tokens: int) -> Non
     details = answer.usage.prompt_tokens_details
     conversation.logical, conversation.held = info["logical_tokens"], info["slots_held"]
     conversation.cached = details.cached_tokens if details else 0
-    conversation.compressed = info["cached_compressed_tokens"]
+    conversation.unpacked = info["unpacked_tokens"]
 
 
 RULE = "-" * (2 * WIDTH + len(GAP))
@@ -131,12 +151,12 @@ def _pair(left: str, right: str) -> str:
 
 
 def _numbers(run: Run) -> str:
-    cached = f"{run.cached:,} cached" + (f", {run.compressed:,} of them compressed" if run.compressed else "")
+    cached = f"{run.cached:,} cached" + (f", {run.unpacked:,} of them unpacked" if run.unpacked else "")
     return f"{run.logical:,} tokens in {run.held:,} slots; {cached}; {run.took:.1f} s"
 
 
-def _summary(full: Run, small: Run) -> str:
-    pairs = list(zip(full.replies, small.replies, strict=True))
+def _summary(full: Run, small: Run, turns: int) -> str:
+    pairs = list(zip(full.replies[:turns], small.replies[:turns], strict=True))
     same = sum(common_words(a, b) is None for a, b in pairs)
     share = 100 * small.held / max(full.held, 1)
     saved = f"{small.held:,} slots instead of {full.held:,} ({share:.0f} %)"
@@ -148,7 +168,7 @@ def _summary(full: Run, small: Run) -> str:
 Each conversation goes on from its own answers, so one that differs changes what follows. The system prompt stays
 whole, so that other conversations share it.
 tokens: of the conversation. slots: of the KV pool, that hold them. cached: tokens of the prompt that were not computed
-again; compressed: those that earlier turns merged.
+again; unpacked: those that were read as originals from host memory.
 """
 
 
