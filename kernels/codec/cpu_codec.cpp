@@ -35,12 +35,15 @@ template <class T> struct Part {
   const int64_t* slots;
   int count, dim;
   uint8_t *meta, *rows;
+  const T* next;  // what is read or written after this: V of the head, K of the next
+  int64_t next_stride;
   // Rows are scattered: the processor does not guess the next one. Asks for the one kAhead further on.
   template <bool kWrite = false> T* row(int t) const {
-    if (t + kAhead < count) {
-      const char* at = reinterpret_cast<const char*>(pool + slots[t + kAhead] * stride);
-      for (size_t i = 0; i < dim * sizeof(T); i += 64) __builtin_prefetch(at + i, kWrite);
-    }
+    const int ahead = t + kAhead;
+    const int of_next = std::min(ahead - count, count - 1);
+    const T* wanted = ahead < count ? pool + slots[ahead] * stride : next + slots[of_next] * next_stride;
+    const char* at = reinterpret_cast<const char*>(wanted);
+    for (size_t i = 0; i < dim * sizeof(T); i += 64) __builtin_prefetch(at + i, kWrite);
     return pool + slots[t] * stride;
   }
 };
@@ -338,9 +341,10 @@ template <class T> void unit(const Args& a, int64_t i, int64_t first, bool encod
   uint8_t* at = a.arena + (a.blocks[b] * a.heads + h) * (a.k_meta + a.v_meta + a.k_bytes + a.v_bytes);
   const int count = int(a.counts[b]);
   const Part<T> k{static_cast<T*>(a.keys) + h * a.k_head, a.k_token, a.slots + first, count, int(a.k_dim), at,
-                  at + a.k_meta + a.v_meta};
+                  at + a.k_meta + a.v_meta, static_cast<T*>(a.values) + h * a.v_head, a.v_token};
   const Part<T> v{static_cast<T*>(a.values) + h * a.v_head, a.v_token, a.slots + first, count, int(a.v_dim), at + a.k_meta,
-                  at + a.k_meta + a.v_meta + a.k_bytes};
+                  at + a.k_meta + a.v_meta + a.k_bytes, static_cast<T*>(a.keys) + (h + 1) % a.heads * a.k_head,
+                  a.k_token};
   if (a.codec == kNative) {
     copy(k, encode), copy(v, encode);
   } else if (a.codec == kInt8) {
