@@ -22,7 +22,7 @@ class KeepKVCpuBackend(AttentionBackend):
     def __init__(self, runner: Any) -> None:
         super().__init__()
         self.kernel = attention.load()
-        for op in ("score", "merge"):  # compiled now rather than while a request waits
+        for op in ("score", "merge", "codec"):  # compiled now rather than while a request waits
             cpu_build.implementation(op)
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
