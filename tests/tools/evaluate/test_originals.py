@@ -45,8 +45,8 @@ def full_cache(probe: Probe, talk: list[int], replies: int) -> list[torch.Tensor
 
 
 def test_nothing_is_lost_with_native_originals(probe: Probe, talk: list[int]):
-    """H4: replies of one token are expected by a read that nothing was merged in: float32 rounding is the difference. The
-    row is compressed to its budget after every turn all the same."""
+    """H4: replies of one token are expected by a read that nothing was merged in: the difference is float32 rounding.
+    The row is compressed to its budget after every turn all the same."""
     row = ConversationRow(probe.row(), CONFIG, BORDER, "native")
     got = turns(row, talk, 1)
     for mine, full in zip(got, full_cache(probe, talk, 1), strict=True):
@@ -109,8 +109,7 @@ def test_a_prompt_with_nothing_new_reads_the_row(probe: Probe, talk: list[int]):
 
 
 def test_codecs_are_close(probe: Probe, talk: list[int]):
-    """Of the archived tokens only: the rest comes back as it was. int8 differs less than int4, both less than a row that
-    is read compressed."""
+    """int8 differs less than int4, and both less than a row that is read compressed."""
     full = full_cache(probe, talk, 1)
     kl = {}
     for kept in ("off", "native", "int8", "int4"):
