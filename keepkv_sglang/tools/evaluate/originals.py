@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
+from keepkv_sglang.kernels.codec import BLOCK_TOKENS, BlockLayout, decode, encode
 from keepkv_sglang.tools.evaluate.probe import Row, Slots
 from keepkv_sglang.turn.spans import DueSpan
 from keepkv_sglang.turn.unpack import Matched, history
@@ -68,8 +69,6 @@ class Archive:
 def through(codec: str, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """keys, values [n, Hkv, D] of one layer -> what is read back of them: decode(encode()) in blocks of BLOCK_TOKENS
     tokens, the last one shorter."""
-    from keepkv_sglang.kernels.codec import BLOCK_TOKENS, BlockLayout, decode, encode  # TODO
-
     n, heads, dim = keys.shape
     layout = BlockLayout(codec, heads, dim, values.shape[2], keys.dtype)
     counts = torch.tensor([min(BLOCK_TOKENS, n - at) for at in range(0, n, BLOCK_TOKENS)], dtype=torch.int64)
