@@ -9,7 +9,6 @@ is room for all of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 
 import torch
 
@@ -46,7 +45,11 @@ class Archive:
         stop = due.start + due.slots
         new = [layer.cut(stop - (due.end - self.end), stop) for layer in row.layers]
         read = [(slots.k, slots.v) if self.codec == NATIVE else through(self.codec, slots.k, slots.v) for slots in new]
-        self._layers = [_joined(pair, more) for pair, more in zip(self._layers or [()] * len(read), read, strict=True)]
+        before = self._layers or [(slots.k[:0], slots.v[:0]) for slots in new]
+        self._layers = [
+            (torch.cat((k, more_k)), torch.cat((v, more_v)))
+            for (k, v), (more_k, more_v) in zip(before, read, strict=True)
+        ]
         self.end = due.end
 
     def history(self, row: Row, prompt_tokens: int) -> int:
@@ -79,7 +82,3 @@ def through(codec: str, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch
     k, v = torch.empty_like(keys), torch.empty_like(values)
     decode(layout, arena, blocks, counts, k, v, slots)
     return k, v
-
-
-def _joined(old: Sequence[torch.Tensor], new: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    return (torch.cat((old[0], new[0])), torch.cat((old[1], new[1]))) if old else new

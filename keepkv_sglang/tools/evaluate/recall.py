@@ -261,19 +261,23 @@ def _against_off(rows: Sequence[Mapping[str, Any]]) -> str:
         off = {row["item"]: row for row in by_kept.get((OFF,), [])}
         for kept in (kept for kept in ORIGINALS if (kept,) in by_kept):
             mine = by_kept[(kept,)]
-            slots = [row["answer_slots"] for row in mine if "answer_slots" in row]  # not in older rows, nor is `right`
+            slots = [row["answer_slots"] for row in mine if "answer_slots" in row]  # not in older rows
             gained = [100 * (_share(row) - _share(off[row["item"]])) for row in mine if row["item"] in off]
-            both = [
-                (row["right"], full[row["item"]].get("right")) for row in mine if "right" in row and row["item"] in full
-            ]
-            again = [
-                (sum(r for r, known in zip(*pair, strict=True) if known), sum(pair[1])) for pair in both if pair[1]
-            ]
-            again = [(100 * hits / known, known) for hits, known in again if known]
             lines.append(
                 (method, f"{budget:.0%}", kept, len(mine), f"{mean(slots).mean:.0f}" if slots else "-",
                  f"{sum(row['hits'] for row in mine)} of {sum(row['asked'] for row in mine)}", _rate(mine),
-                 weighted_mean(*zip(*again, strict=True)).text(1) if again else "-",
+                 _of_full(mine, full),
                  mean(gained).text(1) if gained and kept != OFF else "-")
             )  # fmt: skip
     return f"**Originals; differences by prompt**\n\n{tables.markdown(columns, lines, text=(0, 2))}"
+
+
+def _of_full(rows: Sequence[Mapping[str, Any]], full: Mapping[int, Mapping[str, Any]]) -> str:
+    """Per cent of the questions that the full cache answers, all prompts together. full: its rows by item."""
+    shares, known = [], []
+    for row in rows:
+        right, sure = row.get("right", ()), full.get(row["item"], {}).get("right", ())  # older rows have none
+        if right and any(sure):
+            known.append(sum(sure))
+            shares.append(100 * sum(r and s for r, s in zip(right, sure, strict=True)) / known[-1])
+    return weighted_mean(shares, known).text(1) if known else "-"
