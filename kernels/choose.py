@@ -1,4 +1,4 @@
-"""Which implementation of score and merge computes on a tensor's device.
+"""Which implementation of score, merge and codec computes on a tensor's device.
 
 On a CPU C++ (cpu_build.py); on a GPU our Triton kernels, or with KEEPKV_GPU_KERNEL=torch torch. Under Triton's
 interpreter (TRITON_INTERPRET=1) KEEPKV_GPU_KERNEL=triton counts on a CPU as well: so they are tested.
@@ -29,7 +29,7 @@ def prepare(device: torch.device) -> None:
     """At start: a wrong name or a missing Triton is found now rather than while a request is compressed. ValueError,
     ImportError."""
     if gpu_kernel() == "triton" and device.type == "cuda":
-        for op in ("score", "merge"):
+        for op in ("score", "merge", "codec"):
             importlib.import_module(f"keepkv_sglang.kernels.{op}.triton_impl")
 
 

@@ -49,6 +49,8 @@ _TYPES = {
     torch.float16: "fp16",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "i1",
 }
@@ -150,6 +152,8 @@ def _tool(name: str, *arguments: Any) -> str:
 def own_cases(arch: int) -> Cases:
     """Our kernels, bfloat16 storage, head_dim 64 and 128, GQA 4; merging computes in float32 as the torch code does."""
     from .attention import triton_impl as attention
+    from .codec import triton_impl as codec
+    from .codec.layout import BLOCK_TOKENS, BlockLayout
     from .merge import triton_impl as merge
     from .merge.torch_impl import Segments
     from .score import triton_impl as score
@@ -188,6 +192,13 @@ def own_cases(arch: int) -> Cases:
         for pool in pools(dim)[1:3]:  # K and V; votes
             merge.gather_slots(pool, torch.arange(32), pool.new_empty(2, 32, *pool.shape[2:]))
 
+    def coding(name: str, dim: int, dtype: torch.dtype) -> None:
+        k, v = (torch.zeros(64, 2, dim, dtype=dtype) for _ in range(2))
+        layout, blocks, counts = BlockLayout(name, 2, dim, dim, dtype), torch.arange(16), torch.full((16,), 4)
+        arena = torch.zeros(16, layout.block_bytes, dtype=torch.uint8)
+        codec.encode(layout, k, v, torch.arange(BLOCK_TOKENS), arena, blocks, counts)
+        codec.decode(layout, arena, blocks, counts, k, v, torch.arange(BLOCK_TOKENS))
+
     cases: Cases = {}
     for dim in (64, 128):
         cases[f"decode D{dim}"] = partial(attend, dim, None)
@@ -196,6 +207,12 @@ def own_cases(arch: int) -> Cases:
         cases[f"score D{dim} float32"] = partial(scores, dim, torch.float32)
         cases[f"merge D{dim}"] = partial(merging, dim)
         cases[f"nearest D{dim}"] = partial(nearest, dim)
+        for codec_name in ("int8", "int4"):
+            cases[f"codec {codec_name} D{dim}"] = partial(coding, codec_name, dim, torch.bfloat16)
+    for codec_name in ("int8", "int4"):
+        cases[f"codec {codec_name} D128 float16"] = partial(coding, codec_name, 128, torch.float16)
+    cases["codec native D128"] = partial(coding, "native", 128, torch.bfloat16)
+    cases["codec int4 D256"] = partial(coding, "int4", 256, torch.bfloat16)
     cases["score D256"] = partial(scores, 256, torch.bfloat16)
     return cases
 

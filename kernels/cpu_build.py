@@ -24,10 +24,12 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
-OPS = ("attention", "score", "merge")
+OPS = ("attention", "score", "merge", "codec")
 NO_MEMORY = 3  # kNoMemory of cpu_vec.h
 # No -ffast-math: masked entries are -inf. Contraction to fused multiply-add is allowed and wanted.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-Wno-psabi")
+# codec: its bytes are torch's, which multiplies and adds with two roundings.
+OP_FLAGS = {"codec": ("-ffp-contract=off",)}
 
 
 def compiler() -> list[str]:
@@ -94,7 +96,7 @@ def build(op: str, march: str = "native") -> Path:
     march: the instruction set; tests compile the AVX2 and the portable path of the sources on any x86
     machine.
     """
-    runtime, flags = openmp_runtime(), (*FLAGS, f"-march={march}")
+    runtime, flags = openmp_runtime(), (*FLAGS, *OP_FLAGS.get(op, ()), f"-march={march}")
     digest = hashlib.sha256()
     for part in (*flags, cpu_model(), str(runtime)):
         digest.update(os.fsencode(part) + b"\0")

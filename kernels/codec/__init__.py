@@ -26,13 +26,23 @@ def encode(
 ) -> None:
     """Writes K and V of one layer's tokens into blocks of the arena.
 
-    keys [S, H, D], values [S, H, Dv]: the pool, of the layout's dtype. slots int64 [n]: the tokens, in order. arena uint8
-    [N, block_bytes], contiguous. blocks int64 [B], all different, and counts int64 [B], 1..64, sum n: block i takes the
-    next counts[i] tokens. Writes these blocks only; what their unused places hold is undefined. ValueError for anything
-    else, IndexError for a slot or block that does not exist.
+    keys [S, H, D], values [S, H, Dv]: the pool, of the layout's dtype. slots int64 [n]: the tokens, in order. arena
+    uint8 [N, block_bytes], contiguous. blocks int64 [B], all different, and counts int64 [B], 1..64, sum n: block i
+    takes the next counts[i] tokens. Writes these blocks only; what their unused places hold is undefined. ValueError
+    for anything else, IndexError for a slot or block that does not exist (on a GPU neither is looked for).
+
+    The arena may be in host memory while the pool is on a GPU: blocks are made there and copied. slots, blocks and
+    counts may be on either.
     """
+    device = keys.device
+    slots, counts = slots.to(device), counts.to(device)
     kernel = _kernel(layout, keys, values)
-    kernel.encode(layout, keys, values, slots, arena, blocks, counts)
+    if arena.device == device:
+        kernel.encode(layout, keys, values, slots, arena, blocks.to(device), counts)
+        return
+    made = torch.zeros(len(blocks), layout.block_bytes, dtype=torch.uint8, device=device)
+    kernel.encode(layout, keys, values, slots, made, torch.arange(len(blocks), device=device), counts)
+    arena[blocks.to(arena.device)] = made.to(arena.device)
 
 
 def decode(
@@ -46,12 +56,15 @@ def decode(
 ) -> None:
     """The reverse: writes keys[slots] and values[slots], all different, from blocks that hold counts tokens each.
 
-    Encoding again what decode wrote, with the same counts, gives the same bytes.
+    Encoding again what decode wrote, with the same counts, gives the same bytes; the exceptions of int4: reference.py.
     """
+    device = keys.device
+    if arena.device != device:
+        arena, blocks = arena[blocks.to(arena.device)].to(device), torch.arange(len(blocks))
     kernel = _kernel(layout, keys, values)
-    kernel.decode(layout, arena, blocks, counts, keys, values, slots)
+    kernel.decode(layout, arena, blocks.to(device), counts.to(device), keys, values, slots.to(device))
 
 
-def _kernel(layout, keys, values):
-    kernel = None
+def _kernel(layout: BlockLayout, keys: torch.Tensor, values: torch.Tensor):
+    kernel = choose.implementation("codec", keys)
     return kernel if kernel is not None and kernel.supports(layout, keys, values) else reference

@@ -4,13 +4,13 @@ A block is cut into one part per kv head, a part into four regions, in this orde
 
     region    native             int8                int4
     k_meta    nothing            scale [64]          zero [D], scale [D]
-    v_meta    nothing            scale [64]          zero [64, G], scale [64, G]
+    v_meta    nothing            scale [64]          zero [G, 64], scale [G, 64]
     k         pool dtype [64, D] int8 [64, D]        uint8 [64, D / 2]
     v         pool dtype [64, Dv] int8 [64, Dv]      uint8 [64, Dv / 2]
 
 Scales and zeros are float16. G = ceil(Dv / 32): a token's values in groups of 32 channels, the last one shorter where
 32 does not divide Dv (80: 32, 32, 16). A byte of int4 holds channel j in its low and j + D / 2 in its high four bits.
-A block of c < 64 tokens fills the first c rows; what the others hold is undefined.
+A block of c < 64 tokens fills the first c rows, and leaves the others as they were.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ int8, per token and head: a = max |x|, scale from a / 127. int4, per channel of 
 zero = min rounded down to float16, scale from (max - zero) / 15.
 
 scale: the quotient rounded up to float16; below 2^-14, where float16 loses digits, up to a power of two. Where the
-number below it, read back and rounded to the pool's dtype, still reaches the largest value, that one: so the largest
-value that decode writes gives the same scale again. All values within 2^-25 of zero: scale 0.
+number below it, or 2^-14, read back and rounded to the pool's dtype, still reaches the largest value, that one: so the
+largest value that decode writes gives the same scale again. All values within 2^-25 of zero: scale 0.
 
-Error, before the rounding to the pool's dtype: |zero + q * scale - x| <= scale / 2 (1 + 2^-12), where 2^-12 is float32's;
-2^-25 where scale is 0. Beyond float16's range (|x| > 65504 with int4, 127 * 65504 with int8) zero and scale saturate and
-x is clipped to what they reach.
+Error, before the rounding to the pool's dtype: |zero + q * scale - x| <= scale / 2 (1 + 2^-12), where 2^-12 is what
+float32 rounds; 2^-25 where scale is 0. Beyond float16's range (|x| > 65504 with int4, 127 * 65504 with int8) zero and
+scale saturate and x is clipped to what they reach.
 
 NaN and infinities become 0, except in native, which copies bits.
 """
@@ -73,7 +73,8 @@ def encode(
         spread = [m.repeat_interleave(GROUP, 3)[..., : layout.v_dim] for m in (zero, _inverse(scale))]
         _write(v, _pack((finite - spread[0]) * spread[1]), used)
         for meta, m in zip(v_meta.chunk(2, 2), (zero, scale), strict=True):
-            _write(meta.unflatten(2, (BLOCK_TOKENS, -1)), _bytes(m.half()), used)
+            rows = _bytes(m.half().transpose(2, 3)).unflatten(3, (BLOCK_TOKENS, 2))
+            _write(meta.unflatten(2, rows.shape[2:]), rows, used.unsqueeze(2))
     arena[blocks] = parts
 
 
@@ -102,7 +103,7 @@ def decode(
     else:
         zero, scale = _numbers(k_meta, torch.float16).float().unsqueeze(2).chunk(2, 3)
         x = [zero + _unpack(k) * scale]
-        pairs = _numbers(v_meta, torch.float16).float().unflatten(2, (2, BLOCK_TOKENS, -1))
+        pairs = _numbers(v_meta, torch.float16).float().unflatten(2, (2, -1, BLOCK_TOKENS)).transpose(3, 4)
         zero, scale = pairs.repeat_interleave(GROUP, 4)[..., : layout.v_dim].unbind(2)
         x.append(zero + _unpack(v) * scale)
     used = _places(counts)[0]
@@ -132,6 +133,8 @@ def _scale(quotient, reaches, span):
     step = torch.where(up <= F16_NORMAL, 0x800000, 0x2000).int()
     below = (up.view(torch.int32) - step).view(torch.float32)
     found = torch.where(reaches(below) & (up > F16_TINY), below, up).clamp(max=F16_MAX)
+    normal = torch.full_like(up, F16_NORMAL)  # which may have been reached by more than one step of those above it
+    found = torch.where((up > normal) & reaches(normal), normal, found)
     return torch.where(span <= F16_TINY / 2, 0.0, found)
 
 
