@@ -15,6 +15,7 @@ from typing import Any
 
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.evaluate.documents import HALVES
+from keepkv_sglang.tools.evaluate.results import OFF, ORIGINALS
 from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.origin import origin
 from keepkv_sglang.tools.places import data_folder
@@ -44,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--half", choices=HALVES, default="held-out", help="documents for choosing, or for reporting")
     parser.add_argument("--items", type=int, default=0, help="items per task; default: the task's own number")
     parser.add_argument("--tokens", type=int, default=1536, help="context length")
+    parser.add_argument(
+        "--originals", action="append", choices=ORIGINALS, help="tasks turns, recall_after and needle_after: the K/V of"
+        f" compressed tokens are kept so and read again before the next turn; may be repeated; default {OFF}",
+    )  # fmt: skip
     parser.add_argument("--peers", action="store_true", help="kvpress beside ours (make kvpress installs it)")
     parser.add_argument("--model", help="as `keepkv model` takes it, or a model hub's name; default: the demo model")
     parser.add_argument("--data", type=Path, help="folder of texts; default: $KEEPKV_DATA or ../shared/data")
@@ -80,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.report:
         torch.set_num_threads(args.threads)
         probe = Probe(path)
-        setup = Setup(probe, data_folder(args.data, "SOURCES.md"), args.half, args.items, args.tokens, methods, budgets)
+        data, originals = data_folder(args.data, "SOURCES.md"), args.originals or [OFF]
+        setup = Setup(probe, data, args.half, args.items, args.tokens, methods, budgets, list(dict.fromkeys(originals)))
         for name in names:
             run_task(_task(name), setup, results)
     report = write_report(results, [_task(name) for name in names], args)

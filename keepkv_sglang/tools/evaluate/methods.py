@@ -19,6 +19,7 @@ from keepkv_sglang.compress.select import SpanPolicy, left_raw
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.tools.evaluate.probe import Probe, Row, Slots
+from keepkv_sglang.tools.evaluate.results import OFF
 from keepkv_sglang.turn.queries import reference_positions
 from keepkv_sglang.turn.spans import DueSpan
 
@@ -54,11 +55,13 @@ class Ours:
     """A configuration of this project; `config.budget` is replaced by the budget asked for.
 
     offline_scorer: a scorer that no server can run (h2o); it replaces config.scorer and sees every query fed last.
+    originals: for tasks of several turns, results.ORIGINALS; one compression is the same with and without.
     """
 
     name: str
     config: KeepKVConfig
     offline_scorer: str = ""
+    originals: str = OFF
 
     def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
         row = full.clone() if full is not None else probe.row(ids)

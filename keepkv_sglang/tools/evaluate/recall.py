@@ -4,6 +4,12 @@ Facts of our own ("The password of Alice is 'walnut'.") stand at even distances 
 of which one is asked for (recall), or one alone (needle). The question is part of what is compressed, as when a server
 compresses a prompt (recall, needle), or comes afterwards, as in the next turn of a chat (recall_after, needle_after).
 The form follows the pass-key and needle tests of RULER (arXiv 2404.06654).
+
+With originals (the *_after tasks) the text is one turn and the question the next, by the server's own rules
+(conversation_row.py): the question is read over the text's originals, text and question are compressed together with
+the question's queries, and the answer is decoded over that; its first token was expected before, as on a server.
+Without, the question is read over the compressed text and stays raw, as a server leaves so short a turn. The budget is
+the same; with originals it covers the question too, so the answer begins with fewer slots (`answer_slots`).
 """
 
 from __future__ import annotations
@@ -11,18 +17,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.tools.evaluate import fidelity
+from keepkv_sglang.tools.evaluate.conversation_row import ConversationRow
 from keepkv_sglang.tools.evaluate.documents import HALVES, documents
-from keepkv_sglang.tools.evaluate.methods import Full, Method
+from keepkv_sglang.tools.evaluate.methods import Full, Method, Ours
 from keepkv_sglang.tools.evaluate.probe import Probe, Row
-from keepkv_sglang.tools.evaluate.results import grouped
+from keepkv_sglang.tools.evaluate.results import OFF, ORIGINALS, grouped, variants
 from keepkv_sglang.tools.evaluate.task import Setup
 from keepkv_sglang.tools.report import plots, tables
-from keepkv_sglang.tools.report.statistics import mean
+from keepkv_sglang.tools.report.statistics import mean, weighted_mean
 
 ITEMS = 100
 TOKENS = 1024  # at most: the texts around the facts are cut there
@@ -68,6 +75,7 @@ class Recall:
     name = "recall"
     facts = 3
     question_seen = True
+    reads_originals = False
 
     def items(self, setup: Setup) -> Sequence[Item]:
         return make_items(setup, self.facts, setup.items or ITEMS)
@@ -84,23 +92,29 @@ class Recall:
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
         """hits of `asked` questions. With the question in the prompt one is asked; else every one of it."""
         probe, item = setup.probe, prepared.item
-        row = method.prefill(probe, prepared.ids, budget, prepared.full)
-        slots = row.slots
         words = dict(item.facts)
-        if self.question_seen:
-            answers = {item.asked: answer(probe, row, opening())}
+        endings = (
+            {item.asked: opening()} if self.question_seen else {name: question(name) + opening() for name in words}
+        )
+        if isinstance(method, Ours) and method.originals != OFF:
+            slots, answer_slots, answers = answers_over_originals(probe, prepared, method, budget, endings)
         else:
-            answers = {name: answer(probe, row.clone(), question(name) + opening()) for name in words}
-        hits = sum(found == words[name] for name, found in answers.items())
+            row = method.prefill(probe, prepared.ids, budget, prepared.full)
+            slots, answer_slots = row.slots, row.slots + len(probe.ids(endings[item.asked]))
+            answers = {name: answer(probe, row.clone(), ending) for name, ending in endings.items()}
+        right = [answers[name] == word for name, word in item.facts if name in answers]
         return {
             "source": item.source,
             "slots": slots,
+            "answer_slots": answer_slots,
             "asked": len(answers),
-            "hits": hits,
+            "hits": sum(right),
+            "right": right,
             "answer": answers[item.asked],
         }
 
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        rows = variants(rows)
         of_full = [row for row in rows if row["method"] == FULL.name]
         asked = sum(row["asked"] for row in of_full)
         head = f"Full cache: {_rate(of_full)} % of {asked} questions in {len(of_full)} prompts."
@@ -108,18 +122,21 @@ class Recall:
         lines: list[Sequence[object]] = []
         known = {row["item"] for row in of_full if row["hits"] == row["asked"]}
         for (budget,), chosen in grouped([row for row in rows if row["method"] != FULL.name], "budget").items():
-            by_method = grouped(chosen, "method")
-            for (method,), mine in sorted(by_method.items(), key=lambda pair: -sum(row["hits"] for row in pair[1])):
+            by_method = grouped(chosen, "variant")
+            for (variant,), mine in sorted(by_method.items(), key=lambda pair: -sum(row["hits"] for row in pair[1])):
                 solvable = [row for row in mine if row["item"] in known]
                 asked = sum(row["asked"] for row in mine)
-                lines.append((method, f"{budget:.0%}", len(mine), asked, _rate(mine), _rate(solvable)))
-        return f"{head}\n\n{tables.markdown(columns, lines)}"
+                lines.append((variant, f"{budget:.0%}", len(mine), asked, _rate(mine), _rate(solvable)))
+        parts = [head, tables.markdown(columns, lines)]
+        if any(row["originals"] != OFF for row in rows):
+            parts.append(_against_off(rows))
+        return "\n\n".join(parts)
 
     def plot(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         curves: dict[str, dict[float, float]] = {}
-        for (method, budget), chosen in sorted(grouped(rows, "method", "budget").items()):
-            if method != FULL.name:
-                curves.setdefault(method, {})[budget] = 100 * mean([_share(row) for row in chosen]).mean
+        for (variant, budget), chosen in sorted(grouped(variants(rows), "variant", "budget").items()):
+            if variant != FULL.name:
+                curves.setdefault(variant, {})[budget] = 100 * mean([_share(row) for row in chosen]).mean
         return [plots.curves(curves, folder / f"{self.name}.png", "slots kept", "correct (%)", log=False)]
 
 
@@ -128,6 +145,7 @@ class RecallAfter(Recall):
 
     name = "recall_after"
     question_seen = False
+    reads_originals = True
 
 
 class Needle(Recall):
@@ -142,6 +160,7 @@ class NeedleAfter(Needle):
 
     name = "needle_after"
     question_seen = False
+    reads_originals = True
 
 
 def make_items(setup: Setup, facts: int, count: int) -> list[Item]:
@@ -195,7 +214,27 @@ def opening() -> str:
 
 def answer(probe: Probe, row: Row, opening_text: str) -> str:
     """The word that the model writes behind the opening, greedy. The row grows."""
-    made = row.generate(probe.ids(opening_text), ANSWER_TOKENS)
+    return _word(probe, row.generate(probe.ids(opening_text), ANSWER_TOKENS))
+
+
+def answers_over_originals(
+    probe: Probe, prepared: Prepared, method: Ours, budget: float, endings: Mapping[str, str]
+) -> tuple[int, int, dict[str, str]]:
+    """Slots of the compressed text; slots before the answer to the item's own question; all answers. endings: by name,
+    what is asked in a turn of its own behind the text."""
+    config = replace(method.config, budget=budget)
+    text = ConversationRow(prepared.full.clone(), config, border=None, originals=method.originals)
+    text.read_prompt(prepared.ids)
+    answers, slots = {}, {}
+    for name, ending in endings.items():
+        row = text.clone()
+        row.prompt(probe.ids(ending))
+        slots[name] = row.row.slots
+        answers[name] = _word(probe, row.generate(ANSWER_TOKENS))
+    return text.row.slots, slots[prepared.item.asked], answers
+
+
+def _word(probe: Probe, made: Sequence[int]) -> str:
     return probe.tokenizer.decode(made).split("'")[0].strip().lower()
 
 
@@ -206,3 +245,39 @@ def _share(row: Mapping[str, Any]) -> float:
 def _rate(rows: Sequence[Mapping[str, Any]]) -> str:
     """Per cent correct and its interval over prompts."""
     return mean([100 * _share(row) for row in rows]).text(1) if rows else "-"
+
+
+def _against_off(rows: Sequence[Mapping[str, Any]]) -> str:
+    """With originals, and minus without, over the prompts that both have."""
+    full = {row["item"]: row for row in rows if row["method"] == FULL.name}
+    columns = (
+        "method", "budget", "originals", "prompts", "slots before the answer", "hits", "correct % [95 %]",
+        "of the full cache's hits, %", "minus off, points",
+    )  # fmt: skip
+    lines: list[Sequence[object]] = []
+    chosen_rows = [row for row in rows if row["method"] != FULL.name]
+    for (method, budget), chosen in sorted(grouped(chosen_rows, "method", "budget").items()):
+        by_kept = grouped(chosen, "originals")
+        off = {row["item"]: row for row in by_kept.get((OFF,), [])}
+        for kept in (kept for kept in ORIGINALS if (kept,) in by_kept):
+            mine = by_kept[(kept,)]
+            slots = [row["answer_slots"] for row in mine if "answer_slots" in row]  # not in older rows
+            gained = [100 * (_share(row) - _share(off[row["item"]])) for row in mine if row["item"] in off]
+            lines.append(
+                (method, f"{budget:.0%}", kept, len(mine), f"{mean(slots).mean:.0f}" if slots else "-",
+                 f"{sum(row['hits'] for row in mine)} of {sum(row['asked'] for row in mine)}", _rate(mine),
+                 _of_full(mine, full),
+                 mean(gained).text(1) if gained and kept != OFF else "-")
+            )  # fmt: skip
+    return f"**Originals; differences by prompt**\n\n{tables.markdown(columns, lines, text=(0, 2))}"
+
+
+def _of_full(rows: Sequence[Mapping[str, Any]], full: Mapping[int, Mapping[str, Any]]) -> str:
+    """Per cent of the questions that the full cache answers, all prompts together. full: its rows by item."""
+    shares, known = [], []
+    for row in rows:
+        right, sure = row.get("right", ()), full.get(row["item"], {}).get("right", ())  # older rows have none
+        if right and any(sure):
+            known.append(sum(sure))
+            shares.append(100 * sum(r and s for r, s in zip(right, sure, strict=True)) / known[-1])
+    return weighted_mean(shares, known).text(1) if known else "-"

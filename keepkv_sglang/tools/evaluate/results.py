@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 KEY = ("task", "method", "budget", "item")
+OFF = "off"
+ORIGINALS = (OFF, "native", "int8", "int4")
+"""How the K/V of compressed tokens are kept and read again (originals.py): a row's "originals"; without it, OFF."""
 
 
 class Results:
-    """An append-only file of rows; a row is known by its KEY fields.
+    """An append-only file of rows; a row is known by its KEY fields and its originals.
 
     The first line describes the run (model, lengths, options that change results). Opening a file whose description
     differs is a ValueError: numbers of two set-ups do not belong in one table.
@@ -32,9 +35,9 @@ class Results:
         path.write_text("".join(json.dumps(row) + "\n" for row in [description, *self.rows]))
         self._known = {_key(row) for row in self.rows}
 
-    def has(self, task: str, method: str, budget: float, item: Any) -> bool:
+    def has(self, task: str, method: str, budget: float, item: Any, originals: str = OFF) -> bool:
         """True when that measurement is there."""
-        return (task, method, budget, item) in self._known
+        return (task, method, budget, item, originals) in self._known
 
     def add(self, task: str, method: str, budget: float, item: Any, **values: Any) -> None:
         """Appends one measurement and flushes it to the file."""
@@ -50,7 +53,7 @@ class Results:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+    return *(row[name] for name in KEY), row.get("originals", OFF)
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -58,6 +61,15 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def variants(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with "originals" and, as "variant", with what tables call its method then."""
+    return [
+        {**row, "originals": kept, "variant": row["method"] if kept == OFF else f"{row['method']}, originals {kept}"}
+        for row in rows
+        for kept in [row.get("originals", OFF)]
+    ]
 
 
 def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:

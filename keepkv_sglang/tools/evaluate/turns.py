@@ -2,6 +2,11 @@
 
 Real dialogues of tau-bench (users, tools, an agent) behind a system prompt of ours, teacher-forced, in a row that turn/
 compresses turn by turn with the server's own rules (conversation_row.py).
+
+With originals a prompt is read over the originals of all before it, and everything behind the system prompt is
+compressed again with it, once. Slots are the budget's share of these tokens, as without, where each turn rounds up on
+its own and one below min_tokens waits. A reply's first token is expected before the compression then, as on a server,
+and after it without: `first_top1` and `first_kl` are of that token alone, so that both can be compared but for it.
 """
 
 from __future__ import annotations
@@ -20,10 +25,10 @@ from keepkv_sglang.tools.evaluate.conversation_row import ConversationRow
 from keepkv_sglang.tools.evaluate.documents import HALVES, lines
 from keepkv_sglang.tools.evaluate.methods import DEFAULT, RELEASED, SNAPKV, Method, Ours, compress_tail
 from keepkv_sglang.tools.evaluate.probe import Row, agreement
-from keepkv_sglang.tools.evaluate.results import grouped
+from keepkv_sglang.tools.evaluate.results import OFF, ORIGINALS, grouped, variants
 from keepkv_sglang.tools.evaluate.task import Setup, ours_only
 from keepkv_sglang.tools.report import plots, tables
-from keepkv_sglang.tools.report.statistics import geometric_mean, mean
+from keepkv_sglang.tools.report.statistics import geometric_mean, mean, paired_ratio, weighted_mean
 from keepkv_sglang.turn.anchor import first_message_end, message_border
 
 ITEMS = 30
@@ -34,6 +39,7 @@ REPLY_TOKENS = 8  # shorter replies do not end a turn
 # and a first turn that is not compressed at all is nothing to compare a sixth with.
 FIRST_TOKENS = KeepKVConfig().min_tokens
 METHODS = (DEFAULT, SNAPKV, RELEASED)
+COLUMNS = ("kl", "top1", "slots", "tokens", "reply_tokens", "first_kl", "first_top1")  # of a result, one per turn
 FILES = {
     "tau_airline": "tau_bench/MockAirlineDomainEnv-few_shot.jsonl",
     "tau_retail": "tau_bench/MockRetailDomainEnv-few_shot.jsonl",
@@ -70,6 +76,7 @@ class Turns:
     """Agreement with the full cache over the replies of a six-turn agent conversation, finished turns left alone."""
 
     name = "turns"
+    reads_originals = True
 
     def items(self, setup: Setup) -> Sequence[Item]:
         made: list[Item] = []
@@ -96,17 +103,19 @@ class Turns:
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
         assert isinstance(method, Ours)
         config = replace(method.config, budget=budget)
-        row = ConversationRow(setup.probe.row(), config, message_border(setup.probe.tokenizer))
+        row = ConversationRow(setup.probe.row(), config, message_border(setup.probe.tokenizer), method.originals)
         values: dict[str, Any] = {"source": prepared.item.source, "anchor": prepared.item.anchor}
-        columns: dict[str, list[float]] = {"kl": [], "top1": [], "slots": [], "tokens": [], "reply_tokens": []}
+        columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
         for (prompt, reply), full in zip(prepared.item.turns, prepared.log_probs, strict=True):
             row.prompt(prompt)
-            columns["slots"].append(row.row.slots)
-            columns["tokens"].append(row.row.tokens)
-            got = agreement(full, row.reply(reply), [prompt[-1], *reply[:-1]])
-            columns["kl"].append(got.kl)
-            columns["top1"].append(got.top1)
-            columns["reply_tokens"].append(len(reply))
+            assert row.state is not None
+            log_probs = row.reply(reply)
+            got, first = (agreement(full[:n], log_probs[:n], [prompt[-1], *reply[: n - 1]]) for n in (len(reply), 1))
+            values_of_turn = (
+                got.kl, got.top1, row.slots_before_reply, row.state.reply_start, len(reply), first.kl, first.top1
+            )  # fmt: skip
+            for name, value in zip(COLUMNS, values_of_turn, strict=True):
+                columns[name].append(value)
         assert row.state is not None
         anchor = row.state.anchor_len
         # How much of the last turn's error comes from compressing in turns: the same slots, chosen all at once.
@@ -117,17 +126,20 @@ class Turns:
         return values | columns | {"once_kl": got.kl, "once_top1": got.top1}
 
     def report(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        rows = variants(rows)
         parts = []
-        for (budget, method), chosen in sorted(grouped(rows, "budget", "method").items()):
-            parts.append(_table(chosen, f"{method}, {budget:.0%}"))
+        for (budget, variant), chosen in sorted(grouped(rows, "budget", "variant").items()):
+            parts.append(_table(chosen, f"{variant}, {budget:.0%}"))
+        if any(row["originals"] != OFF for row in rows):
+            parts.append(_against_off(rows))
         return "\n\n".join(parts)
 
     def plot(self, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
         curves: dict[str, dict[float, float]] = {
-            f"{method}, {budget:.0%}": {
+            f"{variant}, {budget:.0%}": {
                 turn + 1: 100 * mean([row["top1"][turn] for row in chosen]).mean for turn in range(TURNS)
             }
-            for (budget, method), chosen in sorted(grouped(rows, "budget", "method").items())
+            for (budget, variant), chosen in sorted(grouped(variants(rows), "budget", "variant").items())
         }
         return [
             plots.curves(curves, folder / "turns.png", "turn", "top-1 agreement with the full cache (%)", log=False)
@@ -189,3 +201,52 @@ def _table(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         f" {gained.text(1)} points."
     )
     return f"{head}\n\n{tables.markdown(columns, turns, text=())}\n\n{end}"
+
+
+def _against_off(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Turns 2 to the last, all tokens of their replies together: with originals, and minus without, over the
+    conversations that both have."""
+    columns = (
+        "method", "budget", "originals", "conversations", f"slots, turn {TURNS}", "top-1 % [95 %]", "minus off, points",
+        "KL / off", "minus off but for first tokens, points", "KL / off but for first tokens",
+    )  # fmt: skip
+    lines: list[Sequence[object]] = []
+    for (method, budget), chosen in sorted(grouped(rows, "method", "budget").items()):
+        by_kept = grouped(chosen, "originals")
+        off = {row["item"]: row for row in by_kept.get((OFF,), [])}
+        for kept in (kept for kept in ORIGINALS if (kept,) in by_kept):
+            mine = by_kept[(kept,)]
+            top1, weights = zip(*(_later(row, "top1") for row in mine), strict=True)
+            cells = [f"{mean([row['slots'][-1] for row in mine]).mean:.0f}"]
+            cells.append(weighted_mean([100 * x for x in top1], weights).text(1))
+            pairs = [(row, off[row["item"]]) for row in mine if row["item"] in off]
+            for first in (True, False) if kept != OFF else ():
+                # Rows of before have no column of first tokens.
+                both = [pair for pair in pairs if first or all("first_kl" in row for row in pair)]
+                cells += _minus(both, first) if both else ["-", "-"]
+            lines.append((method, f"{budget:.0%}", kept, len(mine), *cells, *["-"] * (6 - len(cells))))
+    head = f"**Originals, turns 2 to {TURNS}; differences by conversation**"
+    return f"{head}\n\n{tables.markdown(columns, lines, text=(0, 2))}"
+
+
+def _minus(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], first: bool) -> list[str]:
+    """Points of top-1 by token, and geometric mean ratio of KL, of (with, without)."""
+    gained, weights = [], []
+    for pair in pairs:
+        (mine, tokens), (base, _) = (_later(row, "top1", first) for row in pair)
+        gained.append(100 * (mine - base))
+        weights.append(tokens)
+    kl = [[_later(pair[side], "kl", first)[0] for pair in pairs] for side in (0, 1)]
+    return [weighted_mean(gained, weights).text(1), paired_ratio(*kl).text()]
+
+
+def _later(row: Mapping[str, Any], name: str, first: bool = True) -> tuple[float, float]:
+    """(mean over reply tokens of turns 2 to the last, number of these). first: with each reply's first token."""
+    total, count = 0.0, 0
+    for turn in range(1, TURNS):
+        total += row[name][turn] * row["reply_tokens"][turn]
+        count += row["reply_tokens"][turn]
+        if not first:
+            total -= row[f"first_{name}"][turn]
+            count -= 1
+    return total / count, count

@@ -19,14 +19,20 @@ SMALLEST = 1e-12  # what a value of 0 counts as in a geometric mean
 class Estimate:
     """A mean over items and its 95 % percentile bootstrap interval: what is resampled is whole items.
 
-    statistic: numpy.mean or scipy.stats.gmean. The interval is computed when it is asked for."""
+    statistic: numpy.mean or scipy.stats.gmean, or of (items, weights) where they have weights. The interval is computed
+    when it is asked for."""
 
     items: np.ndarray
     statistic: Callable[..., float]
+    weights: np.ndarray | None = None
+
+    @property
+    def _data(self) -> tuple[np.ndarray, ...]:
+        return (self.items,) if self.weights is None else (self.items, self.weights)
 
     @cached_property
     def mean(self) -> float:
-        return float(self.statistic(self.items))
+        return float(self.statistic(*self._data))
 
     @cached_property
     def interval(self) -> tuple[float, float]:
@@ -34,7 +40,7 @@ class Estimate:
         if len(self.items) < 2:
             return self.mean, self.mean
         found = stats.bootstrap(
-            (self.items,), self.statistic, n_resamples=RESAMPLES, confidence_level=0.95, method="percentile",
+            self._data, self.statistic, n_resamples=RESAMPLES, confidence_level=0.95, method="percentile", paired=True,
             rng=np.random.default_rng(SEED),
         )  # fmt: skip
         return float(found.confidence_interval.low), float(found.confidence_interval.high)
@@ -60,6 +66,20 @@ def mean(values: Sequence[float]) -> Estimate:
 def geometric_mean(values: Sequence[float]) -> Estimate:
     """Geometric mean. Values must not be negative; a KL of exactly 0 counts as SMALLEST."""
     return Estimate(np.maximum(np.asarray(values, dtype=np.float64), SMALLEST), stats.gmean)
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate:
+    """sum(value * weight) / sum(weight); an item is resampled with its weight, which is above 0. ValueError for
+    different numbers of them."""
+    if len(values) != len(weights):
+        raise ValueError(f"{len(values)} values and {len(weights)} weights are no pairs")
+    items, weight = (np.asarray(x, dtype=np.float64) for x in (values, weights))
+    return Estimate(items, _weighted, weight)
+
+
+def _weighted(items: np.ndarray, weights: np.ndarray, axis: int = -1) -> float:
+    total: float = (items * weights).sum(axis) / weights.sum(axis)
+    return total
 
 
 def paired_ratio(values: Sequence[float], base: Sequence[float]) -> Estimate:

@@ -54,6 +54,36 @@ def test_a_run_resumes_and_reports(
     assert "other settings" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_originals(
+    tmp_path: Path, data: Path, model_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Rows from before there were originals are those without; other tasks know nothing of them."""
+    options = ["eval", "--half", "dev", "--items", "1", "--tokens", "96", "--budget", "0.5", "--method", SNAPKV]
+    options += ["--data", str(data), "--model", str(model_path), "--threads", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(recall, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(plots, "available", lambda: False)
+    assert cli.main([*options, "--task", "needle_after"]) == 0
+    path = tmp_path / "dev.jsonl"
+    head, *rows = path.read_text().splitlines()
+    assert [json.loads(row)["originals"] for row in rows] == ["off", "off"]
+    before = [row.replace('"originals": "off", ', "") for row in rows]
+    path.write_text("\n".join([head, *before]) + "\n")
+    options += ["--originals", "off", "--originals", "native", "--originals", "off"]
+    for _ in range(2):
+        assert cli.main([*options, "--task", "needle_after", "--task", "needle"]) == 0
+        after = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+        assert after[:2] == [json.loads(row) for row in before]
+        assert [(row["task"], row["method"], row.get("originals")) for row in after[2:]] == [
+            ("needle_after", SNAPKV, "native"),
+            ("needle", "full", None),
+            ("needle", SNAPKV, None),
+        ]
+    report = unpadded(capsys.readouterr().out)
+    assert (
+        f"| {SNAPKV}, originals native | 50% | 1 | 1 |" in report and "**Originals; differences by prompt**" in report
+    )
+
+
 def test_mistakes_are_told(tmp_path: Path, model_path: Path, capsys: pytest.CaptureFixture[str]):
     common = ["eval", "--out", str(tmp_path), "--model", str(model_path)]
     assert cli.main([*common, "--method", "nonesuch"]) == 1

@@ -8,10 +8,11 @@ import pytest
 
 from keepkv_sglang.tools.evaluate import recall
 from keepkv_sglang.tools.evaluate.documents import HALVES
-from keepkv_sglang.tools.evaluate.methods import ours
+from keepkv_sglang.tools.evaluate.methods import ours, slots_of
 from keepkv_sglang.tools.evaluate.probe import Probe
 from keepkv_sglang.tools.evaluate.recall import ITEMS, NAMES, WORDS, Needle, Recall, RecallAfter, make_items, plant
-from keepkv_sglang.tools.evaluate.task import Setup
+from keepkv_sglang.tools.evaluate.task import Setup, with_originals
+from tests.tools.unpadded import unpadded
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,46 @@ def test_too_little_room(probe: Probe, ids: list[int]):
 
     with pytest.raises(ValueError, match="too few"):
         plant(probe, ids, [("Alice", "walnut")], 20, random.Random(0))
+
+
+def test_the_question_read_over_originals(probe: Probe, data: Path, monkeypatch: pytest.MonkeyPatch):
+    """One answer token: that of the full cache. Text and question are compressed to the budget, but the last token."""
+    monkeypatch.setattr(recall, "ANSWER_TOKENS", 1)
+    setup = Setup(probe, data, "dev", 1, 128, [ours("default")], [0.25], ["off", "native"])
+    task = RecallAfter()
+    prepared = task.prepare(setup, task.items(setup)[0])
+    found = []
+    monkeypatch.setattr(recall, "_word", lambda _, made: found.append(made) or "")
+    (full, _), *rest = with_originals(task.pairs(setup), setup.originals)
+    assert [method.originals for method, _ in rest] == ["off", "native"]
+    task.measure(setup, prepared, full, 1.0)
+    of_full = found[:]
+    found.clear()
+    off = task.measure(setup, prepared, *rest[0])
+    found.clear()
+    native = task.measure(setup, prepared, *rest[1])
+    assert found == of_full and len(found) == Recall.facts
+    asked = len(probe.ids(recall.question(prepared.item.asked) + recall.opening()))
+    assert off["answer_slots"] == off["slots"] + asked == slots_of(0.25, 128) + asked
+    assert native["answer_slots"] == slots_of(0.25, 128 + asked - 1) + 1
+
+
+def test_reports_show_originals_beside_off():
+    """Rows of before have neither originals nor which questions were right."""
+    shared = {"task": "recall_after", "asked": 3, "source": "bfcl", "slots": 9}
+    rows = [
+        {**shared, "method": "full", "budget": 1.0, "item": i, "hits": 2, "right": [True, True, False]} for i in (1, 2)
+    ]
+    rows += [{**shared, "method": "default", "budget": 0.2, "item": i, "hits": 0} for i in (1, 2)]
+    assert "Originals" not in RecallAfter().report(rows)
+    rows += [
+        {**shared, "method": "default", "budget": 0.2, "item": i, "originals": "int4", "hits": 1, "answer_slots": 7,
+         "right": [True, False, False]} for i in (1, 2)
+    ]  # fmt: skip
+    report = unpadded(RecallAfter().report(rows))
+    assert "| default | 20% | off | 2 | - | 0 of 6 | 0.0 [0.0, 0.0] | - | - |" in report
+    assert "| 2 | 7 | 2 of 6 | 33.3 [33.3, 33.3] | 50.0 [50.0, 50.0] | 33.3 [33.3, 33.3] |" in report
+    assert "| default, originals int4 | 20% |" in report
 
 
 def test_a_cache_at_full_budget_answers_as_the_full_cache(probe: Probe, data: Path, monkeypatch: pytest.MonkeyPatch):

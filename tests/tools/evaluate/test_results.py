@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from keepkv_sglang.tools.evaluate.results import Results, grouped
+from keepkv_sglang.tools.evaluate.results import Results, grouped, variants
 
 RUN = {"model": "m", "tokens": 64, "half": "dev"}
 
@@ -19,6 +19,20 @@ def test_goes_on_where_it_stopped(tmp_path: Path):
     assert again.rows == [{"task": "t", "method": "a", "budget": 0.1, "item": 3, "kl": 0.5}]
     assert again.has("t", "a", 0.1, 3)
     assert not again.has("t", "a", 0.2, 3) and not again.has("t", "a", 0.1, 4) and not again.has("u", "a", 0.1, 3)
+
+
+def test_originals_are_part_of_the_key(tmp_path: Path):
+    """A row without them is one that was measured without."""
+    results = Results(tmp_path / "dev.jsonl", RUN)
+    results.add("t", "a", 0.1, 3, kl=0.5)
+    assert results.has("t", "a", 0.1, 3, "off") and not results.has("t", "a", 0.1, 3, "int4")
+    results.add("t", "a", 0.1, 3, originals="int4", kl=0.4)
+    results = Results(tmp_path / "dev.jsonl", RUN)
+    assert results.has("t", "a", 0.1, 3) and results.has("t", "a", 0.1, 3, "int4")
+    assert [(row["originals"], row["variant"]) for row in variants(results.rows)] == [
+        ("off", "a"),
+        ("int4", "a, originals int4"),
+    ]
 
 
 @pytest.mark.parametrize("lost", [1, 5, 40])

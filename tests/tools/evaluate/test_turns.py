@@ -18,6 +18,7 @@ from keepkv_sglang.tools.evaluate.repeated import InPieces, feed_in_pieces
 from keepkv_sglang.tools.evaluate.task import Setup
 from keepkv_sglang.tools.evaluate.turns import SYSTEM, TURNS, Turns, make_item, messages_of
 from keepkv_sglang.turn.anchor import MessageBorder
+from tests.tools.unpadded import unpadded
 
 CONFIG = KeepKVConfig(enabled=True)
 
@@ -95,6 +96,28 @@ def test_pieces_are_the_rendered_chat(probe: Probe):
     assert probe.tokenizer.decode([i for piece in cut for i in piece]) == rendered(probe, said, True)
     assert probe.tokenizer.decode(cut[1]).startswith("Yes, what?")
     assert cut[1][-2] in end_tokens(probe) or cut[1][-1] in end_tokens(probe)
+
+
+def test_the_report_compares_originals_with_off():
+    """By token over turns 2 to 6; rows of before say nothing of first tokens."""
+
+    def row(item: int, top1: float, kl: float, **more: object) -> dict[str, object]:
+        columns = {"kl": [kl] * TURNS, "top1": [top1] * TURNS, "slots": [50] * TURNS, "tokens": [100] * TURNS}
+        columns["reply_tokens"] = [10 * item] * TURNS
+        return {"method": "default", "budget": 0.2, "item": item, "anchor": 5, "once_kl": 0.1, "once_top1": 0.5} | (
+            columns | more
+        )
+
+    first = {"first_kl": [0.0] * TURNS, "first_top1": [1.0] * TURNS}
+    old = [row(1, 0.5, 0.2), row(3, 0.5, 0.2)]
+    assert "Originals" not in Turns().report(old)
+    new = [row(1, 0.5, 0.1, originals="native", **first), row(3, 0.7, 0.1, originals="native", **first)]
+    report = unpadded(Turns().report(old + new))
+    assert "| default | 20% | off | 2 | 50 | 50.0 [50.0, 50.0] | - | - | - | - |" in report
+    assert "| native | 2 | 50 | 65.0 [50.0, 70.0] | 15.0 [0.0, 20.0] | 0.50 [0.50, 0.50] | - | - |" in report
+    report = unpadded(Turns().report([row | first for row in old] + new))
+    gained = 100 * (0.2 * 30) / (9 + 29)  # one more of both replies' tokens agrees in either
+    assert f"| 0.50 [0.50, 0.50] | {gained:.1f} [" in report and "**default, originals native, 20%: 2 conv" in report
 
 
 def test_a_turn_ends_with_a_real_reply(probe: Probe):

@@ -14,6 +14,7 @@ from keepkv_sglang.tools.report.statistics import (
     median_interval,
     paired_ratio,
     percentile,
+    weighted_mean,
 )
 
 
@@ -58,6 +59,18 @@ def test_a_paired_ratio_sees_through_items_that_differ_a_lot():
     assert math.isclose(paired_ratio(base, base).mean, 1.0)
     with pytest.raises(ValueError, match="no pairs"):
         paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_a_weighted_mean_is_that_of_all_parts_together():
+    values, weights = [0.0, 1.0, 0.5], [1.0, 2.0, 1.0]
+    got = weighted_mean(values, weights)
+    assert got.mean == pytest.approx(2.5 / 4) and got.low < got.mean < got.high
+    assert got.interval == weighted_mean(values, weights).interval
+    assert weighted_mean(values, [3.0] * 3).mean == pytest.approx(mean(values).mean)
+    constant = weighted_mean([2.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0])  # an item is resampled with its own weight
+    assert constant.low == constant.high == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="no pairs"):
+        weighted_mean([1.0], [1.0, 2.0])
 
 
 def test_percentiles_lie_between_ranks():
