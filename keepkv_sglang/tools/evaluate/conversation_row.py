@@ -73,9 +73,10 @@ class ConversationRow:
         """Prefills a turn's prompt (without originals: all but its last token), and what was not computed of the reply
         before; then compresses what is due. ids: what the prompt adds to the conversation."""
         self._tokens.extend(ids)
-        first, end = self.row.tokens, len(self._tokens)
+        end = len(self._tokens)
         if self.state is not None:
             self._chain = self._match(self.state.anchor_len, end)
+        first = self.row.tokens
         state = self._begin(first, end)
         plan.plan_chunk(self.limits, state, first, end, too_long=False)
         log_probs = self._feed(self._tokens[first : end - 1 if self.archive is None else end], last=1)
@@ -108,9 +109,11 @@ class ConversationRow:
 
     def _match(self, anchor: int, prompt_tokens: int) -> plan.Chain:
         """What the row of the next prompt begins with: what it holds, or its history, unpacked."""
-        if self.archive is not None and (tokens := self.archive.history(self.row, prompt_tokens)):
-            self.archive.unpack(self.row)
-            return plan.Chain.of_originals(anchor, tokens, self.archive.end - self.archive.begin)
+        if self.archive is not None:
+            tokens = self.archive.history(self.row, prompt_tokens, self.config.window)
+            if tokens:
+                self.archive.unpack(self.row, tokens)
+                return plan.Chain.of_originals(anchor, tokens, tokens - self.archive.begin)
         return plan.Chain(anchor, self.row.slots, self.row.tokens, self._tail or (anchor, anchor, 0))
 
     def _begin(self, matched: int, end: int) -> RequestState:

@@ -52,21 +52,23 @@ class Archive:
         ]
         self.end = due.end
 
-    def history(self, row: Row, prompt_tokens: int) -> int:
-        """Tokens of the row that a prompt of `prompt_tokens` reads as originals (turn/unpack.py); 0: it reads the row
-        as it is."""
+    def history(self, row: Row, prompt_tokens: int, window: int) -> int:
+        """Tokens of the row that a prompt of `prompt_tokens` reads as originals (turn/unpack.py); 0, or no more than
+        are whole anyway: it reads the row as it is."""
         compressed = self.begin < self.end
-        return history(Matched(self.begin, row.tokens, self.end, compressed), self.end, prompt_tokens)
+        tokens = history(Matched(self.begin, row.tokens, self.end, compressed), self.end, prompt_tokens, window)
+        return tokens if tokens > self.begin else 0
 
-    def unpack(self, row: Row) -> None:
-        """The row becomes its history's original K/V: a slot per token, log votes 0."""
+    def unpack(self, row: Row, tokens: int) -> None:
+        """The row becomes the original K/V of its first `tokens` tokens: a slot per token, log votes 0."""
         raw = row.slots - (row.tokens - self.end)
         layers = []
         for layer, (k, v) in zip(row.layers, self._layers, strict=True):
             front, back = layer.cut(0, self.begin), layer.cut(raw, row.slots)
             lv = layer.lv.new_zeros(row.tokens, layer.lv.shape[1])
-            layers.append(Slots(torch.cat((front.k, k, back.k)), torch.cat((front.v, v, back.v)), lv))
+            layers.append(Slots(torch.cat((front.k, k, back.k)), torch.cat((front.v, v, back.v)), lv).cut(0, tokens))
         row.replace_span(layers)
+        row.tokens = tokens
 
 
 def through(codec: str, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,8 @@ def test_nothing_is_lost_with_native_originals(probe: Probe, talk: list[int]):
     for mine, full in zip(got, full_cache(probe, talk, 1), strict=True):
         assert mine.shape == full.shape and (mine - full).abs().max() < 1e-4
     end = sum(PROMPTS) + len(PROMPTS) - 2  # the last prompt token is the reply's
-    assert row.state is not None and row.state.unpacked_tokens == row.spans[-2].tokens
+    # And the last prompt token before, which lies raw.
+    assert row.state is not None and row.state.unpacked_tokens == row.spans[-2].tokens + 1
     assert row.slots_before_reply == ANCHOR + slots_of(CONFIG.budget, end - ANCHOR)
     assert [(span.first, span.is_prompt) for span in row.spans] == [(ANCHOR, True)] * len(PROMPTS)
     off = turns(ConversationRow(probe.row(), CONFIG, BORDER), talk, 1)
@@ -69,7 +70,7 @@ def test_what_was_archived_is_what_was_computed(probe: Probe, talk: list[int]):
     decoded = row.row.clone()
     row.prompt(talk[140:230])
     assert row.archive is not None and (row.archive.begin, row.archive.end) == (ANCHOR, 229)
-    row.archive.unpack(row.row)
+    row.archive.unpack(row.row, row.row.tokens)
     assert row.row.slots == row.row.tokens == 230
     for layer, first, reply in zip(row.row.layers, read.layers, decoded.layers, strict=True):
         assert torch.equal(layer.k[:119], first.k[:119]) and torch.equal(layer.v[:119], first.v[:119])
