@@ -116,6 +116,7 @@ class SpanTree(SpanChanges):
         raw: bool = False,
         meta: Any = None,
         lookahead: Sequence[int] = (),
+        reach: int = 0,
     ) -> tuple[Span, bool]:
         """Adds n = len(tokens) tokens held in m slots below `parent`, or below the anchor if parent is None.
 
@@ -127,6 +128,9 @@ class SpanTree(SpanChanges):
         lookahead included, means same key: n, m and raw are not compared, the first one stays. ValueError on a span
         that cannot be: no tokens, m outside 1..n, raw with m != n or a lookahead, a dead parent, a place other than
         the parent's. Own tokens plus the chain's length.
+
+        reach: of spans that are inserted one below the other, path_tokens of the last. Only the caller's touch() of
+        that one marks them as used, so that n of them do not walk the chain n times.
 
         Hits follow SGLang's hit_count, which counts a request once on each node that it passes over: 1 on a new
         span or on the twin; the chain above is the request's own or was counted by its match.
@@ -157,7 +161,8 @@ class SpanTree(SpanChanges):
                 existing = self._part(joined, len(own) + len(behind))
             if existing is not None:
                 existing.hits += 1
-                self.touch(existing)
+                if not reach:
+                    self.touch(existing)
                 return existing, False
 
         self._serial += 1
@@ -174,9 +179,11 @@ class SpanTree(SpanChanges):
             meta=meta,
             serial=self._serial,
         )
+        span.reach = max(span.reach, reach)
         self._list(span)
         self._live[span.serial] = span
         self.evictable_slots += m
         span.created = self._clock + 1
-        self.touch(span)
+        if not reach:
+            self.touch(span)
         return span, True

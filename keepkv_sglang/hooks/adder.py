@@ -89,8 +89,12 @@ class KeepKVAdder:
 
     @guarded(lambda *_: False)
     def _propose(self, req: Any) -> bool:
+        from sglang.srt.environ import envs
+
         found = self._compressed(req)
-        return found is not None and unpack.propose(found[0], req, found[1])
+        if found is None or envs.SGLANG_RADIX_FORCE_MISS.get():
+            return False
+        return unpack.propose(found[0], req, found[1], self._arena_rows)
 
     @guarded(lambda *_: False)
     def _withdraw(self, req: Any, result: Any) -> bool:
@@ -101,9 +105,7 @@ class KeepKVAdder:
         assert found is not None
         rt, state = found
         failed = unpack.withdraw(rt, req, state)
-        again = failed or result is AddReqResult.NO_TOKEN
-        rt.counters.unpack_no_room += again
-        return again
+        return failed or result is AddReqResult.NO_TOKEN
 
     # -- new requests -------------------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class BlockStore:
         slots: torch.Tensor,
     ) -> None:
         """Block i takes the next counts[i] of `slots` (int64), of every layer's keys and values [slots, heads, dim]."""
-        numbers, lengths = torch.tensor(blocks), torch.tensor(counts)
+        numbers, lengths = _int64(blocks), _int64(counts)
         for store, k, v in zip(self.bytes, keys, values, strict=True):
             encode(self.layout, k, v, slots, store, numbers, lengths)
 
@@ -72,6 +72,11 @@ class BlockStore:
         slots: torch.Tensor,
     ) -> None:
         """The reverse: writes K and V of `slots` in every layer."""
-        numbers, lengths = torch.tensor(blocks), torch.tensor(counts)
+        numbers, lengths = _int64(blocks), _int64(counts)
         for store, k, v in zip(self.bytes, keys, values, strict=True):
             decode(self.layout, store, numbers, lengths, k, v, slots)
+
+
+def _int64(numbers: Sequence[int]) -> torch.Tensor:
+    """Of no numbers, too."""
+    return torch.tensor(numbers, dtype=torch.int64)

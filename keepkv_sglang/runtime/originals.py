@@ -44,6 +44,7 @@ class Originals:
         # Of requests: between admission and their row (unpack.Unpacking), and slots that rows hold unpacked.
         self.unpacking: dict[Hashable, Any] = {}
         self.rows: dict[Hashable, int] = {}
+        self.missed: dict[Hashable, str] = {}  # counter of why a request that waits is to read its match
         self.unpacked_slots = 0
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -76,10 +77,13 @@ class Originals:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def archive(self, below: Span | None, namespace: Hashable, tokens: array[int], slots: torch.Tensor) -> Span | None:
+    def archive(
+        self, below: Span | None, namespace: Hashable, tokens: array[int], slots: torch.Tensor, pure: bool
+    ) -> Span | None:
         """Archives `tokens`, which follow `below` and lie in `slots`, in blocks; returns the last one.
 
-        below: held by the caller. Where there is no room the end is left out, and nothing can follow it.
+        below: held by the caller. pure: nothing that they attended to was compressed. Where there is no room the end is
+        left out, and nothing can follow it.
         """
         began = time.perf_counter()
         size = self.store.block_tokens
@@ -92,14 +96,25 @@ class Originals:
         except Exception:
             self.store.give_back(blocks)
             raise
-        last = below
+        last, end = below, (below.path_tokens if below is not None else 0) + stored
         for at, count, block in zip(cuts, counts, blocks, strict=False):
-            own = tokens[at : at + count]
             last, created = self.index.insert(
-                parent=last, anchor=None, anchor_len=0, namespace=namespace, tokens=own, slots=block, m=count, raw=True
+                parent=last,
+                anchor=None,
+                anchor_len=0,
+                namespace=namespace,
+                tokens=tokens[at : at + count],
+                slots=block,
+                m=count,
+                raw=True,
+                meta=pure and (last is None or last.meta),
+                reach=end,
             )
             if not created:  # a twin was quicker
                 self.store.give_back([block])
+        if blocks:
+            assert last is not None
+            self.index.touch(last)
         self.counters.archived_tokens += stored
         self.counters.archive_full_tokens += len(tokens) - stored
         self.counters.originals_seconds += time.perf_counter() - began
@@ -111,6 +126,14 @@ class Originals:
             self.index.remove(oldest)
             self.store.give_back([oldest.slots])
         return self.store.free_blocks
+
+    def pure(self, last: Span, end: int) -> bool:
+        """Whether tokens [0, end) come back as any request with that beginning would compute them: the `meta` of a
+        block says so of all tokens up to there. last: ends the chain."""
+        block = last
+        while block.parent is not None and block.parent.path_tokens >= end:
+            block = block.parent
+        return self.store.exact and bool(block.meta)
 
     # -- who holds what -----------------------------------------------------------------------------------------------
 
@@ -139,6 +162,7 @@ class Originals:
         if unpacking is not None and unpacking.slots is not None:
             allocator.free(unpacking.slots)
             self.unpacked_slots -= len(unpacking.slots)
+        self.missed.pop(owner, None)
         self.packed(owner)
         self.release(owner)
 

@@ -11,6 +11,7 @@ No request runs over such a prefix, so it has no queries: those of a fixed text 
 from __future__ import annotations
 
 import time
+from array import array
 from itertools import islice
 from typing import Any
 
@@ -171,10 +172,26 @@ def _merge_raw_span(rt: Runtime, span: Span, most: int) -> int:
         rt.allocator.free(target)
         return 0
     path = tree.path_device_indices(span)
+    _archive_raw_span(rt, span, path)
     _merge_into(rt, path, len(path) - n, span.path_tokens, target)
     rt.allocator.free(tree.spans.replace(span, target, m))
     _count(rt, n, began)
     return n
+
+
+def _archive_raw_span(rt: Runtime, span: Span, path: Any) -> None:
+    """Its originals, and those of what is whole in front of it; path: the slots of its chain. The marks of what a
+    request protects in the anchor are not known here: then nothing is found that this could follow."""
+    tree = rt.tree
+    if rt.originals is None or (span.anchor is not None and not tree.cold.known_path(span.anchor)):
+        return
+    tokens = tree.cold.prompt_of(span.anchor) if span.anchor is not None else array("q")
+    for link in span.path():
+        tokens.extend(link.tokens)
+    _, whole, carried = tree.raw_tail_start(span)
+    raw = len(tokens) if span.path_slots == span.path_tokens else span.path_tokens - whole - carried
+    if raw > 0:
+        archive_unused(rt, span.namespace, tokens, path[len(path) - raw :])
 
 
 def _merge_into(rt: Runtime, path: Any, start: int, end: int, target: Any) -> None:

@@ -18,8 +18,9 @@ from keepkv_sglang.radix.span import Span
 from keepkv_sglang.runtime.compressor import allocate
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.process import Runtime
-from keepkv_sglang.runtime.requests import known_state, logical_tokens
+from keepkv_sglang.runtime.requests import known_state, logical_tokens, row_of
 from keepkv_sglang.runtime.streams import on_forward_stream
+from keepkv_sglang.turn.plan import anchor_of
 from keepkv_sglang.turn.state import RequestState
 from keepkv_sglang.turn.unpack import Incomplete, Matched, history
 
@@ -41,12 +42,14 @@ class Unpacking:
     failed: bool = False
 
 
-def propose(rt: Runtime, req: Any, state: RequestState) -> bool:
+def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     """At admission: makes the request ask for its history's originals instead of the compressed match. False: the match
-    stays. Decided by counts alone."""
+    stays. Decided by counts alone. taken: arena rows promised to others in the same round."""
     originals = rt.originals
     if originals is None or state.config.unpack == 0 or state.broken or rt.requests.too_long(req):
         return False
+    if rt.limits.arena.free_rows - taken < rt.limits.queries_of(state.config):
+        return False  # without queries the history would stay as it comes, a slot for each token
     node, prompt = req.last_node, req.full_untruncated_fill_ids
     if len(prompt) > len(req.origin_input_ids):  # after a retraction: its reply's spans end where they did
         return False
@@ -55,14 +58,20 @@ def propose(rt: Runtime, req: Any, state: RequestState) -> bool:
     try:
         end = history(matched, last.path_tokens if last is not None else 0, len(prompt), state.config.window)
     except Incomplete:
-        rt.counters.unpack_incomplete += 1
+        originals.missed[state] = "unpack_incomplete"
         return False
     start = matched.uncompressed
     if end <= start:
         return False
     if originals.unpacked_slots + end - start > state.config.unpack * rt.limits.capacity:
-        rt.counters.unpack_no_room += 1
+        originals.missed[state] = "unpack_no_room"
         return False
+    # The first message goes into SGLang's own tree, where others read it: it is brought back only as they compute it.
+    anchor_len = anchor_of(rt.limits, state, row_of(req), start)
+    if start < anchor_len and not (last is not None and originals.pure(last, anchor_len)):
+        originals.missed[state] = "unpack_incomplete"
+        return False
+    originals.missed.pop(state, None)
     view = (req.prefix_len, node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len)
     originals.unpacking[state] = Unpacking(view, start, end, last)
     anchor = node.anchor if isinstance(node, Span) else node
@@ -78,6 +87,7 @@ def withdraw(rt: Runtime, req: Any, state: RequestState) -> bool:
     assert rt.originals is not None
     unpacking: Unpacking = rt.originals.unpacking.pop(state)
     req.prefix_len, req.last_node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len = unpacking.view
+    rt.originals.missed[state] = "unpack_no_room"
     return unpacking.failed
 
 
@@ -119,21 +129,26 @@ def load(rt: Runtime, req: Any) -> tuple[int, Any] | None:
     lock = rt.tree.lock(view) if isinstance(view, Span) else None  # making room must not evict what is copied
     if unpacking.last is not None:
         originals.hold(state, unpacking.last)
+    slots = None
     try:
         slots = allocate(rt, count)
-        if slots is None:
-            unpacking.failed = True
-            originals.release(state)
-            return None
-        unpacking.slots = slots
-        with on_forward_stream(rt.scheduler):
-            _fill(rt, originals, unpacking, slots)
+        if slots is not None:
+            with on_forward_stream(rt.scheduler):
+                _fill(rt, originals, unpacking, slots)
+            if rt.slot_tokens is not None:
+                tokens = req.full_untruncated_fill_ids[unpacking.start : unpacking.end]
+                rt.slot_tokens.write(slots, torch.tensor(tokens))
+            unpacking.slots = slots
+    except Exception as error:  # inside SGLang's adder, where nobody would catch it
+        guard.note("unpack", error)
+        rt.allocator.free(slots)
     finally:
         if lock is not None:
             rt.tree.unlock(lock)
-    if rt.slot_tokens is not None:
-        tokens = req.full_untruncated_fill_ids[unpacking.start : unpacking.end]
-        rt.slot_tokens.write(slots, torch.tensor(tokens))
+    if unpacking.slots is None:
+        unpacking.failed = True
+        originals.release(state)
+        return None
     originals.unpacked_slots += count
     return count, req.last_node
 
@@ -169,7 +184,12 @@ def _copy_protected(originals: Originals, entry: Span, start: int, archived: int
 
 def settle(rt: Runtime, state: RequestState) -> None:
     """The request's row has its slots: from here on it is one that nothing was compressed of."""
-    if rt.originals is None or (unpacking := rt.originals.unpacking.pop(state, None)) is None:
+    if rt.originals is None:
+        return
+    unpacking = rt.originals.unpacking.pop(state, None)
+    if unpacking is None:
+        if (counter := rt.originals.missed.pop(state, None)) is not None:
+            setattr(rt.counters, counter, getattr(rt.counters, counter) + 1)
         return
     rt.originals.rows[state] = unpacking.end - unpacking.start
     rt.counters.unpacked += 1
@@ -208,23 +228,26 @@ def _archive(rt: Runtime, originals: Originals, req: Any, state: RequestState, e
         rt.requests.mispublished(req, "its slots hold other tokens than would be archived")
         return
     with on_forward_stream(rt.scheduler):
-        last = originals.archive(last, state.namespace, keyed[first:], slots)
+        last = originals.archive(last, state.namespace, keyed[first:], slots, pure=not state.offset)
     if last is not None:
         originals.hold(state, last)
 
 
 def archive_unused(rt: Runtime, namespace: Any, tokens: array[int], slots: torch.Tensor) -> None:
-    """The same of a cached prefix that no request uses: all `tokens`, one slot each. Raw spans that pressure merges
-    were archived when their request left them whole."""
+    """The same of a cached prefix that no request uses. slots: of the last of `tokens`, one each; nothing is archived
+    where those before them are not."""
     if rt.originals is None:
         return
     try:
         last = rt.originals.covers(namespace, tokens, len(tokens))
         first = last.path_tokens if last is not None else 0
+        if not len(tokens) - len(slots) <= first < len(tokens):
+            return
         if last is not None:
             rt.originals.hold(namespace, last)
+        own = slots[len(slots) - (len(tokens) - first) :].to(torch.int64)
         with on_forward_stream(rt.scheduler):
-            rt.originals.archive(last, namespace, tokens[first:], slots[first:].to(torch.int64))
+            rt.originals.archive(last, namespace, tokens[first:], own, pure=len(slots) == len(tokens))
     except Exception as error:
         guard.note("archive", error)
     finally:

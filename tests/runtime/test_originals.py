@@ -5,7 +5,9 @@ from __future__ import annotations
 from array import array
 
 import pytest
+import torch
 
+from keepkv_sglang.memory.originals import BlockLayout
 from keepkv_sglang.runtime.process import current
 from tests.support.served import OFF, SYSTEM, serving, text
 
@@ -182,3 +184,54 @@ def test_an_error_while_archiving_costs_the_originals_only(monkeypatch, caplog):
         assert counts().compressions == 1 and not server.rt.originals.tokens
         assert server.run(second()) == len(FIRST) + 3
     assert "archive failed" in caplog.text
+
+
+def test_what_others_read_comes_back_only_as_they_compute_it():
+    """The first message goes into SGLang's tree, which requests of all settings read: no int4 in there."""
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        server.tree.evict_slots(600)
+        server.rt.originals.store.layout = BlockLayout("int4", 1, 2, 2, torch.float32)
+        assert server.run(second()) == 0
+        assert (counts().unpacked, counts().unpack_incomplete) == (0, 1)
+        assert server.run([*second(), *text(9000, 4), *text(4000, 40)]) > len(FIRST) and counts().unpacked == 1
+
+
+def test_what_attended_to_merged_tokens_is_known_to_have():
+    """Prompts behind replies that were computed on a compressed row: not what another request would compute."""
+    with serving(**HOST) as server:
+        server.run(FIRST, reply=40)
+        server.run([*FIRST, *text(9000, 40), *NEW])
+        originals, prompt = server.rt.originals, array("q", [*FIRST, *text(9000, 40), *NEW])
+        last = next(span for span in originals.index.spans() if span.path_tokens == len(prompt) - 1)
+        assert originals.pure(last, len(FIRST) - 1) and not originals.pure(last, len(FIRST) + 20)
+
+
+def test_an_error_while_unpacking_leaves_the_compressed_match(monkeypatch, caplog):
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        monkeypatch.setattr(server.rt.originals.store, "read", lambda *_: 1 / 0)
+        assert server.run(second()) == len(FIRST) + 3
+        assert (counts().unpacked, counts().unpack_no_room) == (0, 1)
+        assert not server.rt.originals.unpacked_slots and not server.rt.originals.index.protected_slots
+    assert "unpack failed" in caplog.text
+
+
+def test_no_block_is_free_where_all_are_held(caplog):
+    with serving(host_ratio=0.3, unpack=1.0) as server:  # 3 blocks, which the first one holds
+        first = server.admit(FIRST)
+        assert server.world.prefill(first)
+        server.world.prefilled(first)
+        server.run([*SYSTEM, *text(2000, 160)])
+        assert counts().archive_full_tokens == len(FIRST) - 1 - 3 * 64 + len(FIRST) - 1
+        server.world.finish(first, array("q", text(9000, 4)))
+    assert "failed" not in caplog.text
+
+
+def test_a_history_is_not_unpacked_for_want_of_queries():
+    with serving(**HOST) as server:
+        server.run(FIRST)
+        taken = server.rt.arena.take(server.rt.arena.free_rows)
+        server.run(second())
+        server.rt.arena.give_back(taken)
+        assert not counts().unpacked
