@@ -11,6 +11,7 @@ Every hook that SGLang calls there is `guarded`. The table says what happens ins
 | _prefix_kv_indices, alloc_for_extend, prepare_for_extend | the batch being built fails, all others go on |
 | ForwardBatch.init_new | requests of this step that have compressed slots fail |
 | release_kv_cache | nothing is published, SGLang frees the row |
+| archiving originals, unpacking them | these are missing; the prompt is read over its compressed match |
 | prefill adder | SGLang's own estimate counts; a prompt longer than the pool, which that would never admit, fails |
 | match_prefix, touch_prefix, checkpoint of the cache | SGLang's own match counts, ages are not noted |
 | get_internal_state, output streamer, on_idle | the number is missing |

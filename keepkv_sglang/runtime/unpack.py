@@ -46,6 +46,8 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     """At admission: makes the request ask for its history's originals instead of the compressed match. False: the match
     stays. Decided by counts alone. taken: arena rows promised to others in the same round."""
     originals = rt.originals
+    if originals is not None:
+        originals.unpacking.pop(state, None)  # of a round in which withdrawing failed
     if originals is None or state.config.unpack == 0 or state.broken or rt.requests.too_long(req):
         return False
     if rt.limits.arena.free_rows - taken < rt.limits.queries_of(state.config):

@@ -15,6 +15,8 @@ FUNCTIONS = (
     "runtime.due.compress_due",
     "runtime.step.publish_rest",
     "runtime.pressure.relieve",
+    "runtime.unpack._fill",
+    "runtime.unpack._archive",
 )
 
 
