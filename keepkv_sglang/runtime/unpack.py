@@ -143,7 +143,8 @@ def load(rt: Runtime, req: Any) -> tuple[int, Any] | None:
             unpacking.slots = slots
     except Exception as error:  # inside SGLang's adder, where nobody would catch it
         guard.note("unpack", error)
-        rt.allocator.free(slots)
+        if slots is not None:
+            rt.allocator.free(slots)
     finally:
         if lock is not None:
             rt.tree.unlock(lock)
@@ -172,14 +173,16 @@ def _fill(rt: Runtime, originals: Originals, unpacking: Unpacking, slots: torch.
 
 
 def _copy_protected(originals: Originals, entry: Span, start: int, archived: int, slots: torch.Tensor) -> None:
-    """What is protected is bit for bit what was computed, whatever the codec: compression puts it first, as it was."""
+    """What is protected is bit for bit what was computed, whatever the codec: a compressed span has it first, as it was;
+    a raw one has every token in its place."""
     if originals.store.exact:
         return
     for span in entry.path():
         first = span.path_tokens - span.n
         whole = whole_in(span.tokens)
-        pairs = [(at, first + index) for at, index in enumerate(whole) if start <= first + index < archived]
-        if pairs and not span.raw:
+        places = whole if span.raw else range(len(whole))
+        pairs = [(at, first + i) for at, i in zip(places, whole, strict=True) if start <= first + i < archived]
+        if pairs:
             source, target = (torch.tensor(part) for part in zip(*pairs, strict=True))
             originals.copy(span.slots[source], slots[target - start])
 
