@@ -173,8 +173,8 @@ def _fill(rt: Runtime, originals: Originals, unpacking: Unpacking, slots: torch.
 
 
 def _copy_protected(originals: Originals, entry: Span, start: int, archived: int, slots: torch.Tensor) -> None:
-    """What is protected is bit for bit what was computed, whatever the codec: a compressed span has it first, as it was;
-    a raw one has every token in its place."""
+    """What is protected is bit for bit what was computed, whatever the codec: a compressed span has it first, as it
+    was; a raw one has every token in its place."""
     if originals.store.exact:
         return
     for span in entry.path():
