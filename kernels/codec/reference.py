@@ -14,10 +14,10 @@ Error, before the rounding to the pool's dtype: |zero + q * scale - x| <= scale 
 float32 rounds; 2^-25 where scale is 0. Beyond float16's range (|x| > 65504 with int4, 127 * 65504 with int8) zero and
 scale saturate and x is clipped to what they reach.
 
-Again: encoding what decode wrote, with the same counts, gives the same bytes, up to these limits. Not so int4 of a
-float32 pool where scale <= 2^-9 |zero|, that is where a channel's or group's values differ by less than 3 % of their
-size: zero may have been rounded down by more than half a step, so that min is not read as zero, and the next round may
-find another one. It then moves a value by half a step at most, 2^-10 |zero|. In 16-bit pools zero is min itself.
+Again: encoding what decode wrote, with the same counts, gives the same bytes, up to these limits. Not so int4 where
+scale <= 2^-9 |zero|, that is where a channel's or group's values differ by less than 3 % of their size: zero may have
+been rounded down by more than half a step, so that min is not read as zero, and the next round may find another one. It
+then moves a value by 2^-10 |zero| at most, or a unit of the pool dtype's last digit. Rare in 16-bit pools.
 
 NaN and infinities become 0, except in native, which copies bits.
 """
