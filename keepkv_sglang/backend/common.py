@@ -22,6 +22,7 @@ class VoteLayers:
         """
         self.runtime: process.Runtime | None = None
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.readings: list[tuple[int, int, Any]] = []
         # int64 [most tokens]: the arena row of each query of a graph, at an address that graphs remember
         self._graph_rows: torch.Tensor | None = None
         self.graph_rows: torch.Tensor | None = None  # the same while a graph is captured or runs
@@ -36,10 +37,11 @@ class VoteLayers:
             attach.model_runner(self.runtime, runner, parallel.attn_tp_rank, parallel.attn_tp_size)
 
     def begin(self) -> None:
-        """Once per forward: takes over which of its queries are kept (process.capture)."""
+        """Once per forward: takes over which of its queries are kept, and whose history is streamed."""
         self.graph_rows = None
         if self.runtime is not None:
             self.capture, self.runtime.capture = self.runtime.capture, None
+            self.readings, self.runtime.readings = self.runtime.readings, []
 
     def allocate_graph_rows(self, tokens: int) -> None:
         """Once, before a CUDA graph of up to so many tokens is captured."""

@@ -75,7 +75,17 @@ class KeepKVCpuBackend(AttentionBackend):
             layer.scaling,
             out,
         )
+        for first, count, reading in self.layers.readings:
+            self._extend_streamed(q3[first : first + count], layer, reading, out[first : first + count])
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _extend_streamed(self, q: torch.Tensor, layer: Any, reading: Any, out: torch.Tensor) -> None:
+        """q [count, Hq, D] -> out: the new tokens of one request, behind the originals of its history."""
+        reading.layer(self.layers.index(layer))
+        staging = reading.staging
+        row, length, new = torch.tensor([0, reading.tokens, len(q)]).split(1)
+        table = staging.table
+        self.kernel.extend(q, staging.keys, staging.values, None, table, row, length, new, layer.scaling, out)
 
     def forward_mixed(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return self.forward_extend(*args, **kwargs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -32,13 +33,30 @@ def scratch_bytes(device: torch.device) -> int:
     return max(SCRATCH_BYTES, min(GPU_SCRATCH_BYTES, torch.cuda.mem_get_info(device)[0] // 4))
 
 
+class Reading(Protocol):
+    """K and V of a span that do not lie in its slots, of one token each."""
+
+    tokens: int
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k [tokens, Hkv, D] and v [tokens, Hkv, Dv] of a layer, until it is called again."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Which slots: context [c] before the span, source [n] the span's, target [m] for the result, all int64."""
+    """Which slots: context [c] before the span, source [n] the span's, target [m] for the result, all int64. reading:
+    what is merged instead of the source."""
 
     context: torch.Tensor
     source: torch.Tensor
     target: torch.Tensor
+    reading: Reading | None = None
+
+    @property
+    def n(self) -> int:
+        """How many K and V per head are merged."""
+        return len(self.source) if self.reading is None else self.reading.tokens
 
 
 @dataclass(frozen=True)
@@ -71,14 +89,15 @@ def compress_rows(
         return
     for layers in layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes):
         count = len(layers)
+        k, v, lv = _span(storage, rows, layers)
         x = LayerInput(
             q=_side_by_side([queries(i) for i in layers]),
             q_index=q_index,
             k_ctx=_gather(storage.keys, layers, rows.context),
             lv_ctx=_gather(storage.log_votes, layers, rows.context),
-            k=_gather(storage.keys, layers, rows.source),
-            v=_gather(storage.values, layers, rows.source),
-            lv=_gather(storage.log_votes, layers, rows.source),
+            k=k,
+            v=v,
+            lv=lv,
             scale=storage.scales[layers[0]],
         )
         result = compress_layer(x, policy, scratch_bytes)
@@ -102,14 +121,14 @@ def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scrat
     """Consecutive layers of one softmax scale and one shape of K and V, as many as fit (compress_rows)."""
     groups: list[list[int]] = []
     for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
-        span, size = len(rows.source) * (keys.shape[1:].numel() + values.shape[1:].numel()), keys.element_size()
+        span, size = rows.n * (keys.shape[1:].numel() + values.shape[1:].numel()), keys.element_size()
         if gpu_kernel_scores(keys):
             stored = (span + len(rows.context) * keys.shape[1:].numel()) * size
             needed = stored + 4 * (span + QUERY_TENSORS * queries * q_heads * keys.shape[2])
         else:
             numbers = span + len(rows.context) * (keys.shape[1:].numel() + values.shape[1:].numel())
             # As compress/layer.py._head_groups counts them.
-            needed = max(numbers, 2 * len(rows.source) * queries * q_heads, 1) * max(4, size)
+            needed = max(numbers, 2 * rows.n * queries * q_heads, 1) * max(4, size)
         most = max(-(-heads_at_once(keys) // keys.shape[1]), scratch_bytes // needed)
         first = groups[-1][0] if groups else layer
         alike = storage.scales[first] == scale and _shape(storage, first) == _shape(storage, layer)
@@ -122,6 +141,26 @@ def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scrat
 
 def _shape(storage: Storage, layer: int) -> tuple[torch.Size, torch.Size]:
     return storage.keys[layer].shape[1:], storage.values[layer].shape[1:]
+
+
+def _span(storage: Storage, rows: Rows, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """k, v and log votes of what is merged, as _gather returns them."""
+    if rows.reading is None:
+        return (
+            _gather(storage.keys, layers, rows.source),
+            _gather(storage.values, layers, rows.source),
+            _gather(storage.log_votes, layers, rows.source),
+        )
+    parts = []
+    for buffers in (storage.keys, storage.values):
+        shape = buffers[layers[0]].shape[1:]
+        parts.append(buffers[layers[0]].new_empty(len(layers), shape[0], rows.n, shape[1]))
+    for at, layer in enumerate(layers):
+        for part, whole in zip(parts, rows.reading.layer(layer), strict=True):
+            part[at] = whole.transpose(0, 1)
+    keys, values = (part.flatten(0, 1).transpose(0, 1) for part in parts)
+    votes = storage.log_votes[layers[0]]
+    return keys, values, votes.new_zeros(len(layers) * votes.shape[1], rows.n).transpose(0, 1)
 
 
 def _gather(buffers: Sequence[torch.Tensor], layers: Sequence[int], slots: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from keepkv_sglang.faults.guard import guarded
 from keepkv_sglang.hooks.admission import refuse_length
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.runtime import process, unpack
+from keepkv_sglang.runtime import process, stream, unpack
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.requests import row_of
 from keepkv_sglang.turn.capacity import later_slots, peak_slots
@@ -77,11 +77,14 @@ class KeepKVAdder:
     # -- originals ----------------------------------------------------------------------------------------------------
 
     def add_one_req(self, req: Any, *args: Any, **kwargs: Any) -> Any:
-        """With its history's originals where these have room; else, in the same round, over its compressed match."""
+        """With slots for its history's originals where there is room; else, in the same round, over its compressed
+        match, with the originals streamed or without."""
         asked = self._propose(req)
         result = super().add_one_req(req, *args, **kwargs)  # type: ignore[misc]
         if asked and not self._has(req) and self._withdraw(req, result):
             result = super().add_one_req(req, *args, **kwargs)  # type: ignore[misc]
+        if not self._has(req):
+            self._give_up(req)
         return result
 
     def _has(self, req: Any) -> bool:
@@ -107,6 +110,12 @@ class KeepKVAdder:
         failed = unpack.withdraw(rt, req, state)
         return failed or result is AddReqResult.NO_TOKEN
 
+    @guarded()
+    def _give_up(self, req: Any) -> None:
+        found = self._compressed(req)
+        if found is not None and found[0].originals is not None:
+            stream.give_up(found[0], req, found[1])
+
     # -- new requests -------------------------------------------------------------------------------------------------
 
     def _update_prefill_budget(
@@ -123,6 +132,8 @@ class KeepKVAdder:
             return new_tokens
         rt, state = found
         later = self._later(rt, state, req, extend, new_tokens)
+        if stream.pending(rt, state) is not None:
+            new_tokens = max(new_tokens, later)  # its compression takes fresh slots beside those that it read
         ends = req.extend_end >= len(req.full_untruncated_fill_ids)
         if not state.admitted:
             self._arena_rows += rt.limits.queries_of(state.config)
@@ -133,7 +144,11 @@ class KeepKVAdder:
         row = row_of(req)
         if (unpacking := unpack.pending(rt, state)) is not None:
             row, extend = replace(row, prefix=unpacking.start), extend + unpacking.end - unpacking.start
-        return later_slots(rt.limits, state, row, extend, new_tokens, self._arena_rows)
+        missing = 0  # slots that the history would give back, had it any
+        if (streamed := stream.pending(rt, state)) is not None:
+            missing = streamed.tokens - streamed.start
+            row, extend = replace(row, prefix=streamed.start), extend + missing
+        return missing + later_slots(rt.limits, state, row, extend, new_tokens, self._arena_rows)
 
     def _others_run(self, req: Any) -> bool:
         running = self.running_batch.reqs if self.running_batch is not None else ()  # type: ignore[attr-defined]
@@ -162,6 +177,8 @@ class KeepKVAdder:
         brought = req.host_hit_length  # takes its slots at once, and is compressed with the prompt
         wanted = total - extend - brought
         later = self._later(rt, state, req, extend, wanted)
+        if stream.pending(rt, state) is not None:
+            wanted = max(wanted, later)
         if chunk < extend:
             later = max(0, later)  # it must be in the pool whole before it gives anything back
         overhead: int = self.per_req_token_overhead  # type: ignore[attr-defined]

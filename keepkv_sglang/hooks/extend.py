@@ -10,7 +10,7 @@ from keepkv_sglang.faults import guard
 from keepkv_sglang.faults.guard import fail_batch, guarded, guarded_around
 from keepkv_sglang.hooks import failing
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.runtime import due, process, unpack
+from keepkv_sglang.runtime import due, process, stream, unpack
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.requests import known_state
 from keepkv_sglang.runtime.step import device_lengths
@@ -105,6 +105,7 @@ def after_init_new(forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kw
         forward_batch.positions = forward_batch.positions + offset
     # Not on the forward batch: SGLang may run a copy of it, made from its declared fields.
     rt.capture = None
+    rt.readings = [] if decode else _readings(rt, batch)
     try:
         rt.capture = _capture(rt, batch, forward_batch, decode)
     except Exception as error:
@@ -113,6 +114,15 @@ def after_init_new(forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kw
             if (state := known_state(req)) is not None:
                 state.spoil_queries()
     return forward_batch
+
+
+def _readings(rt: Runtime, batch: Any) -> Any:
+    """Without them a prompt is read over its compressed match."""
+    try:
+        return stream.readings(rt, batch)
+    except Exception as error:
+        guard.note("unpack", error)
+        return []
 
 
 def _capture(rt: Runtime, batch: Any, forward_batch: Any, decode: bool) -> Any:

@@ -1,4 +1,5 @@
-"""Host memory for the originals of compressed tokens: blocks of up to 64 tokens, of all layers."""
+"""Host memory for the originals of compressed tokens: blocks of up to 64 tokens, of all layers; and what one layer of a
+history is read through where it has no slots."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from keepkv_sglang.kernels.codec import BLOCK_TOKENS, BlockLayout, decode, encode
+
+MOST_STAGED = 256 << 20
+"""Bytes: 32,768 tokens of one layer of an 8B in float32."""
 
 
 def blocks_of(layout: BlockLayout, layers: int, ratio: float, size: float, slots: int) -> int:
@@ -75,6 +79,43 @@ class BlockStore:
         numbers, lengths = _int64(blocks), _int64(counts)
         for store, k, v in zip(self.bytes, keys, values, strict=True):
             decode(self.layout, store, numbers, lengths, k, v, slots)
+
+    def read_layer(
+        self,
+        layer: int,
+        blocks: torch.Tensor,
+        counts: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """The same of the store's `layer`-th layer alone, into rows `slots` of keys and values [rows, heads, dim]."""
+        decode(self.layout, self.bytes[layer], blocks, counts, keys, values, slots)
+
+
+class Staging:
+    """A history of at most `tokens` tokens, one layer at a time: what attention and compression read in place of
+    slots. Allocated once.
+
+    keys, values: [1 + tokens, heads, dim], in the pool's dtype; token i of what is read lies in row 1 + i, row 0 takes
+    what nobody asked for. table: int32 [1, tokens], a `req_to_token` whose only row says so.
+    """
+
+    def __init__(self, layout: BlockLayout, tokens: int) -> None:
+        self.tokens = tokens
+        self.keys = torch.zeros(1 + tokens, layout.heads, layout.k_dim, dtype=layout.dtype)
+        self.values = torch.zeros(1 + tokens, layout.heads, layout.v_dim, dtype=layout.dtype)
+        self.table = torch.arange(1, tokens + 1, dtype=torch.int32)[None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.keys, self.values, self.table))
+
+    @staticmethod
+    def tokens_for(layout: BlockLayout, context_len: int) -> int:
+        """The model's longest context, where MOST_STAGED bytes hold it."""
+        token = layout.heads * (layout.k_dim + layout.v_dim) * layout.dtype.itemsize
+        return min(context_len, MOST_STAGED // token)
 
 
 def _int64(numbers: Sequence[int]) -> torch.Tensor:

@@ -26,6 +26,7 @@ def memory(rt: Runtime) -> dict[str, float]:
         "slot_tokens_bytes": slot_tokens,
         "calibration_bytes": calibration,
         "persistent_share_of_16_bit_pool": (rt.votes.nbytes + offsets + slot_tokens) / pool16,
+        "staging_bytes": rt.originals.staging.nbytes if rt.originals is not None and rt.originals.staging else 0,
         "originals_bytes": rt.originals.store.nbytes if rt.originals is not None else 0,
         "arena_bytes": rt.arena.nbytes,
         "arena_rows": rt.arena.rows,

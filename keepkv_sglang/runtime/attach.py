@@ -10,7 +10,7 @@ import torch
 
 from keepkv_sglang.memory.arena import QueryArena
 from keepkv_sglang.memory.calibration import Calibration, rotary_of
-from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore, blocks_of
+from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore, Staging, blocks_of
 from keepkv_sglang.memory.votes import SlotTokens, VoteStore
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.process import Runtime
@@ -48,7 +48,7 @@ def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
     rt.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
     rt.votes = VoteStore(layers, slots, kv_heads, keys.device)
     rt.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
-    rt.originals = originals(rt, keys, pool.get_value_buffer(rt.first_layer), ranks)
+    rt.originals = originals(rt, keys, pool.get_value_buffer(rt.first_layer), runner.model_config.context_len, ranks)
     rt.rank = rank
     q_heads = runner.model_config.num_attention_heads // ranks
     row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
@@ -57,7 +57,7 @@ def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
     share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
 
 
-def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, ranks: int) -> Originals | None:
+def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, context_len: int, ranks: int) -> Originals | None:
     """Host memory for originals, where the server wants them; ConfigError where it cannot be had. keys, values: of a
     layer. ranks: that share the machine."""
     config, layers = rt.config, rt.kv_pool.layer_num
@@ -70,7 +70,10 @@ def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, ranks: int)
     blocks = blocks_of(layout, layers, config.host_ratio, config.host_size, len(keys) - 1)
     if not blocks:
         raise ConfigError("--keepkv-host-size is too small for one block of originals; use a larger one")
-    size = blocks * layers * layout.block_bytes
+    staging = None
+    if config.unpack_overflow == "stream" and config.unpack > 0:
+        staging = Staging(layout, Staging.tokens_for(layout, context_len))
+    size = blocks * layers * layout.block_bytes + (staging.nbytes if staging is not None else 0)
     free = psutil.virtual_memory().available // ranks
     if size > free:
         raise ConfigError(
@@ -87,6 +90,7 @@ def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, ranks: int)
         [rt.kv_pool.get_key_buffer(layer) for layer in every],
         [rt.kv_pool.get_value_buffer(layer) for layer in every],
         rt.counters,
+        staging,
     )
 
 

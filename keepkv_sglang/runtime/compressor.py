@@ -20,7 +20,7 @@ from keepkv_sglang.compress.layer import LayerResult
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
 from keepkv_sglang.compress.sums import on_device
-from keepkv_sglang.runtime import record
+from keepkv_sglang.runtime import record, stream
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.streams import on_forward_stream
 from keepkv_sglang.settings.config import KeepKVConfig
@@ -55,7 +55,8 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
         target = torch.cat([private, extra])
     try:
         if rt.kv_pool.layer_num:  # the simulator's slots have no contents
-            where = Rows(row[: span.start], row[span.start : stop], target)
+            reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
+            where = Rows(row[: span.start], row[span.start : stop], target, reading)
             queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
             with on_forward_stream(rt.scheduler):
                 for result in compress_rows(_storage(rt), where, *queries, span.policy, scratch_bytes(row.device)):
@@ -144,7 +145,7 @@ def _queries(rt: Runtime, span: DueSpan) -> tuple[Callable[[int], torch.Tensor],
     rows = on_device(torch.tensor(queries.rows[: queries.filled], dtype=torch.int64), arena.device)
     positions = list(queries.positions[: queries.filled])
     # The window's tokens are raw, one slot each, so their index in the span is counted from its end.
-    sample = QuerySample(positions, queries.references, span.end, span.slots, rt.rotary, arena.dtype, arena.device)
+    sample = QuerySample(positions, queries.references, span.end, span.sources, rt.rotary, arena.dtype, arena.device)
     return lambda layer: sample.place(arena[layer, rows]), arena.shape[2], sample.q_index
 
 
@@ -166,6 +167,6 @@ class _Tally:
     def finish(self, state: RequestState) -> None:
         span, merged = self._span, int(torch.stack(self._joined).sum()) / self._heads - self._span.m
         state.merged += merged
-        state.dropped += span.slots - span.m - merged
+        state.dropped += span.sources - span.m - merged
         if self._log is not None:
             self._log.write()

@@ -30,6 +30,8 @@ class Counters(Skips):
     archive_gaps: int = 0  # compressions of which nothing was archived: what is before them is not
     unpacked: int = 0  # histories that were brought back, and how many tokens of them
     unpacked_tokens: int = 0
+    streamed: int = 0  # histories that were read from host memory, without slots, and how many tokens of them
+    streamed_tokens: int = 0
     unpack_no_room: int = 0  # histories that were read compressed: for want of slots, or of some of their originals
     unpack_incomplete: int = 0
     originals_seconds: float = 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepkv_sglang.runtime import unpack
+from keepkv_sglang.runtime import stream, unpack
 from keepkv_sglang.runtime.compressor import compress_span
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.publish import publish_compressed, publish_raw
@@ -27,7 +27,9 @@ def begin_row(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
         chain = plan.Chain.of_originals(anchor, unpacking.end, unpacking.end - unpacking.start)
     elif entry is not None:
         rt.counters.entry_hits += 1
-        chain = plan.Chain(entry.anchor_len, entry.path_slots, entry.path_tokens, rt.tree.raw_tail_start(entry))
+        unpacked = stream.begin(rt, state)
+        tail = rt.tree.raw_tail_start(entry)
+        chain = plan.Chain(entry.anchor_len, entry.path_slots, entry.path_tokens, tail, unpacked, unpacked > 0)
     plan.begin(rt.limits, state, row_of(req), chain)
 
 
@@ -52,13 +54,20 @@ def compress_due(
     while state.plan and state.plan[0].end <= kv.kv_committed_len + state.offset:
         rt.tree.publish_anchor(req, state.anchor_len)
         span = spans.planned_span(state, state.plan[0], kv.kv_committed_len)
-        if not isinstance(span, DueSpan):
-            _keep_planned(rt, req, state, span)
-        else:
+        if isinstance(span, DueSpan):
             unpack.archive(rt, req, state, span.end)
-            if not compress_span(rt, req, state, span):
+            if compress_span(rt, req, state, span):
+                _note_compressed(rt, req, state, span)
+            elif state.streamed:
+                stream.end(rt, state)
+                continue
+            else:
                 break  # no room: it is tried again in the next round
-            _note_compressed(rt, req, state, span)
+        elif state.streamed:
+            stream.end(rt, state)
+            continue
+        else:
+            _keep_planned(rt, req, state, span)
         queries.release(rt.limits, state.plan.pop(0))
     if not reply or state.plan or not spans.reply_due(state, kv.kv_committed_len):
         return

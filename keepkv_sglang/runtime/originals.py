@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.memory.originals import BlockStore
+from keepkv_sglang.memory.originals import BlockStore, Staging
 from keepkv_sglang.radix.invariants import check_tree
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.radix.tree import SpanTree
@@ -28,22 +28,29 @@ MOST_CHECKED = 2000
 
 
 class Originals:
-    """keys, values: the KV pool, one tensor [slots, heads, dim] per layer.
+    """keys, values: the KV pool, one tensor [slots, heads, dim] per layer. staging: what histories without slots are
+    read through; None: they are read compressed.
 
     A running request holds the chain of blocks that its row begins with (`held`), so that what it archives next has a
     place. Blocks that nobody holds make room for others, the least recently used chain's end first.
     """
 
     def __init__(
-        self, store: BlockStore, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], counters: Counters
+        self,
+        store: BlockStore,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        counters: Counters,
+        staging: Staging | None = None,
     ) -> None:
-        self.store, self.counters = store, counters
-        self._keys, self._values = keys, values
+        self.store, self.counters, self.staging = store, counters, staging
+        self.keys, self.values = keys, values
         self.index = SpanTree()
         self._held: dict[Hashable, Span] = {}
         # Of requests: between admission and their row (unpack.Unpacking), and slots that rows hold unpacked.
         self.unpacking: dict[Hashable, Any] = {}
         self.rows: dict[Hashable, int] = {}
+        self.streams: dict[Hashable, Any] = {}  # of requests, until their history is compressed again (stream.Stream)
         self.missed: dict[Hashable, str] = {}  # counter of why a request that waits is to read its match
         self.unpacked_slots = 0
 
@@ -60,19 +67,28 @@ class Originals:
         """Writes the originals of the tokens from `start` on into `slots` (int64, one per token). last: a block behind
         which, or in which, they end."""
         began = time.perf_counter()
-        end = start + len(slots)
-        blocks = [span for span in last.path() if span.path_tokens > start and span.path_tokens - span.n < end]
-        # Tokens of the first and last block that nobody asked for.
-        before, behind = start - (blocks[0].path_tokens - blocks[0].n), blocks[-1].path_tokens - end
-        nobody = slots.new_full((before + behind,), NOBODYS_SLOT)
-        slots = torch.cat([nobody[:before], slots, nobody[before:]])
-        self.store.read([b.slots for b in blocks], [b.n for b in blocks], self._keys, self._values, slots)
+        blocks, counts, slots = self.cut(last, start, slots)
+        self.store.read(blocks, counts, self.keys, self.values, slots)
         self.index.touch(last, hit=True)
         self.counters.originals_seconds += time.perf_counter() - began
 
+    @staticmethod
+    def cut(last: Span, start: int, slots: torch.Tensor) -> tuple[list[int], list[int], torch.Tensor]:
+        """The blocks of the tokens from `start` on, one per entry of `slots`: (block numbers, tokens in each, where all
+        of these go: what nobody asked for of the first and the last block goes to NOBODYS_SLOT)."""
+        end = start + len(slots)
+        blocks = [span for span in last.path() if span.path_tokens > start and span.path_tokens - span.n < end]
+        before, behind = start - (blocks[0].path_tokens - blocks[0].n), blocks[-1].path_tokens - end
+        nobody = slots.new_full((before + behind,), NOBODYS_SLOT)
+        return (
+            [block.slots for block in blocks],
+            [block.n for block in blocks],
+            torch.cat([nobody[:before], slots, nobody[before:]]),
+        )
+
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """K and V of slots `source` to slots `target`, both int64, in every layer."""
-        for buffer in (*self._keys, *self._values):
+        for buffer in (*self.keys, *self.values):
             buffer[target] = buffer[source]
 
     # -- writing ------------------------------------------------------------------------------------------------------
@@ -92,7 +108,7 @@ class Originals:
         stored = min(len(tokens), len(blocks) * size)
         counts = [min(size, stored - at) for at in cuts[: len(blocks)]]
         try:
-            self.store.write(blocks, counts, self._keys, self._values, slots[:stored])
+            self.store.write(blocks, counts, self.keys, self.values, slots[:stored])
         except Exception:
             self.store.give_back(blocks)
             raise
@@ -155,6 +171,7 @@ class Originals:
     def packed(self, owner: Hashable) -> None:
         """The request's history is compressed again, or gone: its slots no longer count. Safe to call twice."""
         self.unpacked_slots -= self.rows.pop(owner, 0)
+        self.streams.pop(owner, None)
 
     def forget(self, owner: Hashable, allocator: Any) -> None:
         """The request gives its row back. Slots that no row has taken over are freed. Safe to call twice."""
@@ -183,7 +200,8 @@ class Originals:
         """AssertionError unless every block is free or one live span's, once (H1). idle: nothing runs, so nothing may
         be held. Walks everything: for tests."""
         if idle:
-            assert not (self._held or self.unpacking or self.rows or self.unpacked_slots), "held although nothing runs"
+            busy = self._held or self.unpacking or self.rows or self.streams or self.unpacked_slots
+            assert not busy, "held although nothing runs"
             assert not self.index.protected_slots, "blocks are locked although nothing runs"
         if len(self.index) <= MOST_CHECKED:
             check_tree(self.index)

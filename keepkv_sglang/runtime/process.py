@@ -60,6 +60,8 @@ class Runtime:
         self.merge_flops = self.prefill_flops = 0.0  # pressure.worth_merging
         # (query rows, arena rows) of the forward about to run; the attention backend takes it
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
+        # of the same forward, a prefill: (first query row, number of queries, stream.Reading) of each streamed request
+        self.readings: list[tuple[int, int, Any]] = []
         self.adder: Any = None  # SGLang's prefill adder of this round
         self.counters = Counters()
 

@@ -105,7 +105,10 @@ class Requests:
         return Protection.of(config.protect, config.fair, prompt, self.limits.border)
 
     def too_long(self, req: Any) -> bool:
-        """Whether the request's tokens cannot all be in the pool at once: then it is compressed between chunks."""
+        """Whether the request's tokens cannot all be in the pool at once: then it is compressed between chunks. Where
+        its history is streamed they need not be."""
+        if (state := known_state(req)) is not None and state.streamed:
+            return False
         return self.limits.too_long(len(req.origin_input_ids) + len(req.output_ids))
 
     def note_published(self) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from keepkv_sglang.faults import guard
-from keepkv_sglang.radix.marks import whole_in
 from keepkv_sglang.radix.span import Span
+from keepkv_sglang.runtime import stream
 from keepkv_sglang.runtime.compressor import allocate
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.process import Runtime
@@ -29,12 +29,12 @@ from keepkv_sglang.turn.unpack import Incomplete, Matched, history
 class Unpacking:
     """A request between admission and the row that takes its slots over.
 
-    view: (prefix_len, last_node, host_hit_length, best_match_node, cache_protected_len) of the match that it replaces.
+    view: the match that it replaces (stream.view_of).
     start, end: tokens [start, end) get slots of their own. last: block of the index that ends the archived part.
     slots: int64, once they are filled. failed: the pool had no room after all.
     """
 
-    view: tuple[Any, ...]
+    view: stream.View
     start: int
     end: int
     last: Span | None
@@ -46,9 +46,10 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     """At admission: makes the request ask for its history's originals instead of the compressed match. False: the match
     stays. Decided by counts alone. taken: arena rows promised to others in the same round."""
     originals = rt.originals
-    if originals is not None:
-        originals.unpacking.pop(state, None)  # of a round in which withdrawing failed
-    if originals is None or state.config.unpack == 0 or state.broken or rt.requests.too_long(req):
+    if originals is not None:  # of a round in which withdrawing failed
+        originals.unpacking.pop(state, None)
+        stream.give_up(rt, req, state)
+    if originals is None or state.config.unpack == 0 or state.broken:
         return False
     if rt.limits.arena.free_rows - taken < rt.limits.queries_of(state.config):
         return False  # without queries the history would stay as it comes, a slot for each token
@@ -65,17 +66,18 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     start = matched.uncompressed
     if end <= start:
         return False
-    if originals.unpacked_slots + end - start > state.config.unpack * rt.limits.capacity:
-        originals.missed[state] = "unpack_no_room"
+    originals.missed.pop(state, None)
+    room = originals.unpacked_slots + end - start <= state.config.unpack * rt.limits.capacity
+    if not room or rt.requests.too_long(req):
+        if not stream.propose(rt, req, state, last):
+            originals.missed[state] = "unpack_no_room"
         return False
     # The first message goes into SGLang's own tree, where others read it: it is brought back only as they compute it.
     anchor_len = anchor_of(rt.limits, state, row_of(req), start)
     if start < anchor_len and not (last is not None and originals.pure(last, anchor_len)):
         originals.missed[state] = "unpack_incomplete"
         return False
-    originals.missed.pop(state, None)
-    view = (req.prefix_len, node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len)
-    originals.unpacking[state] = Unpacking(view, start, end, last)
+    originals.unpacking[state] = Unpacking(stream.view_of(req), start, end, last)
     anchor = node.anchor if isinstance(node, Span) else node
     req.last_node = req.best_match_node = anchor if anchor is not None else rt.tree.root_node_handle(req.extra_key)
     req.prefix_len = req.kv.cache_protected_len = start
@@ -84,12 +86,13 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
 
 
 def withdraw(rt: Runtime, req: Any, state: RequestState) -> bool:
-    """The request was not admitted with its originals: its compressed match is its prefix again. Returns whether the
-    pool had no room when they were to be loaded."""
+    """The request was not admitted with slots for its originals: its compressed match is its prefix again, over which
+    they may be streamed. Returns whether the pool had no room when they were to be loaded."""
     assert rt.originals is not None
     unpacking: Unpacking = rt.originals.unpacking.pop(state)
-    req.prefix_len, req.last_node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len = unpacking.view
-    rt.originals.missed[state] = "unpack_no_room"
+    stream.give_view(req, unpacking.view)
+    if not stream.propose(rt, req, state, unpacking.last):
+        rt.originals.missed[state] = "unpack_no_room"
     return unpacking.failed
 
 
@@ -177,14 +180,9 @@ def _copy_protected(originals: Originals, entry: Span, start: int, archived: int
     was; a raw one has every token in its place."""
     if originals.store.exact:
         return
-    for span in entry.path():
-        first = span.path_tokens - span.n
-        whole = whole_in(span.tokens)
-        places = whole if span.raw else range(len(whole))
-        pairs = [(at, first + i) for at, i in zip(places, whole, strict=True) if start <= first + i < archived]
-        if pairs:
-            source, target = (torch.tensor(part) for part in zip(*pairs, strict=True))
-            originals.copy(span.slots[source], slots[target - start])
+    tokens, source = stream.protected_slots(entry, start, archived)
+    if len(tokens):
+        originals.copy(source, slots[tokens - start])
 
 
 def settle(rt: Runtime, state: RequestState) -> None:
@@ -233,7 +231,8 @@ def _archive(rt: Runtime, originals: Originals, req: Any, state: RequestState, e
         rt.requests.mispublished(req, "its slots hold other tokens than would be archived")
         return
     with on_forward_stream(rt.scheduler):
-        last = originals.archive(last, state.namespace, keyed[first:], slots, pure=not state.offset)
+        pure = not state.offset or state.streamed
+        last = originals.archive(last, state.namespace, keyed[first:], slots, pure)
     if last is not None:
         originals.hold(state, last)
 

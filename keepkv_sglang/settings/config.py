@@ -23,6 +23,7 @@ __all__ = ["OPTIONS", "REQUEST_KEYS", "ConfigError", "KeepKVConfig"]
 
 PRESSURE_MODES = ("off", "merge")
 HOST_DTYPES = ("auto", "int8", "int4")
+UNPACK_OVERFLOW = ("stream", "view")
 MAX_HOST_RATIO = 1 << 16
 MAX_WINDOW = 256
 MAX_REFERENCES = 1024
@@ -211,7 +212,16 @@ class KeepKVConfig:
         bound=AT_MOST,
         shapes=False,
         help="Most of the KV pool that originals of running requests may take at once; a history that does not fit is"
-        " read compressed. 0, or false in a request: never.",
+        " read as --keepkv-unpack-overflow says. 0, or false in a request: never.",
+    )
+    unpack_overflow: str = option(
+        "stream",
+        parse=values.choice("unpack_overflow", UNPACK_OVERFLOW),
+        server=True,
+        shapes=False,
+        choices=UNPACK_OVERFLOW,
+        help="A history that finds no slots for its originals: stream, they are read from host memory, layer by layer,"
+        " while the turn's prompt is computed, and again when it is compressed; view: it is read compressed.",
     )
     configurations: int = option(
         64,

@@ -15,7 +15,8 @@ class Chain:
     """What a row begins with: the compressed spans of the prefix cache, or a history that was unpacked.
 
     anchor, slots, tokens: of the anchor, and of all of it. tail: where its raw end begins (slots, tokens, how many of
-    these the last compression carried). unpacked: how many of the tokens are originals that were brought back.
+    these the last compression carried). unpacked: how many of the tokens are read as originals. streamed: these have no
+    slots, and the row is that of the compressed spans until history and turn are compressed.
     """
 
     anchor: int
@@ -23,6 +24,7 @@ class Chain:
     tokens: int
     tail: tuple[int, int, int]
     unpacked: int = 0
+    streamed: bool = False
 
     @staticmethod
     def of_originals(anchor: int, tokens: int, unpacked: int) -> Chain:
@@ -43,7 +45,12 @@ def begin(limits: Limits, state: RequestState, row: Row, chain: Chain | None) ->
         slots = tokens = row.prefix
         anchor = anchor_of(limits, state, row, row.prefix)
         tail = (anchor, anchor, 0)
+    state.view_tail = tail
+    streamed = chain is not None and chain.streamed
+    if streamed:
+        tail = (anchor, anchor, 0)  # all behind the anchor is compressed again, with the turn
     state.begin_row(anchor_len=anchor, prefix_tokens=tokens, prefix_slots=slots, tail=tail)
+    state.streamed = streamed
     start = state.counted_tokens
     for end, is_prompt in state.borders(start, row.total):
         if end <= row.prefix and end < state.reply_start:

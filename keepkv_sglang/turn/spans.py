@@ -17,7 +17,8 @@ class DueSpan:
 
     policy: how. queries: what scores them. left: how many of the m are single tokens at the end that stay in the raw
     tail and are compressed with what follows: were they part of it for good, every turn would spend up to half of its
-    slots on an end that was recent once. is_prompt: it is published at once.
+    slots on an end that was recent once. is_prompt: it is published at once. originals: what is merged is read from
+    host memory, one K and V per token, instead of these slots.
     """
 
     start: int
@@ -29,6 +30,12 @@ class DueSpan:
     queries: QueryRows
     left: int
     is_prompt: bool
+    originals: bool = False
+
+    @property
+    def sources(self) -> int:
+        """How many K and V per head are merged."""
+        return self.tokens if self.originals else self.slots
 
     @property
     def first(self) -> int:
@@ -124,24 +131,26 @@ def _due(
 ) -> DueSpan:
     """followed: the next span of the same prompt is computed already: this one's recent tokens need no protection."""
     config = state.config
+    sources = end - first if state.streamed else slots
     policy = span_policy(
         config,
         m,
         sinks=state.sinks_of(first),
         followed=followed,
-        whole=state.protected_in(slots, first, end),
+        whole=state.protected_in(sources, first, end),
         shares=() if config.counts_slots else state.protection.shares_in(first, end, config.budget),
         carried=state.counted_tokens - first if first == state.tail_tokens else 0,
     )
     # A budget in slots merges everything again anyway.
-    left = 0 if config.counts_slots else left_raw(policy, slots)
-    return DueSpan(start, slots, end - first, end, m, policy, queries, left, is_prompt)
+    left = 0 if config.counts_slots else left_raw(policy, sources)
+    return DueSpan(start, slots, end - first, end, m, policy, queries, left, is_prompt, state.streamed)
 
 
 def commit(state: RequestState, span: DueSpan) -> None:
     """The span was compressed: the raw tail begins with what it left raw."""
     if state.config.counts_slots:
         state.own = []  # everything past the anchor was merged again, together
+    state.streamed = False
     state.move_tail(span.start + span.closed_slots, span.closed_end, span.left)
     state.merged_tokens = span.closed_end
 

@@ -69,6 +69,8 @@ class RequestState:
     plan: list[Planned] = field(default_factory=list)
     reply_queries: QueryRows | None = None
     reply_skipped: int = 0  # logical position at which a reply's window was due that found no room, counted once
+    streamed: bool = False  # the originals of its history are read from host memory: it has no slots of them
+    view_tail: tuple[int, int, int] = (0, 0, 0)  # where streamed, the raw tail of what the prefix cache has of it
     broken: bool = False  # an error of ours: nothing of it is compressed or published any more
     # for the answer (observe/answer.py)
     cached_compressed_tokens: int = 0
@@ -102,12 +104,18 @@ class RequestState:
     def begin_row(self, *, anchor_len: int, prefix_tokens: int, prefix_slots: int, tail: tuple[int, int, int]) -> None:
         """At admission. tail: (slots, tokens) where the raw tail begins, at or before the matched prefix's end, and how
         many of its tokens are carried."""
-        self.admitted = True
+        self.admitted, self.streamed = True, False
         self.anchor_len = anchor_len
         self.offset = prefix_tokens - prefix_slots
         self.move_tail(*tail)
         self.merged_tokens = tail[1]
         self.own, self.plan, self.reply_queries = [], [], None
+
+    def read_compressed(self) -> None:
+        """Its history is not compressed again after all: the row goes on behind what the prefix cache has of it."""
+        self.streamed = False
+        self.move_tail(*self.view_tail)
+        self.merged_tokens = self.tail_tokens
 
     def slots_for(self, start: int, end: int) -> int:
         """Slots that the tokens [start, end) get.

@@ -70,6 +70,21 @@ def test_nothing_is_lost(server, stock, replies, text_tokens):
     assert state["originals"]["unpacked_slots"] == 0
 
 
+def test_without_slots_the_history_is_streamed(server, stock, replies, text_tokens):
+    """H4 of what finds no slots: read from host memory, layer by layer, and compressed from there."""
+    flush(server)
+    before = numbers(server)["counters"]
+    made = conversation(server, text_tokens, replies, unpack=0.001)
+    for turn, (answer, expected) in enumerate(zip(made, stock, strict=True)):
+        assert apart(answer, expected) <= BOUND, turn
+        assert answer.keepkv["compressions"] == 1
+        assert answer.keepkv["slots_held"] <= 0.2 * answer.keepkv["logical_tokens"] + 2
+    assert [answer.keepkv["unpacked_tokens"] > 0 for answer in made] == [False] + [True] * (TURNS - 1)
+    counters = numbers(server)["counters"]
+    assert counters["streamed"] - before["streamed"] == TURNS - 1 and counters["unpacked"] == before["unpacked"]
+    assert counters["unpack_no_room"] == before["unpack_no_room"]
+
+
 def test_an_evicted_conversation_comes_back(server, text_tokens):
     """Its slots are gone, its originals are not: only what is new is computed, and that right."""
     flush(server)
