@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from typing import Any
 
 from keepkv_sglang.faults.guard import guarded
@@ -18,8 +17,7 @@ from keepkv_sglang.hooks.admission import refuse_length
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.runtime import process, stream, unpack
 from keepkv_sglang.runtime.process import Runtime
-from keepkv_sglang.runtime.requests import row_of
-from keepkv_sglang.turn.capacity import later_slots, peak_slots
+from keepkv_sglang.turn.capacity import peak_slots
 from keepkv_sglang.turn.state import RequestState
 
 logger = logging.getLogger("keepkv")
@@ -131,24 +129,14 @@ class KeepKVAdder:
         if found is None:
             return new_tokens
         rt, state = found
-        later = self._later(rt, state, req, extend, new_tokens)
-        if stream.pending(rt, state) is not None:
-            new_tokens = max(new_tokens, later)  # its compression takes fresh slots beside those that it read
+        later = unpack.later(rt, req, state, extend, new_tokens, self._arena_rows)
+        if state.streamed:
+            new_tokens = max(new_tokens, later)  # its compression takes fresh slots beside those of its match
         ends = req.extend_end >= len(req.full_untruncated_fill_ids)
         if not state.admitted:
             self._arena_rows += rt.limits.queries_of(state.config)
         # A chunk gives nothing back before the last one.
         return min(new_tokens, later if ends else max(0, later))
-
-    def _later(self, rt: Runtime, state: RequestState, req: Any, extend: int, new_tokens: int) -> int:
-        row = row_of(req)
-        if (unpacking := unpack.pending(rt, state)) is not None:
-            row, extend = replace(row, prefix=unpacking.start), extend + unpacking.end - unpacking.start
-        missing = 0  # slots that the history would give back, had it any
-        if (streamed := stream.pending(rt, state)) is not None:
-            missing = streamed.tokens - streamed.start
-            row, extend = replace(row, prefix=streamed.start), extend + missing
-        return missing + later_slots(rt.limits, state, row, extend, new_tokens, self._arena_rows)
 
     def _others_run(self, req: Any) -> bool:
         running = self.running_batch.reqs if self.running_batch is not None else ()  # type: ignore[attr-defined]
@@ -176,8 +164,8 @@ class KeepKVAdder:
             return self._too_long_total(rt, state, req, extend, total)
         brought = req.host_hit_length  # takes its slots at once, and is compressed with the prompt
         wanted = total - extend - brought
-        later = self._later(rt, state, req, extend, wanted)
-        if stream.pending(rt, state) is not None:
+        later = unpack.later(rt, req, state, extend, wanted, self._arena_rows)
+        if state.streamed:
             wanted = max(wanted, later)
         if chunk < extend:
             later = max(0, later)  # it must be in the pool whole before it gives anything back

@@ -71,7 +71,7 @@ def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, context_len
     if not blocks:
         raise ConfigError("--keepkv-host-size is too small for one block of originals; use a larger one")
     staging = None
-    if config.unpack_overflow == "stream" and config.unpack > 0:
+    if config.streams_originals:
         staging = Staging(layout, Staging.tokens_for(layout, context_len))
     size = blocks * layers * layout.block_bytes + (staging.nbytes if staging is not None else 0)
     free = psutil.virtual_memory().available // ranks

@@ -7,7 +7,7 @@ adder counts them, and asks the prefix cache to load them (radix/adapter/cache.p
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.requests import known_state, logical_tokens, row_of
 from keepkv_sglang.runtime.streams import on_forward_stream
+from keepkv_sglang.turn.capacity import later_slots
 from keepkv_sglang.turn.plan import anchor_of
 from keepkv_sglang.turn.state import RequestState
 from keepkv_sglang.turn.unpack import Incomplete, Matched, history
@@ -31,7 +32,7 @@ class Unpacking:
 
     view: the match that it replaces (stream.view_of).
     start, end: tokens [start, end) get slots of their own. last: block of the index that ends the archived part.
-    slots: int64, once they are filled. failed: the pool had no room after all.
+    slots: int64, once they are filled. failed: the pool had no room after all. error: or something of ours went wrong.
     """
 
     view: stream.View
@@ -40,6 +41,7 @@ class Unpacking:
     last: Span | None
     slots: torch.Tensor | None = None
     failed: bool = False
+    error: bool = False
 
 
 def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
@@ -91,7 +93,7 @@ def withdraw(rt: Runtime, req: Any, state: RequestState) -> bool:
     assert rt.originals is not None
     unpacking: Unpacking = rt.originals.unpacking.pop(state)
     stream.give_view(req, unpacking.view)
-    if not stream.propose(rt, req, state, unpacking.last):
+    if unpacking.error or not stream.propose(rt, req, state, unpacking.last):
         rt.originals.missed[state] = "unpack_no_room"
     return unpacking.failed
 
@@ -99,6 +101,18 @@ def withdraw(rt: Runtime, req: Any, state: RequestState) -> bool:
 def pending(rt: Runtime, state: RequestState) -> Unpacking | None:
     """What the request asks for, or has got and its row has not taken over yet."""
     return rt.originals.unpacking.get(state) if rt.originals is not None else None
+
+
+def later(rt: Runtime, req: Any, state: RequestState, extend: int, new_tokens: int, taken: int = 0) -> int:
+    """capacity.later_slots, of a request that may be read over its originals: those that have slots give them back when
+    they are compressed, and those that are streamed have none to give."""
+    row, missing = row_of(req), 0
+    if (unpacking := pending(rt, state)) is not None:
+        row, extend = replace(row, prefix=unpacking.start), extend + unpacking.end - unpacking.start
+    elif (streamed := stream.pending(rt, state)) is not None:
+        missing = streamed.tokens - streamed.start
+        row, extend = replace(row, prefix=streamed.start), extend + missing
+    return missing + later_slots(rt.limits, state, row, extend, new_tokens, taken)
 
 
 class HostSide:
@@ -146,6 +160,7 @@ def load(rt: Runtime, req: Any) -> tuple[int, Any] | None:
             unpacking.slots = slots
     except Exception as error:  # inside SGLang's adder, where nobody would catch it
         guard.note("unpack", error)
+        unpacking.error = True
         if slots is not None:
             rt.allocator.free(slots)
     finally:

@@ -314,6 +314,11 @@ class KeepKVConfig:
         """True when the server has host memory for the originals of what it compresses."""
         return self.host_ratio > 0 or self.host_size > 0
 
+    @property
+    def streams_originals(self) -> bool:
+        """True when the server reads histories that find no slots from there."""
+        return self.keeps_originals and self.unpack > 0 and self.unpack_overflow == "stream"
+
     def kept_slots(self, start: int, end: int) -> int:
         """Slots for the tokens [start, end) of a growing span, so that [0, end) keeps ceil(budget * end).
 

@@ -21,7 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang.compress.select import check_ranges, select
 from keepkv_sglang.radix.span import Span
-from keepkv_sglang.runtime import due, pressure
+from keepkv_sglang.runtime import due, pressure, stream
 from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
@@ -137,17 +137,24 @@ class CacheMachine(RuleBasedStateMachine):
     def compressed_span(self, rt: Any, req: Any, state: Any, span: Any) -> bool:
         before = self.row(req)
         self.sees_only_itself(req, before)
+        streamed = self.streamed(req, state, span.end) if span.originals else None
         if not self.compress_span(rt, req, state, span):
             assert self.row(req) == before, "nothing has changed"
             return False
-        begin, source = span.end - span.tokens, before[span.start : span.start + span.slots]
-        policy, left = span.policy, span.left
+        begin = span.end - span.tokens
+        policy, left, n = span.policy, span.left, span.sources
         whole = policy.whole
-        check_ranges(policy, span.slots)
+        check_ranges(policy, n)
         assert span.m > left, "something of the span is compressed"
-        for kept in select(torch.rand(2, span.slots), policy)[0].tolist():
-            assert kept[span.m - left :] == [*range(span.slots - left, span.slots)], "what is left raw is its own"
-        places = [self.whole[source[index]] for first, stop in whole for index in range(first, stop)]
+        for kept in select(torch.rand(2, n), policy)[0].tolist():
+            assert kept[span.m - left :] == [*range(n - left, n)], "what is left raw is its own"
+        at = [index for first, stop in whole for index in range(first, stop)]
+        if streamed is not None:
+            assert streamed == [(self.text(req, place + 1), place) for place in range(span.end)]
+            places = [begin + index for index in at]
+        else:
+            source = before[span.start : span.start + span.slots]
+            places = [self.whole[source[index]] for index in at]
         assert set(places) == {p for a, b in state.protection.whole for p in range(max(a, begin), min(b, span.end))}
         target = self.row(req)[span.start : span.start + span.m]
         assert self.row(req) == [*before[: span.start], *target, *before[span.start + span.slots :]]
@@ -171,7 +178,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def watch(self, originals: Any) -> None:
         """What a slot knows goes into its block and comes back; only a slot that nothing was merged into is stored."""
-        blocks: dict[int, list[tuple[Any, int]]] = {}
+        blocks = self.blocks = {}
 
         def write(numbers: Any, counts: Any, keys: Any, values: Any, slots: torch.Tensor) -> None:
             tokens = [(self.knows[slot], self.whole[slot]) for slot in slots.tolist()]
@@ -191,6 +198,19 @@ class CacheMachine(RuleBasedStateMachine):
                 self.knows[new], self.whole[new] = self.knows[old], self.whole[old]
 
         originals.store.write, originals.store.read, originals.copy = write, read, copy
+
+    def streamed(self, req: Any, state: Any, end: int) -> list[tuple[Any, int]]:
+        """What attention and compression read of tokens [0, end) of a streamed request."""
+        reading = stream.reading(self.rt, req, state, 0, end)
+        numbers, counts, rows = reading._blocks
+        tokens = [token for block in numbers.tolist() for token in self.blocks[block]]
+        assert [len(self.blocks[block]) for block in numbers.tolist()] == counts.tolist()
+        staged = {row: token for row, token in zip(rows.tolist(), tokens, strict=True) if row}
+        for rows, slots in reading._slots:
+            for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+                staged[row] = self.knows[slot], self.whole[slot]
+        assert sorted(staged) == [*range(1, end + 1)] and reading.tokens == end
+        return [staged[row] for row in range(1, end + 1)]
 
     # -- a request ----------------------------------------------------------------------------------------------------
 
@@ -338,7 +358,13 @@ class Protecting(CacheMachine):
 class Originals(CacheMachine):
     """Later turns are read over originals; some are gone, since the host has fewer tokens than the pool."""
 
-    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 0.7, "unpack": 0.8}
+    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 0.7, "unpack": 0.8, "unpack_overflow": "view"}
+
+
+class Streams(CacheMachine):
+    """Slots for one history; the others are streamed."""
+
+    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 20, "unpack": 0.1, "protect": "system,90-120"}
 
 
 class ManyOriginals(CacheMachine):
@@ -357,5 +383,6 @@ TestSpanTokens = case(SpanTokens, *SIZE)
 TestSlots = case(Slots, *SIZE)
 TestProtecting = case(Protecting, *SIZE)
 TestOriginals = case(Originals, *SIZE)
+TestStreams = case(Streams, *SIZE)
 TestManyOriginals = case(ManyOriginals, *SIZE)
 TestStarved = case(Starved, *SIZE)

@@ -72,11 +72,11 @@ def test_a_request_may_do_without(kind):
 
 
 def test_what_finds_no_slots_is_read_compressed():
-    with serving(**{**HOST, "unpack": 0.25}) as server:
+    with serving(**{**HOST, "unpack": 0.25}, unpack_overflow="view") as server:
         server.run(FIRST)
         server.run(second())
         assert (counts().unpacked, counts().unpack_no_room) == (0, 1)
-    with serving(slots=260, **HOST) as server:
+    with serving(slots=260, **HOST, unpack_overflow="view") as server:
         server.run(FIRST)
         other = server.admit(text(5000, 60), kind=OFF)
         assert server.world.prefill(other)

@@ -11,7 +11,7 @@ import torch
 
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.memory.arena import QueryArena
-from keepkv_sglang.memory.originals import BlockLayout, BlockStore
+from keepkv_sglang.memory.originals import BlockLayout, BlockStore, Staging
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.unpack import HostSide
@@ -37,7 +37,8 @@ def give_contents(server, codec):
     arena.queries.normal_()
     rt.arena = rt.limits.arena = arena
     layout = BlockLayout(codec, KV_HEADS, DIM, DIM, torch.float32)
-    rt.originals = Originals(BlockStore(layout, LAYERS, 64), list(keys), list(values), rt.counters)
+    store, staging = BlockStore(layout, LAYERS, 64), Staging(layout, 400)
+    rt.originals = Originals(store, list(keys), list(values), rt.counters, staging)
     server.tree.host = HostSide(rt)
     return keys, values
 

@@ -9,7 +9,7 @@ import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.runtime_context import get_context
 
-from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore
+from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore, Staging
 from keepkv_sglang.runtime.counters import Counters
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.settings.config import KeepKVConfig
@@ -60,9 +60,11 @@ def sglang_context() -> Iterator[None]:
         _context_depth -= 1
 
 
-def empty_originals(config: KeepKVConfig, slots: int, scale: int, counters: Counters) -> Originals:
-    """The server's archive with blocks that hold nothing: the pool has no layers. A block stands for 64 real tokens."""
+def empty_originals(config: KeepKVConfig, slots: int, longest: int, scale: int, counters: Counters) -> Originals:
+    """The server's archive with blocks that hold nothing: the pool has no layers. A block stands for 64 real tokens.
+    longest: tokens of a request."""
     size = max(1, BLOCK_TOKENS // scale)
-    store = BlockStore(BlockLayout("native", 1, 1, 1, torch.float32), 0, -(-int(config.host_ratio * slots) // size))
+    layout = BlockLayout("native", 1, 1, 1, torch.float32)
+    store = BlockStore(layout, 0, -(-int(config.host_ratio * slots) // size))
     store.block_tokens = size
-    return Originals(store, [], [], counters)
+    return Originals(store, [], [], counters, Staging(layout, longest) if config.streams_originals else None)

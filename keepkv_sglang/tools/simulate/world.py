@@ -31,11 +31,10 @@ from keepkv_sglang.memory.arena import QueryArena
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.adapter.cache import KeepKVRadixCache
 from keepkv_sglang.radix.invariants import check_tree
-from keepkv_sglang.runtime import attach, due, pressure, process, unpack
-from keepkv_sglang.runtime.requests import row_of
+from keepkv_sglang.runtime import attach, due, pressure, process, stream, unpack
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.turn.anchor import MessageBorder
-from keepkv_sglang.turn.capacity import later_slots, peak_slots
+from keepkv_sglang.turn.capacity import peak_slots
 from keepkv_sglang.turn.queries import capture
 
 from .scale import scaled
@@ -151,7 +150,7 @@ class World:
         self.arena_rows = attach.arena_rows(config, True, self.rows.max_context_len, self.arena_rows or 1 << 60)
         attach.share_arena(rt, QueryArena(0, self.arena_rows, 1, 1, torch.float32, "cpu"), references=True)
         if config.keeps_originals:
-            rt.originals = empty_originals(config, self.slots, self.scale, rt.counters)
+            rt.originals = empty_originals(config, self.slots, self.rows.max_context_len, self.scale, rt.counters)
         limits = rt.limits
         limits.border, limits.chunk_tokens = MessageBorder(BORDER, 0), self.chunk
         limits.capacity, limits.pool_limit = self.slots, self.slots - 1
@@ -199,7 +198,11 @@ class World:
             if self._takes(req, state):
                 return True
             unpack.withdraw(self.rt, req, state)
-        return self._takes(req, state)
+        if self._takes(req, state):
+            return True
+        if self.rt is not None and state is not None and self.rt.originals is not None:
+            stream.give_up(self.rt, req, state)
+        return False
 
     def _takes(self, req: Any, state: Any) -> bool:
         """Admits the request as it is matched: over its originals where it asks for them."""
@@ -215,7 +218,9 @@ class World:
                 wanted = min(wanted, reply + 1 + peak) if self.promised else peak + 1
             else:
                 # Here replies end while a prompt is computed, so its slots are not theirs before it is compressed.
-                later = max(0, min(reply, later_slots(self.rt.limits, state, row_of(req), brought + extend, reply)))
+                later = max(0, unpack.later(self.rt, req, state, extend, reply))
+                if not state.streamed:
+                    later = min(reply, later)
                 wanted = extend + later + 1
         full = brought + wanted >= self.free_or_evictable() - self.reserved
         loaded = self.tree.init_load_back(SimpleNamespace(req=req)) if brought and not full else (0, None)
