@@ -49,7 +49,7 @@ def replies(stock) -> list[int]:
 
 @pytest.fixture(scope="module")
 def server(launch, stock) -> ServerProcess:
-    return launch(*BUDGET, *SIZE, "--keepkv-host-ratio", "4")
+    return launch(*BUDGET, *SIZE, "--keepkv-host-ratio", "4", "--chunked-prefill-size", "128")
 
 
 def test_nothing_is_lost(server, stock, replies, text_tokens):

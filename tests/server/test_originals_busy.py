@@ -23,13 +23,13 @@ def server(launch):
 
 
 def test_agents_in_a_pool_that_holds_one_of_them(server):
-    """H9: strict memory checks stay green; whoever finds no slots for its history reads it compressed."""
+    """H9: strict memory checks stay green; whoever finds no slots for its history has it streamed."""
     load = Agents(AgentLoad(agents=4, turns=4, system=60, task=300, tool_result=100, reply=40, seed=3))
     calls = load.run(server.port, lambda: None)
     assert all(call.ok for call in calls), [call.error for call in calls if not call.ok][:3]
     state = numbers(server)
     counters = state["counters"]
-    assert counters["unpacked"] > 0 and counters["archived_tokens"] > 1500
+    assert counters["unpacked"] + counters["streamed"] > 0 and counters["archived_tokens"] > 1500
     assert state["originals"]["unpacked_slots"] == 0
     held = state["originals"]
     assert held["tokens"] <= 64 * (held["blocks"] - held["free_blocks"])
@@ -38,25 +38,31 @@ def test_agents_in_a_pool_that_holds_one_of_them(server):
     assert state["memory"]["originals_bytes"] == held["bytes_per_token"] * 64 * held["blocks"]
 
 
-def test_samples_and_clients_that_leave(server):
-    """Parallel samples of a new turn, and answers that are given up in the middle."""
+@pytest.mark.parametrize("unpack", [0.5, 0.001])
+def test_samples_and_clients_that_leave(server, unpack):
+    """Parallel samples of a new turn, and answers that are given up in the middle; histories with slots and streamed
+    ones."""
+    kind = {"unpack": unpack}
+    before = numbers(server)["counters"]
     flush(server)
     first = tokens(400, 1)
-    generate(server, first, 8)
-    later = body(first + tokens(80, 2), 40)
+    generate(server, first, 8, kind)
+    later = body(first + tokens(80, 2), 40, kind)
     later["sampling_params"]["n"] = 3
     status, answers = server.post_json("/generate", later | {"rid": None})
     assert status == 200 and len(answers) == 3
     assert len({tuple(answer["output_ids"]) for answer in answers}) == 1
-    requests = [body(first + tokens(90, seed), 200) for seed in (10, 11, 12)]
+    requests = [body(first + tokens(90, seed), 200, kind) for seed in (10, 11, 12)]
     with ThreadPoolExecutor(len(requests)) as pool:
         jobs = [pool.submit(server.post_json, "/generate", request) for request in requests]
         time.sleep(2)
         for request in requests:
             server.post_json("/abort_request", {"rid": request["rid"]})
         assert all("meta_info" in job.result()[1] or "error" in job.result()[1] for job in jobs)
-    assert generate(server, first + tokens(30, 13), 4).keepkv["logical_tokens"] == 433
-    numbers(server)
+    assert generate(server, first + tokens(30, 13), 4, kind).keepkv["logical_tokens"] == 433
+    counters = numbers(server)["counters"]
+    read = "unpacked" if unpack == 0.5 else "streamed"
+    assert counters[read] > before[read]
     flush(server)
     state = numbers(server)["originals"]
     assert state["free_blocks"] == state["blocks"] and state["tokens"] == 0
