@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.host_memory import available_host_memory_bytes
+from sglang.srt.mem_cache.pool_host.common import HostTensorAllocator, alloc_with_host_register
 from sglang.srt.runtime_context import get_parallel
 
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.runtime import attach, process
 from keepkv_sglang.start import flags, refuse
+
+
+def _host_memory() -> attach.HostMemory:
+    """As SGLang's host cache takes it: a container's limit counts, and memory is registered with the GPU, since torch
+    would round gigabytes up."""
+
+    def pinned(shape: tuple[int, int]) -> torch.Tensor:
+        return alloc_with_host_register(shape, torch.uint8, "cpu", pin_memory=True, allocator=HostTensorAllocator())
+
+    return attach.HostMemory(lambda: available_host_memory_bytes(allow_cgroup_fallback=True), pinned)
 
 
 class VoteLayers:
@@ -34,7 +46,7 @@ class VoteLayers:
             choose.prepare(torch.device(runner.device))
             self.runtime = process.current()
             parallel = get_parallel()
-            attach.model_runner(self.runtime, runner, parallel.attn_tp_rank, parallel.attn_tp_size)
+            attach.model_runner(self.runtime, runner, _host_memory(), parallel.attn_tp_rank, parallel.attn_tp_size)
 
     def begin(self) -> None:
         """Once per forward: takes over which of its queries are kept, and whose history is streamed."""

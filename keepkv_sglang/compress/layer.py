@@ -16,7 +16,8 @@ from keepkv_sglang.compress.rules import get_rule
 from keepkv_sglang.compress.rules.base import Clusters
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, check_ranges, match, own_cluster, select
-from keepkv_sglang.compress.sums import QuerySums, Stored, on_device, query_sums
+from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
+from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.compress.window import Window, context_log_z, observe
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.merge.torch_impl import Segments

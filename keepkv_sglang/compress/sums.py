@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from keepkv_sglang.compress.transfer import numbers
 from keepkv_sglang.kernels import choose
 
 RECENCY_HALF_LIFE = 4.0
@@ -20,16 +21,6 @@ def recency(w: int, group: int, like: torch.Tensor) -> torch.Tensor:
     """Window.recency() of a window of w tokens with `group` q heads, in the dtype and on the device of `like`."""
     age = torch.arange(w - 1, -1, -1, device=like.device, dtype=like.dtype)
     return torch.exp2(age / -RECENCY_HALF_LIFE).repeat_interleave(group)
-
-
-def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small tensor of the host on a device. To a GPU from pinned memory, so that nobody waits for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.is_cpu else x.to(device)
-
-
-def numbers(position: torch.Tensor) -> list[int]:
-    """Waits for a GPU."""
-    return [int(place) for place in position.tolist()]
 
 
 class QuerySums(NamedTuple):

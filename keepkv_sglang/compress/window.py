@@ -10,7 +10,8 @@ from typing import Protocol
 
 import torch
 
-from keepkv_sglang.compress.sums import QuerySums, numbers, recency
+from keepkv_sglang.compress.sums import QuerySums, recency
+from keepkv_sglang.compress.transfer import numbers
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class KeepKVAdder:
     @guarded()
     def _give_up(self, req: Any) -> None:
         found = self._compressed(req)
-        if found is not None and found[0].originals is not None:
+        if found is not None:
             stream.give_up(found[0], req, found[1])
 
     # -- new requests -------------------------------------------------------------------------------------------------
@@ -130,13 +130,11 @@ class KeepKVAdder:
             return new_tokens
         rt, state = found
         later = unpack.later(rt, req, state, extend, new_tokens, self._arena_rows)
-        if state.streamed:
-            new_tokens = max(new_tokens, later)  # its compression takes fresh slots beside those of its match
         ends = req.extend_end >= len(req.full_untruncated_fill_ids)
         if not state.admitted:
             self._arena_rows += rt.limits.queries_of(state.config)
         # A chunk gives nothing back before the last one.
-        return min(new_tokens, later if ends else max(0, later))
+        return later if ends else max(0, later)
 
     def _others_run(self, req: Any) -> bool:
         running = self.running_batch.reqs if self.running_batch is not None else ()  # type: ignore[attr-defined]
@@ -165,12 +163,11 @@ class KeepKVAdder:
         brought = req.host_hit_length  # takes its slots at once, and is compressed with the prompt
         wanted = total - extend - brought
         later = unpack.later(rt, req, state, extend, wanted, self._arena_rows)
-        if state.streamed:
-            wanted = max(wanted, later)
         if chunk < extend:
             later = max(0, later)  # it must be in the pool whole before it gives anything back
         overhead: int = self.per_req_token_overhead  # type: ignore[attr-defined]
-        return brought + extend + min(wanted, later + overhead)
+        later += overhead
+        return brought + extend + (later if state.streamed else min(wanted, later))
 
     def _too_long_total(self, rt: Runtime, state: RequestState, req: Any, extend: int, total: int) -> int:
         peak = peak_slots(rt.limits, state, req.origin_input_ids, extend)

@@ -3,7 +3,8 @@ history is read through where it has no slots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,14 +23,22 @@ class BlockStore:
     """Allocated once; numbers of blocks are given out and taken back, nothing is allocated while serving.
 
     bytes: per layer uint8 [blocks, layout.block_bytes]. A block is written once, from the KV pool, and read back into
-    it.
+    it. empty(shape): their memory. On a GPU it is pinned, and only kernels of one stream touch it: a block that was
+    given back and taken again is written behind whatever still reads it.
     """
 
     block_tokens = BLOCK_TOKENS
 
-    def __init__(self, layout: BlockLayout, layers: int, blocks: int) -> None:
+    def __init__(
+        self,
+        layout: BlockLayout,
+        layers: int,
+        blocks: int,
+        empty: Callable[[tuple[int, int]], torch.Tensor] | None = None,
+    ) -> None:
         self.layout, self.blocks = layout, blocks
-        self.bytes = [torch.empty(blocks, layout.block_bytes, dtype=torch.uint8) for _ in range(layers)]
+        empty = empty or functools.partial(torch.empty, dtype=torch.uint8)
+        self.bytes = [empty((blocks, layout.block_bytes)) for _ in range(layers)]
         self._free = list(range(blocks - 1, -1, -1))
 
     @property
@@ -44,6 +53,20 @@ class BlockStore:
     @property
     def nbytes(self) -> int:
         return sum(t.numel() for t in self.bytes)
+
+    def works_on(self, device: torch.device) -> bool:
+        """Whether a block that is written on the device is the one that is read back there. Waits for it."""
+        layout = self.layout
+        shapes = [(BLOCK_TOKENS, layout.heads, dim) for dim in (layout.k_dim, layout.v_dim)]
+        given = [torch.randn(shape, dtype=layout.dtype, device=device) for shape in shapes]
+        read, again = ([torch.zeros_like(x) for x in given] for _ in range(2))
+        block, count, slots = torch.tensor([0]), torch.tensor([BLOCK_TOKENS]), torch.arange(BLOCK_TOKENS)
+        for arena in self.bytes[:1]:
+            for source, target in ((given, read), (read, again)):
+                encode(layout, source[0], source[1], slots, arena, block, count)
+                decode(layout, arena, block, count, target[0], target[1], slots)
+        near = all(float((a - b).abs().max()) < 0.5 for a, b in zip(given, read, strict=True))
+        return near and all(torch.equal(a, b) for a, b in zip(read, again, strict=True))
 
     def take(self, count: int) -> list[int]:
         """`count` block numbers; the caller knows that so many are free."""

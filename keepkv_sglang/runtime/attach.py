@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from keepkv_sglang.memory.arena import QueryArena
@@ -27,10 +28,20 @@ ARENA_WINDOWS = 64  # windows of the default size that fit at once
 ARENA_MAX_BYTES = 512 << 20
 
 
-def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
+@dataclass(frozen=True)
+class HostMemory:
+    """free(): bytes that this machine, or container, can still give. pinned(shape): uint8 that a GPU reads and writes
+    where it lies."""
+
+    free: Callable[[], int]
+    pinned: Callable[[tuple[int, int]], torch.Tensor]
+
+
+def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: int) -> None:
     """Called by the attention backend: allocates votes (persistent) and the arena (scratch).
 
-    rank, ranks: of attention's tensor parallelism. Raises ConfigError for a pool whose keys cannot be merged.
+    host: where originals may go. rank, ranks: of attention's tensor parallelism. Raises ConfigError for a pool whose
+    keys cannot be merged.
     """
     pool = runner.token_to_kv_pool
     if not hasattr(pool, "get_key_buffer") or getattr(pool, "is_quantized_kv_cache", False):
@@ -48,7 +59,7 @@ def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
     rt.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
     rt.votes = VoteStore(layers, slots, kv_heads, keys.device)
     rt.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
-    rt.originals = originals(rt, keys, pool.get_value_buffer(rt.first_layer), runner.model_config.context_len, ranks)
+    rt.originals = originals(rt, host, runner.model_config.context_len, ranks)
     rt.rank = rank
     q_heads = runner.model_config.num_attention_heads // ranks
     row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
@@ -57,24 +68,26 @@ def model_runner(rt: Runtime, runner: Any, rank: int, ranks: int) -> None:
     share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
 
 
-def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, context_len: int, ranks: int) -> Originals | None:
-    """Host memory for originals, where the server wants them; ConfigError where it cannot be had. keys, values: of a
-    layer. ranks: that share the machine."""
+def originals(rt: Runtime, host: HostMemory, context_len: int, ranks: int) -> Originals | None:
+    """Host memory for originals, where the server wants them; ConfigError where it cannot be had. ranks: that share the
+    machine."""
     config, layers = rt.config, rt.kv_pool.layer_num
     if not config.keeps_originals:
         return None
-    if not keys.is_cpu:
-        raise ConfigError("originals in host memory are not implemented for a GPU yet; leave out --keepkv-host-ratio")
+    every = range(rt.first_layer, rt.first_layer + layers)
+    all_keys = [rt.kv_pool.get_key_buffer(layer) for layer in every]
+    all_values = [rt.kv_pool.get_value_buffer(layer) for layer in every]
+    keys, values = all_keys[0], all_values[0]
     codec = "native" if config.host_dtype == "auto" else config.host_dtype
     layout = BlockLayout(codec, keys.shape[1], keys.shape[2], values.shape[2], keys.dtype)
     blocks = blocks_of(layout, layers, config.host_ratio, config.host_size, len(keys) - 1)
     if not blocks:
         raise ConfigError("--keepkv-host-size is too small for one block of originals; use a larger one")
     staging = None
-    if config.streams_originals:
+    if config.streams_originals and keys.is_cpu:
         staging = Staging(layout, Staging.tokens_for(layout, context_len))
     size = blocks * layers * layout.block_bytes + (staging.nbytes if staging is not None else 0)
-    free = psutil.virtual_memory().available // ranks
+    free = host.free() // ranks
     if size > free:
         raise ConfigError(
             f"originals need {size / 1e9:.2f} GB of host memory and {free / 1e9:.2f} GB are free; use a smaller "
@@ -84,14 +97,10 @@ def originals(rt: Runtime, keys: torch.Tensor, values: torch.Tensor, context_len
         "originals of %d tokens in %.2f GB of host memory (%s, %.0f bytes per token), on this rank",
         blocks * BLOCK_TOKENS, size / 1e9, codec, layers * layout.block_bytes / BLOCK_TOKENS,
     )  # fmt: skip
-    every = range(rt.first_layer, rt.first_layer + layers)
-    return Originals(
-        BlockStore(layout, layers, blocks),
-        [rt.kv_pool.get_key_buffer(layer) for layer in every],
-        [rt.kv_pool.get_value_buffer(layer) for layer in every],
-        rt.counters,
-        staging,
-    )
+    store = BlockStore(layout, layers, blocks, None if keys.is_cpu else host.pinned)
+    if not keys.is_cpu and not store.works_on(keys.device):
+        raise ConfigError("this GPU does not read back what it writes into host memory; leave out --keepkv-host-ratio")
+    return Originals(store, all_keys, all_values, rt.counters, staging)
 
 
 def arena_rows(config: KeepKVConfig, references: bool, context_len: int, most: int) -> int:

@@ -19,7 +19,7 @@ from keepkv_sglang.compress.batch import Rows, Storage, compress_rows, scratch_b
 from keepkv_sglang.compress.layer import LayerResult
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
-from keepkv_sglang.compress.sums import on_device
+from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.runtime import record, stream
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.streams import on_forward_stream

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.radix.marks import whole_in
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.runtime.originals import Originals
@@ -71,7 +72,8 @@ def propose(rt: Runtime, req: Any, state: RequestState, last: Span | None) -> bo
 
 def give_up(rt: Runtime, req: Any, state: RequestState) -> None:
     """The request was not admitted: its match is its prefix again. Safe to call when nothing was proposed."""
-    assert rt.originals is not None
+    if rt.originals is None:
+        return
     stream: Stream | None = rt.originals.streams.pop(state, None)
     if stream is not None and not state.admitted:
         req.prefix_len, req.last_node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len = (
@@ -180,8 +182,8 @@ def protected_slots(entry: Span, start: int, end: int) -> tuple[torch.Tensor, to
         if pairs:
             these, those = (torch.tensor(part) for part in zip(*pairs, strict=True))
             tokens.append(these)
-            slots.append(span.slots[those].to(torch.int64))
-    return torch.cat(tokens), torch.cat(slots)
+            slots.append(span.slots[on_device(those, span.slots.device)].to(torch.int64))
+    return torch.cat(tokens), torch.cat([x.to(slots[-1].device) for x in slots])
 
 
 def _with_queries(entry: Span, end: int, wanted: int, most: int) -> Span:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.faults import guard
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.runtime import stream
@@ -48,9 +49,9 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     """At admission: makes the request ask for its history's originals instead of the compressed match. False: the match
     stays. Decided by counts alone. taken: arena rows promised to others in the same round."""
     originals = rt.originals
-    if originals is not None:  # of a round in which withdrawing failed
+    stream.give_up(rt, req, state)  # of a round in which withdrawing failed, as is this:
+    if originals is not None:
         originals.unpacking.pop(state, None)
-        stream.give_up(rt, req, state)
     if originals is None or state.config.unpack == 0 or state.broken:
         return False
     if rt.limits.arena.free_rows - taken < rt.limits.queries_of(state.config):
@@ -105,14 +106,16 @@ def pending(rt: Runtime, state: RequestState) -> Unpacking | None:
 
 def later(rt: Runtime, req: Any, state: RequestState, extend: int, new_tokens: int, taken: int = 0) -> int:
     """capacity.later_slots, of a request that may be read over its originals: those that have slots give them back when
-    they are compressed, and those that are streamed have none to give."""
+    they are compressed. Those that are streamed have none to give, and their compression takes fresh ones beside its
+    match: only then may it be more than `new_tokens`."""
     row, missing = row_of(req), 0
     if (unpacking := pending(rt, state)) is not None:
         row, extend = replace(row, prefix=unpacking.start), extend + unpacking.end - unpacking.start
     elif (streamed := stream.pending(rt, state)) is not None:
         missing = streamed.tokens - streamed.start
         row, extend = replace(row, prefix=streamed.start), extend + missing
-    return missing + later_slots(rt.limits, state, row, extend, new_tokens, taken)
+    slots = missing + later_slots(rt.limits, state, row, extend, new_tokens, taken)
+    return slots if state.streamed else min(new_tokens, slots)
 
 
 class HostSide:
@@ -197,7 +200,7 @@ def _copy_protected(originals: Originals, entry: Span, start: int, archived: int
         return
     tokens, source = stream.protected_slots(entry, start, archived)
     if len(tokens):
-        originals.copy(source, slots[tokens - start])
+        originals.copy(source, slots[on_device(tokens - start, slots.device)])
 
 
 def settle(rt: Runtime, state: RequestState) -> None:

@@ -105,6 +105,12 @@ USES: tuple[Seam, ...] = (
     Seam("sglang.srt.environ.envs.SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
     Seam("sglang.srt.environ.envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING"),
     Seam("sglang.srt.mem_cache.memory_pool.KVWriteLoc.for_layer", ("cls", "forward_batch", "layer")),
+    Seam("sglang.srt.mem_cache.host_memory.available_host_memory_bytes", ("allow_cgroup_fallback",)),
+    Seam("sglang.srt.mem_cache.pool_host.common.HostTensorAllocator"),
+    Seam(
+        "sglang.srt.mem_cache.pool_host.common.alloc_with_host_register",
+        ("dims", "dtype", "device", "pin_memory", "allocator"),
+    ),
     Seam("sglang.srt.mem_cache.registry.register_radix_cache_backend", ("name", "factory")),
     Seam("sglang.srt.mem_cache.registry.create_unified_radix_cache", ("ctx", "cache_class")),
     Seam(f"{_CACHE}.reset", ("self",)),

@@ -11,6 +11,7 @@ import torch
 from keepkv_sglang.kernels import choose
 from keepkv_sglang.kernels.codec import reference
 from keepkv_sglang.kernels.codec.layout import BLOCK_TOKENS, BlockLayout
+from keepkv_sglang.kernels.host import on_device
 
 __all__ = ["BLOCK_TOKENS", "BlockLayout", "decode", "encode"]
 
@@ -31,14 +32,15 @@ def encode(
     takes the next counts[i] tokens. Writes these blocks only; what their unused places hold is undefined. ValueError
     for anything else, IndexError for a slot or block that does not exist (on a GPU neither is looked for).
 
-    The arena may be in host memory while the pool is on a GPU: blocks are made there and copied. slots, blocks and
-    counts may be on either.
+    The arena may be in host memory while the pool is on a GPU. Where it is pinned the GPU writes it itself, in the
+    stream's order, and nobody waits; else blocks are made on the GPU and copied. slots, blocks and counts may be on
+    either.
     """
     device = keys.device
-    slots, counts = slots.to(device), counts.to(device)
+    slots, counts = on_device(slots, device), on_device(counts, device)
     kernel = _kernel(layout, keys, values)
-    if arena.device == device:
-        kernel.encode(layout, keys, values, slots, arena, blocks.to(device), counts)
+    if _reaches(device, arena):
+        kernel.encode(layout, keys, values, slots, arena, on_device(blocks, device), counts)
         return
     made = torch.zeros(len(blocks), layout.block_bytes, dtype=torch.uint8, device=device)
     kernel.encode(layout, keys, values, slots, made, torch.arange(len(blocks), device=device), counts)
@@ -59,10 +61,15 @@ def decode(
     Encoding again what decode wrote, with the same counts, gives the same bytes; the exceptions of int4: reference.py.
     """
     device = keys.device
-    if arena.device != device:
+    if not _reaches(device, arena):
         arena, blocks = arena[blocks.to(arena.device)].to(device), torch.arange(len(blocks))
-    kernel = _kernel(layout, keys, values)
-    kernel.decode(layout, arena, blocks.to(device), counts.to(device), keys, values, slots.to(device))
+    blocks, counts, slots = (on_device(x, device) for x in (blocks, counts, slots))
+    _kernel(layout, keys, values).decode(layout, arena, blocks, counts, keys, values, slots)
+
+
+def _reaches(device: torch.device, arena: torch.Tensor) -> bool:
+    """Whether a kernel on the device can use the arena where it lies."""
+    return arena.device == device or (device.type == "cuda" and choose.gpu_kernel() == "triton" and arena.is_pinned())
 
 
 def _kernel(layout: BlockLayout, keys: torch.Tensor, values: torch.Tensor):

@@ -36,13 +36,19 @@ def test_sizes_that_are_no_powers_of_two():
         case.encode(triton_impl)
 
 
-def test_an_arena_of_the_host(monkeypatch):
-    """The pool is where the kernels run, the arena where memory is plenty."""
+@pytest.mark.parametrize("pinned", [False, True])
+def test_an_arena_of_the_host(monkeypatch, pinned):
+    """The pool is where the kernels run, the arena where memory is plenty; a GPU writes pinned memory itself."""
+    if pinned and DEVICE == "cpu":
+        pytest.skip("needs a GPU")
     monkeypatch.setenv("KEEPKV_GPU_KERNEL", "triton")
     case = Case(BlockLayout("int8", 2, 64, 64, torch.float32), (64, 64), device=DEVICE)
     wanted = case.encode(reference).cpu()
     case.arena, case.blocks, case.counts = case.arena.cpu(), case.blocks.cpu(), case.counts.cpu()
-    arena = case.encode(codec)
+    arena = case.arena.pin_memory() if pinned else case.arena
+    codec.encode(case.layout, case.keys, case.values, case.slots, arena, case.blocks, case.counts)
+    if pinned:
+        torch.cuda.synchronize()
     assert same_bytes(arena, wanted)
     read, expected = case.decode(codec, arena), case.decode(triton_impl if DEVICE == "cpu" else codec, arena)
     assert all(same_bytes(a, b) for a, b in zip(read, expected, strict=True))

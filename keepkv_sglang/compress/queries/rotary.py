@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from keepkv_sglang.compress.sums import on_device
+from keepkv_sglang.compress.transfer import on_device
 
 
 @dataclass(frozen=True)

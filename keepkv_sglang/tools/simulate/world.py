@@ -193,16 +193,15 @@ class World:
         if not self.rows.available_size():
             return False
         req.init_next_round_input(self.tree)
-        state = self._state(req)
-        if self.rt is not None and state is not None and unpack.propose(self.rt, req, state):
+        rt, state = self.rt, self._state(req)
+        if rt is not None and state is not None and unpack.propose(rt, req, state):
             if self._takes(req, state):
                 return True
-            unpack.withdraw(self.rt, req, state)
-        if self._takes(req, state):
-            return True
-        if self.rt is not None and state is not None and self.rt.originals is not None:
-            stream.give_up(self.rt, req, state)
-        return False
+            unpack.withdraw(rt, req, state)
+        taken = self._takes(req, state)
+        if not taken and rt is not None and state is not None:
+            stream.give_up(rt, req, state)
+        return taken
 
     def _takes(self, req: Any, state: Any) -> bool:
         """Admits the request as it is matched: over its originals where it asks for them."""
@@ -219,8 +218,6 @@ class World:
             else:
                 # Here replies end while a prompt is computed, so its slots are not theirs before it is compressed.
                 later = max(0, unpack.later(self.rt, req, state, extend, reply))
-                if not state.streamed:
-                    later = min(reply, later)
                 wanted = extend + later + 1
         full = brought + wanted >= self.free_or_evictable() - self.reserved
         loaded = self.tree.init_load_back(SimpleNamespace(req=req)) if brought and not full else (0, None)
