@@ -17,6 +17,8 @@ FUNCTIONS = (
     "runtime.pressure.relieve",
     "runtime.unpack._fill",
     "runtime.unpack._archive",
+    "runtime.stream.propose",
+    "runtime.stream.readings",
 )
 
 
