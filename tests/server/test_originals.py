@@ -115,6 +115,18 @@ def test_half_a_turn_that_is_shared_comes_from_the_archive(server, text_tokens):
 
 
 @pytest.mark.soak
+def test_an_archive_that_is_too_small_changes_nothing(launch, server, stock, replies, text_tokens):
+    """H6: with 1 MB of host memory, two blocks, the answers are those of a server without originals."""
+    small = launch(*BUDGET, *SIZE, "--keepkv-host-size", "0.001", "--keepkv-host-dtype", "int4")
+    without = launch(*BUDGET, *SIZE)
+    for one, other in zip(*(conversation(each, text_tokens, replies) for each in (small, without)), strict=True):
+        assert one.ids == other.ids and apart(one, other) == 0
+        assert one.keepkv["unpacked_tokens"] == 0
+    state = numbers(small)
+    assert state["originals"]["blocks"] == 2 and state["counters"]["archive_full_tokens"] > 0
+
+
+@pytest.mark.soak
 def test_three_ranks_answer_as_one(launch, server, stock, replies, text_tokens):
     """H8: ranks keep the same blocks and unpack the same histories; each checks its own memory (client.STRICT)."""
     flush(server)
