@@ -16,6 +16,7 @@ def info(rt: Runtime, req: Any) -> dict[str, Any]:
     """
     state = rt.requests.state_of(req)
     if state is not None:
+        state.count_merged()
         return _info(state.config.enabled, state.config.budget, state)
     off = rt.requests.not_compressed(req)
     tokens = len(req.origin_input_ids) + max(0, len(req.output_ids) - 1)

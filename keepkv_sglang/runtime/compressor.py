@@ -155,7 +155,7 @@ class _Tally:
     def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
         self._span = span
         self._log = record.begin(req, state, span, rt.rank)
-        self._joined: list[torch.Tensor] = []  # per layer; read at the end, so that no layer waits for the one before
+        self._joined: list[torch.Tensor] = []  # per layer
         self._heads = 0
 
     def layer(self, result: LayerResult) -> None:
@@ -165,8 +165,12 @@ class _Tally:
             self._log.layer(result)
 
     def finish(self, state: RequestState) -> None:
-        span, merged = self._span, int(torch.stack(self._joined).sum()) / self._heads - self._span.m
-        state.merged += merged
-        state.dropped += span.sources - span.m - merged
+        joined, heads, m, sources = self._joined, self._heads, self._span.m, self._span.sources
+
+        def count() -> tuple[float, float]:
+            merged = int(torch.stack(joined).sum()) / heads - m
+            return merged, sources - m - merged
+
+        state.uncounted.append(count)  # the answer asks: here it would wait for the compression
         if self._log is not None:
             self._log.write()

@@ -11,7 +11,7 @@ token. It may begin before `prot`: raw spans at the end of the matched chain are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,8 @@ class RequestState:
     protected_tokens: int = 0
     merged: float = 0.0
     dropped: float = 0.0
+    # (merged, dropped) of compressions that the device has not been asked for yet: asking waits for it
+    uncounted: list[Callable[[], tuple[float, float]]] = field(default_factory=list)
     compressions: int = 0
 
     @property
@@ -116,6 +118,14 @@ class RequestState:
         self.streamed = False
         self.move_tail(*self.view_tail)
         self.merged_tokens = self.tail_tokens
+
+    def count_merged(self) -> None:
+        """Brings `merged` and `dropped` up to date."""
+        for ask in self.uncounted:
+            merged, dropped = ask()
+            self.merged += merged
+            self.dropped += dropped
+        self.uncounted = []
 
     def slots_for(self, start: int, end: int) -> int:
         """Slots that the tokens [start, end) get.

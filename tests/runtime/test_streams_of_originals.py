@@ -157,5 +157,9 @@ def test_what_was_computed_is_read(codec):
                     assert float(error.max()) <= {"native": 0.0, "int8": 0.02, "int4": 0.35}[codec]
                     assert torch.equal(whole[-40:], pool[layer, tail]), "what is new has slots"
         server.world.prefilled(req)
+        assert len(state.uncounted) == 1 and state.merged == 0, "nobody has waited for the numbers"
+        state.count_merged()
+        kept = req.kv.kv_committed_len - len(SYSTEM) - 1
+        assert round(state.merged + state.dropped, 6) == len(SECOND) - 1 - len(SYSTEM) - kept
         server.world.finish(req, array("q", text(9000, 4)))
         assert server.rt.counters.streamed == 1
