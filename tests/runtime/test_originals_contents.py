@@ -21,7 +21,7 @@ from tests.support.served import SYSTEM, serving, text
 LAYERS, SLOTS, KV_HEADS, Q_HEADS, DIM = 2, 600, 2, 4, 32
 FIRST = [*SYSTEM, *text(1000, 160)]
 SECOND = [*FIRST, *text(9000, 4), *text(3000, 40)]
-PROTECT = "60-70,150-155"
+KIND = {"protect": "60-70,150-155"}
 
 
 def give_contents(server, codec):
@@ -43,19 +43,23 @@ def give_contents(server, codec):
     return keys, values
 
 
+def first_turn(server, codec):
+    """Runs FIRST: the pools, and K and V of its tokens as they were computed."""
+    pools = give_contents(server, codec)
+    req = server.admit(FIRST, kind=KIND)
+    assert server.world.prefill(req)
+    row = server.rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(FIRST)].long()
+    computed = [pool[:, row].clone() for pool in pools]
+    server.world.prefilled(req)
+    server.world.finish(req, array("q", text(9000, 4)))
+    return pools, computed
+
+
 @pytest.mark.parametrize("codec", ["native", "int8", "int4"])
 def test_what_was_computed_comes_back(codec):
     with serving(unpack=1.0, host_ratio=1.0) as server:
-        pools = give_contents(server, codec)
-        kind = {"protect": PROTECT}
-        req = server.admit(FIRST, kind=kind)
-        assert server.world.prefill(req)
-        row = server.rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(FIRST)].long()
-        computed = [pool[:, row].clone() for pool in pools]
-        server.world.prefilled(req)
-        server.world.finish(req, array("q", text(9000, 4)))
-
-        req = server.admit(SECOND, kind=kind)
+        pools, computed = first_turn(server, codec)
+        req = server.admit(SECOND, kind=KIND)
         assert server.world.prefill(req)
         row = server.rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(FIRST) - 1].long()
         state = server.rt.requests.state_of(req)

@@ -11,7 +11,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang.runtime import compressor, stream
 from keepkv_sglang.runtime.process import current
-from tests.runtime.test_originals_contents import PROTECT, SECOND, give_contents
+from tests.runtime.test_originals_contents import KIND, SECOND, first_turn
 from tests.support.served import OFF, SYSTEM, serving, text
 
 FIRST = [*SYSTEM, *text(1000, 160)]
@@ -131,16 +131,8 @@ def test_without_room_for_the_result_the_history_stays_as_it_is(monkeypatch):
 def test_what_was_computed_is_read(codec):
     """A layer's K and V of the whole prompt: the history's as they were computed, protected tokens bit for bit."""
     with serving(unpack=0.01, host_ratio=1.0) as server:
-        pools = give_contents(server, codec)
-        kind = {"protect": PROTECT}
-        req = server.admit(FIRST, kind=kind)
-        assert server.world.prefill(req)
-        row = server.rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, : len(FIRST)].long()
-        computed = [pool[:, row].clone() for pool in pools]
-        server.world.prefilled(req)
-        server.world.finish(req, array("q", text(9000, 4)))
-
-        req = server.admit(SECOND, kind=kind)
+        pools, computed = first_turn(server, codec)
+        req = server.admit(SECOND, kind=KIND)
         assert server.world.prefill(req)
         state = server.rt.requests.state_of(req)
         assert state.streamed
