@@ -24,12 +24,12 @@ def begin_row(rt: Runtime, req: Any, state: RequestState, entry: Any) -> None:
     chain = None
     if (unpacking := unpack.pending(rt, state)) is not None:
         anchor = plan.anchor_of(rt.limits, state, row_of(req), unpacking.start)
-        chain = plan.Chain.of_originals(anchor, unpacking.end, unpacking.end - unpacking.start)
+        chain = plan.Chain.of_originals(anchor, unpacking.end, unpacking.end - unpacking.start, unpacking.known)
     elif entry is not None:
         rt.counters.entry_hits += 1
-        unpacked = stream.begin(rt, state)
+        unpacked, known = stream.begin(rt, state)
         tail = rt.tree.raw_tail_start(entry)
-        chain = plan.Chain(entry.anchor_len, entry.path_slots, entry.path_tokens, tail, unpacked, unpacked > 0)
+        chain = plan.Chain(entry.anchor_len, entry.path_slots, entry.path_tokens, tail, unpacked, unpacked > 0, known)
     plan.begin(rt.limits, state, row_of(req), chain)
 
 

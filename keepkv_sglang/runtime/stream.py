@@ -31,7 +31,8 @@ class Stream:
 
     view: the match that it replaces (view_of). start: tokens [0, start) are the anchor. tokens: the row continues
     these. archived: tokens [start, archived) are read from the blocks that end with `last`; those from there on have a
-    slot each in the row. protected: (tokens, slots) int64, what of the archived part is read from a slot instead.
+    slot each in the row. known: tokens of the turns before. protected: (tokens, slots) int64, what of the archived part
+    is read from a slot instead.
     """
 
     view: View
@@ -39,12 +40,13 @@ class Stream:
     tokens: int
     archived: int
     last: Span
+    known: int
     protected: tuple[torch.Tensor, torch.Tensor]
 
 
-def propose(rt: Runtime, req: Any, state: RequestState, last: Span | None) -> bool:
+def propose(rt: Runtime, req: Any, state: RequestState, last: Span | None, known: int) -> bool:
     """At admission, when slots for the history's originals cannot be had: whether it is to be streamed. last: the block
-    that ends the archived part. Decided by counts alone."""
+    that ends the archived part. known: tokens of the turns before. Decided by counts alone."""
     originals, node = rt.originals, req.last_node
     assert originals is not None
     if originals.staging is None or last is None or not isinstance(node, Span):
@@ -62,7 +64,7 @@ def propose(rt: Runtime, req: Any, state: RequestState, last: Span | None) -> bo
     exact = originals.store.exact
     protected = protected_slots(entry, start, start if exact else archived)
     view = view_of(req)
-    originals.streams[state] = Stream(view, start, tokens, archived, last, protected)
+    originals.streams[state] = Stream(view, start, tokens, archived, last, known, protected)
     originals.hold(state, last)
     req.last_node = req.best_match_node = entry
     req.prefix_len, req.host_hit_length, req.kv.cache_protected_len = tokens, 0, entry.path_slots
@@ -98,15 +100,15 @@ def pending(rt: Runtime, state: RequestState) -> Stream | None:
     return rt.originals.streams.get(state) if rt.originals is not None else None
 
 
-def begin(rt: Runtime, state: RequestState) -> int:
-    """Its row begins: tokens that are streamed; 0: none."""
+def begin(rt: Runtime, state: RequestState) -> tuple[int, int]:
+    """Its row begins: (tokens that are streamed, tokens of the turns before); 0: none."""
     stream = pending(rt, state)
     if stream is None:
-        return 0
+        return 0, 0
     rt.originals.index.touch(stream.last, hit=True)  # type: ignore[union-attr]
     rt.counters.streamed += 1
     rt.counters.streamed_tokens += stream.tokens - stream.start
-    return stream.tokens - stream.start
+    return stream.tokens - stream.start, stream.known
 
 
 def end(rt: Runtime, state: RequestState) -> None:

@@ -31,14 +31,15 @@ from keepkv_sglang.turn.unpack import Incomplete, Matched, history
 class Unpacking:
     """A request between admission and the row that takes its slots over.
 
-    view: the match that it replaces (stream.view_of).
-    start, end: tokens [start, end) get slots of their own. last: block of the index that ends the archived part.
-    slots: int64, once they are filled. failed: the pool had no room after all. error: or something of ours went wrong.
+    view: the match that it replaces (stream.view_of). start, end: tokens [start, end) get slots of their own. known:
+    tokens of the turns before. last: block of the index that ends the archived part. slots: int64, once they are
+    filled. failed: the pool had no room after all. error: or something of ours went wrong.
     """
 
     view: stream.View
     start: int
     end: int
+    known: int
     last: Span | None
     slots: torch.Tensor | None = None
     failed: bool = False
@@ -60,9 +61,10 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     if len(prompt) > len(req.origin_input_ids):  # after a retraction: its reply's spans end where they did
         return False
     last = originals.covers(state.namespace, state.protection.keyed(prompt), most_cached(req))
-    matched = _matched(rt, node, req.prefix_len)
+    matched, archived = _matched(rt, node, req.prefix_len), last.path_tokens if last is not None else 0
+    known = max(archived, matched.tokens)
     try:
-        end = history(matched, last.path_tokens if last is not None else 0, len(prompt), state.config.window)
+        end = history(matched, archived, len(prompt), state.config.window)
     except Incomplete:
         originals.missed[state] = "unpack_incomplete"
         return False
@@ -72,7 +74,7 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     originals.missed.pop(state, None)
     room = originals.unpacked_slots + end - start <= state.config.unpack * rt.limits.capacity
     if not room or rt.requests.too_long(req):
-        if not stream.propose(rt, req, state, last):
+        if not stream.propose(rt, req, state, last, known):
             originals.missed[state] = "unpack_no_room"
         return False
     # The first message goes into SGLang's own tree, where others read it: it is brought back only as they compute it.
@@ -80,7 +82,7 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     if start < anchor_len and not (last is not None and originals.pure(last, anchor_len)):
         originals.missed[state] = "unpack_incomplete"
         return False
-    originals.unpacking[state] = Unpacking(stream.view_of(req), start, end, last)
+    originals.unpacking[state] = Unpacking(stream.view_of(req), start, end, known, last)
     anchor = node.anchor if isinstance(node, Span) else node
     req.last_node = req.best_match_node = anchor if anchor is not None else rt.tree.root_node_handle(req.extra_key)
     req.prefix_len = req.kv.cache_protected_len = start
@@ -94,7 +96,7 @@ def withdraw(rt: Runtime, req: Any, state: RequestState) -> bool:
     assert rt.originals is not None
     unpacking: Unpacking = rt.originals.unpacking.pop(state)
     stream.give_view(req, unpacking.view)
-    if unpacking.error or not stream.propose(rt, req, state, unpacking.last):
+    if unpacking.error or not stream.propose(rt, req, state, unpacking.last, unpacking.known):
         rt.originals.missed[state] = "unpack_no_room"
     return unpacking.failed
 
@@ -108,12 +110,16 @@ def later(rt: Runtime, req: Any, state: RequestState, extend: int, new_tokens: i
     """capacity.later_slots, of a request that may be read over its originals: those that have slots give them back when
     they are compressed. Those that are streamed have none to give, and their compression takes fresh ones beside its
     match: only then may it be more than `new_tokens`."""
-    row, missing = row_of(req), 0
+    row, missing, new = row_of(req), 0, 0
     if (unpacking := pending(rt, state)) is not None:
         row, extend = replace(row, prefix=unpacking.start), extend + unpacking.end - unpacking.start
+        new = row.total - unpacking.known
     elif (streamed := stream.pending(rt, state)) is not None:
         missing = streamed.tokens - streamed.start
         row, extend = replace(row, prefix=streamed.start), extend + missing
+        new = row.total - streamed.known
+    if new <= state.config.min_tokens:
+        missing += max(0, new)  # they stay whole (spans.fresh_tokens)
     slots = missing + later_slots(rt.limits, state, row, extend, new_tokens, taken)
     return slots if state.streamed else min(new_tokens, slots)
 

@@ -16,7 +16,8 @@ class Chain:
 
     anchor, slots, tokens: of the anchor, and of all of it. tail: where its raw end begins (slots, tokens, how many of
     these the last compression carried). unpacked: how many of the tokens are read as originals. streamed: these have no
-    slots, and the row is that of the compressed spans until history and turn are compressed.
+    slots, and the row is that of the compressed spans until history and turn are compressed. known: with originals, how
+    many tokens earlier turns had: those behind them are new.
     """
 
     anchor: int
@@ -25,11 +26,12 @@ class Chain:
     tail: tuple[int, int, int]
     unpacked: int = 0
     streamed: bool = False
+    known: int = 0
 
     @staticmethod
-    def of_originals(anchor: int, tokens: int, unpacked: int) -> Chain:
+    def of_originals(anchor: int, tokens: int, unpacked: int, known: int) -> Chain:
         """A history of `tokens` tokens with a slot each: all behind the anchor is compressed again, with the turn."""
-        return Chain(anchor, tokens, tokens, (anchor, anchor, 0), unpacked)
+        return Chain(anchor, tokens, tokens, (anchor, anchor, 0), unpacked, known=known)
 
 
 def begin(limits: Limits, state: RequestState, row: Row, chain: Chain | None) -> None:
@@ -50,7 +52,7 @@ def begin(limits: Limits, state: RequestState, row: Row, chain: Chain | None) ->
     if streamed:
         tail = (anchor, anchor, 0)  # all behind the anchor is compressed again, with the turn
     state.begin_row(anchor_len=anchor, prefix_tokens=tokens, prefix_slots=slots, tail=tail)
-    state.streamed = streamed
+    state.streamed, state.known_tokens = streamed, chain.known if chain is not None else 0
     start = state.counted_tokens
     for end, is_prompt in state.borders(start, row.total):
         if end <= row.prefix and end < state.reply_start:

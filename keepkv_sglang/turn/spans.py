@@ -94,6 +94,8 @@ def planned_span(state: RequestState, planned: Planned, committed: int) -> DueSp
     tokens = planned.end - start_tokens
     m = state.slots_for(start_tokens, planned.end)
     new = tokens if state.config.counts_slots else planned.end - state.counted_tokens
+    if fresh := fresh_tokens(state, planned.end):
+        m = state.slots_for(start_tokens, state.known_tokens) + fresh
     short = planned.is_prompt and new < state.config.min_tokens
     queries = planned.queries
     if short and state.carried:
@@ -102,6 +104,13 @@ def planned_span(state: RequestState, planned: Planned, committed: int) -> DueSp
         return Raw.CLOSED
     followed = planned.is_prompt and planned.end < min(state.reply_start, committed + state.offset)
     return _due(state, start_slots, slots, start_tokens, planned.end, m, queries, followed, planned.is_prompt)
+
+
+def fresh_tokens(state: RequestState, end: int) -> int:
+    """Of a history that is read as originals: tokens of the turn up to `end`, where these are fewer than min_tokens.
+    They stay whole, as they would without originals; else 0."""
+    new = end - state.known_tokens
+    return new if state.known_tokens and 0 < new < state.config.min_tokens and not state.config.counts_slots else 0
 
 
 def reply_span(state: RequestState, committed: int) -> DueSpan | Raw:
@@ -139,7 +148,7 @@ def _due(
         followed=followed,
         whole=state.protected_in(sources, first, end),
         shares=() if config.counts_slots else state.protection.shares_in(first, end, config.budget),
-        carried=state.counted_tokens - first if first == state.tail_tokens else 0,
+        carried=max(state.counted_tokens - first if first == state.tail_tokens else 0, fresh_tokens(state, end)),
     )
     # A budget in slots merges everything again anyway.
     left = 0 if config.counts_slots else left_raw(policy, sources)
@@ -150,7 +159,7 @@ def commit(state: RequestState, span: DueSpan) -> None:
     """The span was compressed: the raw tail begins with what it left raw."""
     if state.config.counts_slots:
         state.own = []  # everything past the anchor was merged again, together
-    state.streamed = False
+    state.streamed, state.known_tokens = False, 0
     state.move_tail(span.start + span.closed_slots, span.closed_end, span.left)
     state.merged_tokens = span.closed_end
 

@@ -112,8 +112,9 @@ class ConversationRow:
         if self.archive is not None:
             tokens = self.archive.history(self.row, prompt_tokens, self.config.window)
             if tokens:
+                known = self.row.tokens
                 self.archive.unpack(self.row, tokens)
-                return plan.Chain.of_originals(anchor, tokens, tokens - self.archive.begin)
+                return plan.Chain.of_originals(anchor, tokens, tokens - self.archive.begin, known)
         return plan.Chain(anchor, self.row.slots, self.row.tokens, self._tail or (anchor, anchor, 0))
 
     def _begin(self, matched: int, end: int) -> RequestState:
