@@ -52,7 +52,8 @@ def propose(rt: Runtime, req: Any, state: RequestState, last: Span | None, known
     if originals.staging is None or last is None or not isinstance(node, Span):
         return False
     prompt = len(req.full_untruncated_fill_ids)
-    entry = _with_queries(node, prompt - 1, state.config.window, state.config.window + state.config.interval)
+    queries = rt.limits.queries_of(state.config)
+    entry = _with_queries(node, prompt - 1, queries, queries + state.config.interval)
     start, tokens = entry.anchor_len, entry.path_tokens
     if anchor_of(rt.limits, state, row_of(req), start) != start:
         return False

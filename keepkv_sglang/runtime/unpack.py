@@ -64,13 +64,13 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
     matched, archived = _matched(rt, node, req.prefix_len), last.path_tokens if last is not None else 0
     known = max(archived, matched.tokens)
     try:
-        end = history(matched, archived, len(prompt), state.config.window)
+        end = history(matched, archived, len(prompt), rt.limits.queries_of(state.config))
     except Incomplete:
         originals.missed[state] = "unpack_incomplete"
         return False
-    start = matched.uncompressed
-    if end <= start:
+    if end is None:
         return False
+    start = matched.uncompressed
     originals.missed.pop(state, None)
     room = originals.unpacked_slots + end - start <= state.config.unpack * rt.limits.capacity
     if not room or rt.requests.too_long(req):
@@ -79,7 +79,7 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
         return False
     # The first message goes into SGLang's own tree, where others read it: it is brought back only as they compute it.
     anchor_len = anchor_of(rt.limits, state, row_of(req), start)
-    if start < anchor_len and not (last is not None and originals.pure(last, anchor_len)):
+    if start < min(anchor_len, end) and not (last is not None and originals.pure(last, anchor_len)):
         originals.missed[state] = "unpack_incomplete"
         return False
     originals.unpacking[state] = Unpacking(stream.view_of(req), start, end, known, last)
@@ -219,7 +219,7 @@ def settle(rt: Runtime, state: RequestState) -> None:
             setattr(rt.counters, counter, getattr(rt.counters, counter) + 1)
         return
     rt.originals.rows[state] = unpacking.end - unpacking.start
-    rt.counters.unpacked += 1
+    rt.counters.unpacked += unpacking.end > unpacking.start
     rt.counters.unpacked_tokens += unpacking.end - unpacking.start
 
 

@@ -24,7 +24,7 @@ def span_policy(
     return SpanPolicy(
         m=m,
         merge=config.merge,
-        recent=0 if followed else config.recent,
+        recent=0 if followed else max(config.recent, carried),
         sinks=sinks,
         threshold=config.threshold,
         scorer=config.scorer,

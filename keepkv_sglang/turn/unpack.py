@@ -23,18 +23,19 @@ class Incomplete(Exception):
     """The match is compressed, and the originals of some of its tokens are gone."""
 
 
-def history(matched: Matched, archived: int, prompt_tokens: int, window: int) -> int:
-    """Tokens [0, history) of a prompt that are read as originals instead of the match; 0: the match stays as it is.
+def history(matched: Matched, archived: int, prompt_tokens: int, queries: int) -> int | None:
+    """Tokens [0, history) of a prompt that are read as originals instead of the match; None: the match stays as it is.
 
-    archived: tokens [0, archived) of the prompt have originals. window: so many tokens before the last one are computed
-    in any case, since a compression is scored with their queries. A prompt with nothing new but its last token, such as
-    a parallel sample, keeps the match. Raises Incomplete where originals would have been wanted.
+    archived: tokens [0, archived) of the prompt have originals. queries: so many tokens before the last one are
+    computed in any case, since a compression is scored with their queries; of a short history that may be all behind
+    the uncompressed part. A prompt with nothing new but its last token, such as a parallel sample, keeps the match. Raises
+    Incomplete where originals would have been wanted.
     """
     if matched.tokens >= prompt_tokens - 1:
-        return 0
+        return None
     if archived <= matched.tokens and not matched.compressed:
-        return 0
+        return None
     if archived < matched.whole_from:
         raise Incomplete
-    end = min(max(archived, matched.tokens), prompt_tokens - 1 - window)
-    return end if matched.compressed or end > matched.tokens else 0
+    end = max(min(max(archived, matched.tokens), prompt_tokens - 1 - queries), matched.uncompressed)
+    return end if matched.compressed or end > matched.tokens else None

@@ -358,17 +358,17 @@ class Protecting(CacheMachine):
 class Originals(CacheMachine):
     """Later turns are read over originals; some are gone, since the host has fewer tokens than the pool."""
 
-    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 0.7, "unpack": 0.8, "unpack_overflow": "view"}
+    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 0.7, "unpack": 0.8, "unpack_overflow": "view", "references": 2}
 
 
 class Streams(CacheMachine):
     """Slots for one history; the others are streamed."""
 
-    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 20, "unpack": 0.1, "protect": "system,90-120"}
+    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 20, "unpack": 0.1, "protect": "system,90-120", "references": 4}
 
 
 class ManyOriginals(CacheMachine):
-    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 20, "unpack": 1, "protect": "system,90-120"}
+    CONFIG: ClassVar[dict[str, Any]] = {"host_ratio": 20, "unpack": 1, "protect": "system,90-120", "references": 4}
 
 
 class Starved(CacheMachine):

@@ -13,7 +13,7 @@ from tests.support.served import OFF, SYSTEM, serving, text
 
 FIRST = [*SYSTEM, *text(1000, 160)]
 NEW = text(3000, 40)
-HOST = {"host_ratio": 4.0, "unpack": 1.0}
+HOST = {"host_ratio": 4.0, "unpack": 1.0, "references": 0}
 
 
 def counts():
@@ -61,6 +61,28 @@ def test_a_window_is_computed_in_any_case():
         prompt = [*FIRST, *text(9000, 4), 5]
         assert server.run(prompt) == len(prompt) - 1 - 4
         assert counts().unpacked == 1 and counts().compressions == 2
+
+
+def test_a_history_shorter_than_the_queries_is_computed_again():
+    """Behind the system prompt, which nothing was merged into."""
+    with serving(**HOST | {"references": 300}) as server:
+        server.run(FIRST)
+        assert server.run(second()) == len(SYSTEM)
+        assert (counts().unpacked, counts().compressions) == (0, 2)
+        assert counts().archived_tokens == len(second()) - 1
+
+
+def test_a_short_turn_stays_whole():
+    """Below min_tokens nothing is compressed, here only the history before it."""
+    with serving(**HOST | {"min_tokens": 50}) as server:
+        server.run(FIRST)
+        req = server.admit(second())
+        assert server.world.prefill(req)
+        server.world.prefilled(req)
+        kept = server.rt.config.kept_slots(0, len(FIRST) + 3 - len(SYSTEM))
+        assert req.kv.kv_committed_len == len(SYSTEM) + kept + len(NEW) + 1
+        assert server.rt.requests.state_of(req).carried == len(NEW)
+        server.world.finish(req, array("q", text(9000, 4)))
 
 
 @pytest.mark.parametrize("kind", [{"unpack": False}, {"unpack": 0}])
@@ -113,7 +135,7 @@ def test_originals_of_another_tenant_or_text_are_not_found():
 
 
 def test_a_full_archive_gives_up_the_oldest_and_says_what_is_missing():
-    with serving(host_ratio=0.5, unpack=1.0) as server:  # 5 blocks
+    with serving(host_ratio=0.5, unpack=1.0, references=0) as server:  # 5 blocks
         server.run(FIRST)  # 4 of them
         server.run([*SYSTEM, *text(2000, 160)])
         assert counts().archive_full_tokens == 0
@@ -123,7 +145,7 @@ def test_a_full_archive_gives_up_the_oldest_and_says_what_is_missing():
 
 
 def test_an_archive_of_one_block_changes_nothing():
-    with serving(host_ratio=0.1, unpack=1.0) as server:
+    with serving(host_ratio=0.1, unpack=1.0, references=0) as server:
         server.run(FIRST)
         assert (counts().archived_tokens, counts().archive_full_tokens) == (64, len(FIRST) - 65)
         assert server.run(second()) == len(FIRST) + 3
@@ -218,7 +240,7 @@ def test_an_error_while_unpacking_leaves_the_compressed_match(monkeypatch, caplo
 
 
 def test_no_block_is_free_where_all_are_held(caplog):
-    with serving(host_ratio=0.3, unpack=1.0) as server:  # 3 blocks, which the first one holds
+    with serving(host_ratio=0.3, unpack=1.0, references=0) as server:  # 3 blocks, which the first one holds
         first = server.admit(FIRST)
         assert server.world.prefill(first)
         server.world.prefilled(first)

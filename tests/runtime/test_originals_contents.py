@@ -57,7 +57,7 @@ def first_turn(server, codec):
 
 @pytest.mark.parametrize("codec", ["native", "int8", "int4"])
 def test_what_was_computed_comes_back(codec):
-    with serving(unpack=1.0, host_ratio=1.0) as server:
+    with serving(unpack=1.0, host_ratio=1.0, references=0) as server:
         pools, computed = first_turn(server, codec)
         req = server.admit(SECOND, kind=KIND)
         assert server.world.prefill(req)

@@ -17,7 +17,7 @@ from tests.support.served import OFF, SYSTEM, serving, text
 FIRST = [*SYSTEM, *text(1000, 160)]
 NEW = text(3000, 40)
 PROMPT = [*FIRST, *text(9000, 4), *NEW]
-HOST = {"host_ratio": 4.0, "unpack": 0.01}  # no history has room
+HOST = {"host_ratio": 4.0, "unpack": 0.01, "references": 0}  # no history has room
 
 
 def counts():
@@ -68,7 +68,7 @@ def test_a_request_may_be_read_compressed():
 
 def test_a_history_that_the_pool_could_not_hold():
     """Longer than all slots, it is streamed still, and nothing is compressed between chunks."""
-    with serving(slots=500, host_ratio=6.0, unpack=1.0) as server:
+    with serving(slots=500, host_ratio=6.0, unpack=1.0, references=0) as server:
         prompt = list(FIRST)
         server.run(prompt)
         for turn in range(5):
@@ -130,7 +130,7 @@ def test_without_room_for_the_result_the_history_stays_as_it_is(monkeypatch):
 @pytest.mark.parametrize("codec", ["native", "int8", "int4"])
 def test_what_was_computed_is_read(codec):
     """A layer's K and V of the whole prompt: the history's as they were computed, protected tokens bit for bit."""
-    with serving(unpack=0.01, host_ratio=1.0) as server:
+    with serving(unpack=0.01, host_ratio=1.0, references=0) as server:
         pools, computed = first_turn(server, codec)
         req = server.admit(SECOND, kind=KIND)
         assert server.world.prefill(req)

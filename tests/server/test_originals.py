@@ -15,6 +15,7 @@ BUDGET = ("--enable-keepkv", "--keepkv-budget", "0.2")
 BOUND = 1e-4  # both compute in float32 and sum attention in a different order
 TURNS = 5
 TOP = 20
+QUERIES = 32 + 256  # window and references: so much is computed in any case
 
 
 def conversation(server: ServerProcess, text: list[int], replies: list[int], **keepkv: Any) -> list[Answer]:
@@ -96,7 +97,7 @@ def test_an_evicted_conversation_comes_back(server, text_tokens):
     for seed in range(3):  # fills the pool
         generate(server, tokens(3300, seed), 1, {"enabled": False})
     answer = generate(server, first + more, 1, top_logprobs_num=TOP)
-    assert answer.keepkv["unpacked_tokens"] > 0 and answer.cached >= 700
+    assert answer.keepkv["unpacked_tokens"] > 0 and answer.cached >= 600
     assert apart(answer, expected) <= BOUND
     numbers(server)
 
@@ -107,7 +108,7 @@ def test_half_a_turn_that_is_shared_comes_from_the_archive(server, text_tokens):
     generate(server, text_tokens[:700], 1)
     parted = text_tokens[:400] + tokens(200, 11)
     answer = generate(server, parted, 1, top_logprobs_num=TOP)
-    assert answer.cached == answer.keepkv["unpacked_tokens"] == 384
+    assert answer.cached == answer.keepkv["unpacked_tokens"] == 600 - 1 - QUERIES  # 384 of them are archived
     flush(server)
     assert apart(answer, generate(server, parted, 1, top_logprobs_num=TOP)) <= BOUND
     assert generate(server, parted, 1, extra_key="other").cached == 0  # H7

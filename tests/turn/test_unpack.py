@@ -17,20 +17,21 @@ NOTHING = Matched(uncompressed=0, tokens=0, whole_from=0, compressed=False)
     ("matched", "archived", "prompt", "expected"),
     [
         (COMPRESSED, 600, 900, 640),  # what lies raw on the device needs no archive
-        (COMPRESSED, 600, 641, 0),  # nothing new but the last token: a parallel sample
+        (COMPRESSED, 600, 641, None),  # nothing new but the last token: a parallel sample
         (COMPRESSED, 600, 650, 617),  # the window's queries are computed, so 23 known tokens are computed again
+        (Matched(100, 120, 110, compressed=True), 110, 126, 100),  # all behind the anchor is computed again
         (COMPRESSED, 800, 900, 800),  # the archive reaches further: a longer conversation's spans are gone
         (COMPRESSED, 880, 900, 867),
-        (RAW, 640, 900, 0),  # nothing is compressed, nothing to bring back
+        (RAW, 640, 900, None),  # nothing is compressed, nothing to bring back
         (RAW, 704, 900, 704),
-        (RAW, 704, 672, 0),  # all but the window is there
-        (NOTHING, 0, 900, 0),
+        (RAW, 704, 672, None),  # all but the window is there
+        (NOTHING, 0, 900, None),
         (NOTHING, 512, 900, 512),  # an evicted conversation
-        (NOTHING, 20, 30, 0),  # shorter than the window
+        (NOTHING, 20, 30, None),  # shorter than the window
     ],
 )
 def test_tokens_that_are_read_as_originals(matched, archived, prompt, expected):
-    assert max(0, history(matched, archived, prompt, WINDOW)) == expected
+    assert history(matched, archived, prompt, WINDOW) == expected
 
 
 def test_a_gap_in_the_archive_is_told():

@@ -110,8 +110,8 @@ class ConversationRow:
     def _match(self, anchor: int, prompt_tokens: int) -> plan.Chain:
         """What the row of the next prompt begins with: what it holds, or its history, unpacked."""
         if self.archive is not None:
-            tokens = self.archive.history(self.row, prompt_tokens, self.config.window)
-            if tokens:
+            tokens = self.archive.history(self.row, prompt_tokens, self.limits.queries_of(self.config))
+            if tokens is not None:
                 known = self.row.tokens
                 self.archive.unpack(self.row, tokens)
                 return plan.Chain.of_originals(anchor, tokens, tokens - self.archive.begin, known)

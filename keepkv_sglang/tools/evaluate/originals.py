@@ -52,12 +52,11 @@ class Archive:
         ]
         self.end = due.end
 
-    def history(self, row: Row, prompt_tokens: int, window: int) -> int:
-        """Tokens of the row that a prompt of `prompt_tokens` reads as originals (turn/unpack.py); 0, or no more than
-        are whole anyway: it reads the row as it is."""
+    def history(self, row: Row, prompt_tokens: int, queries: int) -> int | None:
+        """Tokens of the row that a prompt of `prompt_tokens` reads as originals (turn/unpack.py); None: it reads the
+        row as it is."""
         compressed = self.begin < self.end
-        tokens = history(Matched(self.begin, row.tokens, self.end, compressed), self.end, prompt_tokens, window)
-        return tokens if tokens > self.begin else 0
+        return history(Matched(self.begin, row.tokens, self.end, compressed), self.end, prompt_tokens, queries)
 
     def unpack(self, row: Row, tokens: int) -> None:
         """The row becomes the original K/V of its first `tokens` tokens: a slot per token, log votes 0."""

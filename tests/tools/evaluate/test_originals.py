@@ -14,7 +14,7 @@ from keepkv_sglang.tools.evaluate.originals import through
 from keepkv_sglang.tools.evaluate.probe import Probe
 from keepkv_sglang.turn.anchor import MessageBorder
 
-CONFIG = KeepKVConfig(enabled=True, budget=0.2)
+CONFIG = KeepKVConfig(enabled=True, budget=0.2, references=16)  # with the window, fewer than a long turn has tokens
 BORDER = MessageBorder(2, 0)  # the demo model's <|im_end|>
 ANCHOR = 20
 PROMPTS = (120, 90, 30, 80)  # tokens; the first has the anchor; the third alone would be too short to be compressed
