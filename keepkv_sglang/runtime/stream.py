@@ -31,7 +31,7 @@ class Stream:
 
     view: the match that it replaces (view_of). start: tokens [0, start) are the anchor. tokens: the row continues
     these. archived: tokens [start, archived) are read from the blocks that end with `last`; those from there on have a
-    slot each in the row. known: tokens of the turns before. protected: (tokens, slots) int64, what of the archived part
+    slot each in the row. known: where the last compression ended. protected: (tokens, slots) int64, what of the archived part
     is read from a slot instead.
     """
 
@@ -46,7 +46,7 @@ class Stream:
 
 def propose(rt: Runtime, req: Any, state: RequestState, last: Span | None, known: int) -> bool:
     """At admission, when slots for the history's originals cannot be had: whether it is to be streamed. last: the block
-    that ends the archived part. known: tokens of the turns before. Decided by counts alone."""
+    that ends the archived part. known: where the last compression ended. Decided by counts alone."""
     originals, node = rt.originals, req.last_node
     assert originals is not None
     if originals.staging is None or last is None or not isinstance(node, Span):
@@ -102,7 +102,7 @@ def pending(rt: Runtime, state: RequestState) -> Stream | None:
 
 
 def begin(rt: Runtime, state: RequestState) -> tuple[int, int]:
-    """Its row begins: (tokens that are streamed, tokens of the turns before); 0: none."""
+    """Its row begins: (tokens that are streamed, where the last compression ended); 0: none."""
     stream = pending(rt, state)
     if stream is None:
         return 0, 0

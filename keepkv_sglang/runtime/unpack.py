@@ -32,7 +32,7 @@ class Unpacking:
     """A request between admission and the row that takes its slots over.
 
     view: the match that it replaces (stream.view_of). start, end: tokens [start, end) get slots of their own. known:
-    tokens of the turns before. last: block of the index that ends the archived part. slots: int64, once they are
+    where the last compression ended. last: block of the index that ends the archived part. slots: int64, once they are
     filled. failed: the pool had no room after all. error: or something of ours went wrong.
     """
 
@@ -62,7 +62,7 @@ def propose(rt: Runtime, req: Any, state: RequestState, taken: int = 0) -> bool:
         return False
     last = originals.covers(state.namespace, state.protection.keyed(prompt), most_cached(req))
     matched, archived = _matched(rt, node, req.prefix_len), last.path_tokens if last is not None else 0
-    known = max(archived, matched.tokens)
+    known = matched.whole_from if matched.compressed else archived
     try:
         end = history(matched, archived, len(prompt), rt.limits.queries_of(state.config))
     except Incomplete:

@@ -16,8 +16,8 @@ class Chain:
 
     anchor, slots, tokens: of the anchor, and of all of it. tail: where its raw end begins (slots, tokens, how many of
     these the last compression carried). unpacked: how many of the tokens are read as originals. streamed: these have no
-    slots, and the row is that of the compressed spans until history and turn are compressed. known: with originals, how
-    many tokens earlier turns had: those behind them are new.
+    slots, and the row is that of the compressed spans until history and turn are compressed. known: with originals,
+    where the last compression ended: what is behind is new.
     """
 
     anchor: int

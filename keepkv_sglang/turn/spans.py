@@ -107,8 +107,8 @@ def planned_span(state: RequestState, planned: Planned, committed: int) -> DueSp
 
 
 def fresh_tokens(state: RequestState, end: int) -> int:
-    """Of a history that is read as originals: tokens of the turn up to `end`, where these are fewer than min_tokens.
-    They stay whole, as they would without originals; else 0."""
+    """Of a history that is read as originals: tokens between its last compression and `end`, where these are fewer than
+    min_tokens. They stay whole, as they would without originals; else 0."""
     new = end - state.known_tokens
     return new if state.known_tokens and 0 < new < state.config.min_tokens and not state.config.counts_slots else 0
 

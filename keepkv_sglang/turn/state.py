@@ -70,7 +70,7 @@ class RequestState:
     reply_queries: QueryRows | None = None
     reply_skipped: int = 0  # logical position at which a reply's window was due that found no room, counted once
     streamed: bool = False  # the originals of its history are read from host memory: it has no slots of them
-    known_tokens: int = 0  # where its history is read as originals, logical position behind the turns before
+    known_tokens: int = 0  # where its history is read as originals, logical position behind its last compression
     view_tail: tuple[int, int, int] = (0, 0, 0)  # where streamed, the raw tail of what the prefix cache has of it
     broken: bool = False  # an error of ours: nothing of it is compressed or published any more
     # for the answer (observe/answer.py)

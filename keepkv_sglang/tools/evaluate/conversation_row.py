@@ -112,9 +112,8 @@ class ConversationRow:
         if self.archive is not None:
             tokens = self.archive.history(self.row, prompt_tokens, self.limits.queries_of(self.config))
             if tokens is not None:
-                known = self.row.tokens
                 self.archive.unpack(self.row, tokens)
-                return plan.Chain.of_originals(anchor, tokens, tokens - self.archive.begin, known)
+                return plan.Chain.of_originals(anchor, tokens, tokens - self.archive.begin, self.archive.end)
         return plan.Chain(anchor, self.row.slots, self.row.tokens, self._tail or (anchor, anchor, 0))
 
     def _begin(self, matched: int, end: int) -> RequestState:
