@@ -41,7 +41,7 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
     kv = req.kv
     length = kv.kv_committed_len
     assert kv.kv_allocated_len == length, (kv.kv_allocated_len, length)
-    assert 0 < span.m < span.slots and span.queries.filled > 0
+    assert 0 < span.m < span.sources and span.m <= span.slots and span.queries.filled > 0
     began = time.perf_counter()
     row = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, :length].to(torch.int64)
     stop = span.start + span.slots

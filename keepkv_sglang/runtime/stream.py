@@ -31,8 +31,8 @@ class Stream:
 
     view: the match that it replaces (view_of). start: tokens [0, start) are the anchor. tokens: the row continues
     these. archived: tokens [start, archived) are read from the blocks that end with `last`; those from there on have a
-    slot each in the row. known: where the last compression ended. protected: (tokens, slots) int64, what of the archived part
-    is read from a slot instead.
+    slot each in the row. known: where the last compression ended. protected: (tokens, slots) int64, what of the
+    archived part is read from a slot instead.
     """
 
     view: View

@@ -100,7 +100,9 @@ def planned_span(state: RequestState, planned: Planned, committed: int) -> DueSp
     queries = planned.queries
     if short and state.carried:
         return Raw.OPEN
-    if short or m >= slots or queries is None or queries.filled <= 0:
+    # A streamed history's result may take as many slots as its match had; more were not promised.
+    full = m > slots or m >= tokens if state.streamed else m >= slots
+    if short or full or queries is None or queries.filled <= 0:
         return Raw.CLOSED
     followed = planned.is_prompt and planned.end < min(state.reply_start, committed + state.offset)
     return _due(state, start_slots, slots, start_tokens, planned.end, m, queries, followed, planned.is_prompt)

@@ -28,8 +28,8 @@ def history(matched: Matched, archived: int, prompt_tokens: int, queries: int) -
 
     archived: tokens [0, archived) of the prompt have originals. queries: so many tokens before the last one are
     computed in any case, since a compression is scored with their queries; of a short history that may be all behind
-    the uncompressed part. A prompt with nothing new but its last token, such as a parallel sample, keeps the match. Raises
-    Incomplete where originals would have been wanted.
+    the uncompressed part. A prompt with nothing new but its last token, such as a parallel sample, keeps the match.
+    Raises Incomplete where originals would have been wanted.
     """
     if matched.tokens >= prompt_tokens - 1:
         return None

@@ -79,9 +79,9 @@ def test_a_short_turn_stays_whole():
         req = server.admit(second())
         assert server.world.prefill(req)
         server.world.prefilled(req)
-        kept = server.rt.config.kept_slots(0, len(FIRST) + 3 - len(SYSTEM))
-        assert req.kv.kv_committed_len == len(SYSTEM) + kept + len(NEW) + 1
-        assert server.rt.requests.state_of(req).carried == len(NEW)
+        kept, new = server.rt.config.kept_slots(0, len(FIRST) - 1 - len(SYSTEM)), 4 + len(NEW)  # the reply too
+        assert req.kv.kv_committed_len == len(SYSTEM) + kept + new + 1
+        assert server.rt.requests.state_of(req).carried == new
         server.world.finish(req, array("q", text(9000, 4)))
 
 
