@@ -79,9 +79,7 @@ def give_up(rt: Runtime, req: Any, state: RequestState) -> None:
         return
     stream: Stream | None = rt.originals.streams.pop(state, None)
     if stream is not None and not state.admitted:
-        req.prefix_len, req.last_node, req.host_hit_length, req.best_match_node, req.kv.cache_protected_len = (
-            stream.view
-        )
+        give_view(req, stream.view)
         rt.originals.release(state)
         state.streamed = False
 

@@ -41,7 +41,9 @@ class Stand:
         case.votes = self.votes.log_votes[1]
         self.arena = QueryArena(LAYERS, 8, HEADS[0], dim, case.q.dtype, DEVICE)
         self.arena.queries.fill_(float("nan"))
-        self.runtime = SimpleNamespace(votes=self.votes, arena=self.arena, scales={}, first_layer=FIRST, capture=None)
+        self.runtime = SimpleNamespace(
+            votes=self.votes, arena=self.arena, scales={}, first_layer=FIRST, capture=None, readings=[]
+        )
         layers = object.__new__(VoteLayers)
         layers.runtime, layers.capture, layers._checked = self.runtime, None, set()
         layers.graph_rows = layers._graph_rows = None

@@ -71,8 +71,9 @@ def test_one_backend_for_prefill_and_decode():
 def test_a_quantised_pool_is_refused():
     keys = torch.zeros(4, 1, 8, dtype=torch.float8_e4m3fn)  # --kv-cache-dtype auto with an FP8 checkpoint
     pool = SimpleNamespace(start_layer=0, layer_num=1, get_key_buffer=lambda layer: keys)
+    rt, host = process.Runtime(KeepKVConfig(enabled=True)), attach.HostMemory(lambda: 0, torch.empty)
     with pytest.raises(ConfigError, match="float8_e4m3fn; use --kv-cache-dtype bfloat16"):
-        attach.model_runner(process.Runtime(KeepKVConfig(enabled=True)), SimpleNamespace(token_to_kv_pool=pool), 0, 1)
+        attach.model_runner(rt, SimpleNamespace(token_to_kv_pool=pool), host, 0, 1)
 
 
 def test_our_attention_without_keepkv_runs_and_says_so(capsys):

@@ -189,6 +189,7 @@ class Server:
             scales={},
             first_layer=0,
             capture=None,
+            readings=[],
         )
         self.rt.arena.queries.zero_()
         for votes in self.rt.votes.log_votes:
