@@ -118,7 +118,7 @@ def _choose_backends(values: dict[str, Any]) -> None:
             f"--radix-cache-backend {values['radix_cache_backend']} cannot hold compressed prefixes; leave it out"
         )
     values["radix_cache_backend"] = RADIX_BACKEND
-    if values.get("keepkv_pressure", KeepKVConfig().pressure) != "off":
+    if device != "cpu" or values.get("keepkv_pressure", KeepKVConfig().pressure) != "off":
         values["warmups"] = ",".join(filter(None, [values.get("warmups"), WARMUP]))
 
 
