@@ -143,6 +143,9 @@ def _due(
     """followed: the next span of the same prompt is computed already: this one's recent tokens need no protection."""
     config = state.config
     sources = end - first if state.streamed else slots
+    carried = state.counted_tokens - first if first == state.tail_tokens else 0
+    if fresh := fresh_tokens(state, end):
+        carried = fresh - state.protection.count(state.known_tokens, end)  # protected ones have their slots already
     policy = span_policy(
         config,
         m,
@@ -150,7 +153,7 @@ def _due(
         followed=followed,
         whole=state.protected_in(sources, first, end),
         shares=() if config.counts_slots else state.protection.shares_in(first, end, config.budget),
-        carried=max(state.counted_tokens - first if first == state.tail_tokens else 0, fresh_tokens(state, end)),
+        carried=carried,
     )
     # A budget in slots merges everything again anyway.
     left = 0 if config.counts_slots else left_raw(policy, sources)
@@ -169,6 +172,7 @@ def commit(state: RequestState, span: DueSpan) -> None:
 def keep_raw(state: RequestState, slots: int, tokens: int, cached_slots: int) -> None:
     """The raw tail up to here, (row slots, logical tokens), is closed. What of it is not among the row's first
     `cached_slots`, which the prefix cache has, stays in front of what follows."""
+    state.known_tokens = 0
     private = slots - max(cached_slots, state.tail_slots)
     if private > 0:
         state.own.append((private, private))

@@ -9,6 +9,7 @@ import torch
 
 from keepkv_sglang.memory.originals import BlockLayout
 from keepkv_sglang.runtime.process import current
+from keepkv_sglang.turn.spans import planned_span
 from tests.support.served import OFF, SYSTEM, serving, text
 
 FIRST = [*SYSTEM, *text(1000, 160)]
@@ -82,6 +83,22 @@ def test_a_short_turn_stays_whole():
         kept, new = server.rt.config.kept_slots(0, len(FIRST) - 1 - len(SYSTEM)), 4 + len(NEW)  # the reply too
         assert req.kv.kv_committed_len == len(SYSTEM) + kept + new + 1
         assert server.rt.requests.state_of(req).carried == new
+        server.world.finish(req, array("q", text(9000, 4)))
+
+
+def test_a_short_turn_that_is_protected_takes_its_slots_once():
+    prompt = second()
+    first = len(prompt) - len(NEW)
+    with serving(**HOST | {"min_tokens": 50}, protect=f"{first}-{len(prompt) - 1}") as server:
+        server.run(FIRST)
+        req = server.admit(prompt)
+        assert server.world.prefill(req)
+        state = server.rt.requests.state_of(req)
+        span = planned_span(state, state.plan[0], req.kv.kv_committed_len)
+        kept = server.rt.config.kept_slots(0, len(FIRST) - 1 - len(SYSTEM))
+        assert span.m == kept + 4 + len(NEW) and span.policy.whole_tokens == len(NEW) - 1
+        assert span.policy.carried == 4 + len(NEW) - span.policy.whole_tokens <= span.policy.free
+        server.world.prefilled(req)
         server.world.finish(req, array("q", text(9000, 4)))
 
 
