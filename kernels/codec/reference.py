@@ -120,14 +120,19 @@ def decode(
 
 def symmetric_scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Scale of int8, float32 that float16 holds, for the largest magnitude (float32 >= 0) of a token's head."""
-    return _scale(largest / 127, lambda scale: (127 * scale).to(dtype).float() >= largest, largest)
+    return _scale(_divided(largest, 127), lambda scale: (127 * scale).to(dtype).float() >= largest, largest)
 
 
 def asymmetric(low: torch.Tensor, high: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(zero, scale) of int4, float32 that float16 holds, for values (float32) between low and high."""
     zero = _round_down(low)
     span = high - zero
-    return zero, _scale(span / 15, lambda scale: (zero + 15 * scale).to(dtype).float() >= high, span)
+    return zero, _scale(_divided(span, 15), lambda scale: (zero + 15 * scale).to(dtype).float() >= high, span)
+
+
+def _divided(x, steps):
+    """x / steps, rounded once. By a Python number torch multiplies on a GPU with the rounded reciprocal."""
+    return x / torch.full_like(x, steps)
 
 
 def _scale(quotient, reaches, span):
