@@ -33,6 +33,7 @@ XML = """<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1">
 <testcase classname="tests.kernels.test_a_triton" name="test_two"><failure message="assert 1 == 2&#10;more">x</failure></testcase>
 <testcase classname="tests.kernels.test_a_triton" name="test_three"><skipped message="no SGLang">x</skipped></testcase>
 </testsuite></testsuites>"""  # noqa: E501
+TRITON = ("attention", "merge", "score", "layer", "codec")
 ROW = {
     "kernel": "ours", "context": 2048, "batch": 1, "budget": 0.1, "slots": 205, "us_off": 10.0, "us_on": 11.0,
     "votes_cost": 0.1, "gb_per_s": 76.0, "graph": False, "in_l2": True, "differs_off": 0.0, "differs_on": 0.001,
@@ -313,8 +314,8 @@ def test_the_script_ends_with_1_when_a_step_failed_and_packs_its_logs(merge, scr
 @pytest.mark.parametrize(
     ("mode", "wanted"),
     [
-        ("A", {"triton_attention", "triton_merge", "triton_score", "triton_layer", "sglang_score_mod", "graphs"}),
-        ("B", {"bench", "turns"}),
+        ("A", {f"triton_{name}" for name in TRITON} | {"sglang_score_mod", "graphs"}),
+        ("B", {"codec", "bench", "turns"}),
         ("C", {"flashinfer_build", "flashinfer", "small", "sanitizer"}),
     ],
 )
