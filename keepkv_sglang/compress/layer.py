@@ -6,8 +6,8 @@ scores ──select──> kept [H, m], absorbs [H, m] ──match──> assign
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,7 @@ from keepkv_sglang.compress.registry import MERGE_RULES, SCORERS
 from keepkv_sglang.compress.rules import get_rule
 from keepkv_sglang.compress.rules.base import Clusters
 from keepkv_sglang.compress.scorers import get_scorer
-from keepkv_sglang.compress.select import SpanPolicy, check_ranges, match, own_cluster, select
+from keepkv_sglang.compress.select import SpanPolicy, always_kept, check_ranges, match, own_cluster, select
 from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
 from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.compress.window import Window, context_log_z, observe
@@ -59,6 +59,55 @@ class LayerResult:
     k: torch.Tensor
     v: torch.Tensor
     lv: torch.Tensor
+
+
+def score_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) -> torch.Tensor:
+    """[Hkv, n]: what p's scorer says of every token, as compress_layer asks it. Mutates nothing."""
+    _check(x, p)
+    scorer, outputs = get_scorer(p.scorer), _reads_outputs(p.merge)
+    views = head_views(x, scratch_bytes)
+    sums = ((view, query_sums(view.q, *view.stored, outputs, view.host)) for view in views)
+    return torch.cat([scorer(view.window(found), p.pool_kernel) for view, found in sums])
+
+
+def compress_heads(
+    x: LayerInput, p: SpanPolicy, counts: Sequence[int], scratch_bytes: int = 64 << 20
+) -> list[LayerResult]:
+    """As compress_layer, but kv head h keeps counts[h] slots: one result per head, of that head alone.
+
+    Each head keeps the same recent tokens, those that p.m slots would (select.left_raw), and of the others its own.
+    """
+    recent = always_kept(p)[1]
+    heads = [_head(x, h) for h in range(x.k.shape[1])]
+    n = x.k.shape[0]
+    return [
+        compress_layer(head, replace(p, m=count, recent=recent, carried=recent), scratch_bytes)
+        if count < n
+        else _whole(head, p)
+        for head, count in zip(heads, counts, strict=True)
+    ]
+
+
+def _whole(x: LayerInput, p: SpanPolicy) -> LayerResult:
+    """A head that keeps every token, in the order of select()."""
+    n = x.k.shape[0]
+    kept = select(x.k.new_zeros(1, n), replace(p, m=n))[0]
+    order = kept[0]
+    return LayerResult(kept, own_cluster(kept, n), x.k[order], x.v[order], x.lv[order])
+
+
+def _head(x: LayerInput, h: int) -> LayerInput:
+    group, one = x.q.shape[1] // x.k.shape[1], slice(h, h + 1)
+    return LayerInput(
+        q=x.q[:, h * group : (h + 1) * group],
+        q_index=x.q_index,
+        k_ctx=x.k_ctx[:, one],
+        lv_ctx=x.lv_ctx[:, one],
+        k=x.k[:, one],
+        v=x.v[:, one],
+        lv=x.lv[:, one],
+        scale=x.scale,
+    )
 
 
 def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) -> LayerResult:

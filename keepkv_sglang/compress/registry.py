@@ -1,4 +1,4 @@
-"""Scorers and merge rules by name: built in, from an installed package's entry point, or by dotted path.
+"""Scorers, merge rules and sharings of heads by name: built in, of an installed package, or by dotted path.
 
     snapkv                   a name of SCORERS.names: function `snapkv` of keepkv_sglang/compress/scorers/snapkv.py
     mine                     entry point `mine = "package.module:function"` of the group keepkv_sglang.scorers
@@ -80,6 +80,17 @@ MERGE_RULES = Registry(
     "keepkv_sglang.merge_rules",
     "keepkv_sglang.compress.rules.trial:try_rule",
 )
+HEADS = Registry(
+    "sharing of heads",
+    ("uniform", "layer", "all"),
+    frozenset({"uniform", "layer", "all"}),
+    "keepkv_sglang.compress.heads",
+    "keepkv_sglang.heads",
+    "keepkv_sglang.compress.heads.trial:try_sharing",
+)
+INCOMPARABLE_SCORERS = frozenset({"keydiff", "knorm", "value_norm", "streaming_llm"})
+"""Their scores say nothing about how much a head needs: its heads keep the same number of tokens. The others' are parts
+of the attention that the head gives away. A scorer of somebody else's may have an attribute `comparable = False`."""
 OFFLINE_SCORERS = frozenset({"h2o", "expected_attention_full"})
 """They need the attention of every query; a server keeps the last ones only."""
 

@@ -68,7 +68,7 @@ def select(scores: torch.Tensor, p: SpanPolicy) -> tuple[torch.Tensor, torch.Ten
     """
     if not p.whole:
         return _select(scores, chunk_scores(scores, p.chunk) if p.chunk > 1 else scores, p, p.shares)
-    whole, free = _indices(p.whole, scores.shape[1], scores.device)
+    whole, free = whole_and_free(p.whole, scores.shape[1], scores.device)
     order = scores
     if p.chunk > 1:  # the mean of a chunk is that of the tokens that compete
         order = chunk_scores(scores.index_fill(1, whole, -torch.inf), p.chunk)
@@ -83,7 +83,7 @@ def _select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens that are not whole: scores [H, n], order [H, n] (what they are taken by) -> [H, p.free], likewise."""
     n = scores.shape[1]
-    sinks, recent = _always_kept(p)
+    sinks, recent = always_kept(p)
     # NaN, from a NaN among the keys, would sort before what is forced, and inf with it.
     most = torch.finfo(scores.dtype).max
     scores, forced = (x.nan_to_num(nan=-torch.inf, posinf=most, neginf=-torch.inf) for x in (scores, order))
@@ -152,7 +152,7 @@ def left_raw(p: SpanPolicy, n: int) -> int:
     """
     if p.shares:
         return 0
-    return min(_always_kept(p)[1], n - (p.whole[-1][1] if p.whole else 0))
+    return min(always_kept(p)[1], n - (p.whole[-1][1] if p.whole else 0))
 
 
 def own_cluster(kept: torch.Tensor, n: int) -> torch.Tensor:
@@ -172,11 +172,12 @@ def check_ranges(p: SpanPolicy, n: int) -> None:
     for start, end, least in p.shares:
         if not 0 <= least <= end - start - (_before(p, end) - _before(p, start)):
             raise ValueError(f"{least} tokens of [{start}, {end}): no more than are there and not whole")
-    if p.shares and sum(share[2] for share in p.shares) + _always_kept(p)[0] > p.free:
+    if p.shares and sum(share[2] for share in p.shares) + always_kept(p)[0] > p.free:
         raise ValueError(f"the shares {p.shares} and {p.sinks} sinks do not fit {p.free} slots")
 
 
-def _always_kept(p: SpanPolicy) -> tuple[int, int]:
+def always_kept(p: SpanPolicy) -> tuple[int, int]:
+    """(sinks, recent tokens) that keep a slot in every head, of those that are not whole."""
     recent = min(p.recent, max(p.carried, p.free // 2))
     return min(p.sinks, p.free - recent), recent
 
@@ -190,8 +191,10 @@ def _before(p: SpanPolicy, index: int) -> int:
     return sum(max(0, min(end, index) - start) for start, end in p.whole)
 
 
-def _indices(ranges: tuple[tuple[int, int], ...], n: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indices inside the ranges, indices outside), ascending; made on the device, with no look at data."""
+def whole_and_free(
+    ranges: tuple[tuple[int, int], ...], n: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(span indices inside the ranges, those outside), ascending; made on the device, with no look at data."""
     borders = [0, *(border for pair in ranges for border in pair), n]
     parts = [torch.arange(a, b, device=device) for a, b in itertools.pairwise(borders)]
-    return torch.cat(parts[1::2]), torch.cat(parts[::2])
+    return torch.cat([parts[0][:0], *parts[1::2]]), torch.cat(parts[::2])

@@ -116,27 +116,24 @@ def test_half_a_turn_that_is_shared_comes_from_the_archive(server, text_tokens):
 
 
 @pytest.mark.soak
-def test_an_archive_that_is_too_small_changes_nothing(launch, server, stock, replies, text_tokens):
+def test_an_archive_that_is_too_small_changes_nothing(launch, replies, text_tokens):
     """H6: with 1 MB of host memory, two blocks, the answers are those of a server without originals."""
     small = launch(*BUDGET, *SIZE, "--keepkv-host-size", "0.001", "--keepkv-host-dtype", "int4")
-    without = launch(*BUDGET, *SIZE)
-    for one, other in zip(*(conversation(each, text_tokens, replies) for each in (small, without)), strict=True):
+    answers, state = conversation(small, text_tokens, replies), numbers(small)
+    assert state["originals"]["blocks"] == 2 and state["counters"]["archive_full_tokens"] > 0
+    without = conversation(launch(*BUDGET, *SIZE), text_tokens, replies)
+    for one, other in zip(answers, without, strict=True):
         assert one.ids == other.ids and apart(one, other) == 0
         assert one.keepkv["unpacked_tokens"] == 0
-    state = numbers(small)
-    assert state["originals"]["blocks"] == 2 and state["counters"]["archive_full_tokens"] > 0
 
 
 @pytest.mark.soak
-def test_three_ranks_answer_as_one(launch, server, stock, replies, text_tokens):
+def test_three_ranks_answer_as_one(launch, stock, replies, text_tokens):
     """H8: ranks keep the same blocks and unpack the same histories; each checks its own memory (client.STRICT)."""
-    flush(server)
-    alone = conversation(server, text_tokens, replies)
+    kept = (*BUDGET, *SIZE, "--keepkv-host-ratio", "4")
+    alone = conversation(launch(*kept), text_tokens, replies)
     bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1"}  # SGLang otherwise wants a NUMA node for each
-    ranks = launch(*BUDGET, *SIZE, "--keepkv-host-ratio", "4", "--tp-size", "3", env=bind)
-    together = conversation(ranks, text_tokens, replies)
+    together = conversation(launch(*kept, "--tp-size", "3", env=bind), text_tokens, replies)
     for one, three, expected in zip(alone, together, stock, strict=True):
         assert apart(three, expected) <= BOUND
         assert three.keepkv["unpacked_tokens"] == one.keepkv["unpacked_tokens"]
-    numbers(ranks)
-    flush(ranks)

@@ -58,7 +58,7 @@ class Fidelity:
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
         began = time.perf_counter()
         row = method.prefill(setup.probe, prepared.document.prompt, budget, prepared.full)
-        seconds, slots = time.perf_counter() - began, row.slots
+        seconds, slots = time.perf_counter() - began, row.held
         got = agreement(prepared.log_probs, row.feed(prepared.document.following), prepared.document.following)
         return {
             "source": prepared.document.source,

@@ -100,7 +100,7 @@ class Long:
             seconds = time.perf_counter() - began
         got = agreement(prepared.log_probs, row.clone().feed(item.following), item.following)
         return {
-            "length": item.length, "slots": row.slots, "kl": got.kl, "top1": got.top1, "full": prepared.found,
+            "length": item.length, "slots": row.held, "kl": got.kl, "top1": got.top1, "full": prepared.found,
             "found": _finds(setup, row, item), "seconds": round(seconds, 3), "megabytes": round(peak.bytes / 1e6, 1),
         }  # fmt: skip
 

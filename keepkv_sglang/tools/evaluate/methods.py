@@ -7,13 +7,14 @@ in peers.py. A method that needs its own prefill says so with `prefill`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer
+from keepkv_sglang.compress.heads import slots_of_heads
+from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_heads, compress_layer, score_layer
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.select import SpanPolicy, left_raw
 from keepkv_sglang.settings.config import KeepKVConfig
@@ -22,6 +23,8 @@ from keepkv_sglang.tools.evaluate.probe import Probe, Row, Slots
 from keepkv_sglang.tools.evaluate.results import OFF
 from keepkv_sglang.turn.queries import reference_positions
 from keepkv_sglang.turn.spans import DueSpan
+
+UNIFORM = "uniform"
 
 
 class Method(Protocol):
@@ -56,16 +59,23 @@ class Ours:
 
     offline_scorer: a scorer that no server can run (h2o); it replaces config.scorer and sees every query fed last.
     originals: for tasks of several turns, results.ORIGINALS; one compression is the same with and without.
+    heads: a policy of compress/heads; for tasks of one compression.
     """
 
     name: str
     config: KeepKVConfig
     offline_scorer: str = ""
     originals: str = OFF
+    heads: str = UNIFORM
 
     def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
         row = full.clone() if full is not None else probe.row(ids)
-        compress_tail(row, self.config, slots_of(budget, len(ids)), offline_scorer=self.offline_scorer)
+        m = slots_of(budget, len(ids))
+        if self.heads == UNIFORM:
+            compress_tail(row, self.config, m, offline_scorer=self.offline_scorer)
+        elif m < row.slots:
+            policy = span_policy(self.config, m, sinks=self.config.sinks)
+            _compress_heads(row, policy, self)
         return row
 
 
@@ -97,11 +107,39 @@ def compress_with(
     Returns what was chosen, per layer."""
     if offline_scorer:
         policy = replace(policy, scorer=offline_scorer)
-    n, fed = row.slots - start, row.tokens - row.queries[0].shape[0]  # fed: the first token that has a query
-    lo = max(fed, row.tokens - (n if offline_scorer else config.window))
+    n = row.slots - start
+    positions, references = _queries(row, config, n if offline_scorer else config.window)
+    return _compress_slots(row, policy, positions, references, start, n, row.tokens)
+
+
+def _queries(row: Row, config: KeepKVConfig, window: int) -> tuple[list[int], int]:
+    """Positions of reference and window queries among the tokens fed last, and how many are references."""
+    fed = row.tokens - row.queries[0].shape[0]  # the first token that has a query
+    lo = max(fed, row.tokens - window)
     spread = reference_positions(fed, lo, config.references)
-    positions = [*spread, *range(lo, row.tokens)]
-    return _compress_slots(row, policy, positions, len(spread), start, n, row.tokens)
+    return [*spread, *range(lo, row.tokens)], len(spread)
+
+
+def _compress_heads(row: Row, policy: SpanPolicy, method: Ours) -> None:
+    """The whole row becomes policy.m slots per layer and kv head on average. Rows are rectangles here: heads with fewer
+    slots are filled up with slots that have no votes."""
+    positions, references = _queries(row, method.config, method.config.window)
+    inputs = list(_layer_inputs(row, positions, references, 0, row.slots, row.tokens))
+    scores = torch.stack([score_layer(x, policy) for x in inputs])
+    counts = slots_of_heads(scores, policy, method.heads)
+    most = max(max(layer) for layer in counts)
+    layers = []
+    for x, wanted in zip(inputs, counts, strict=True):
+        heads = [Slots(r.k, r.v, r.lv) for r in compress_heads(x, policy, wanted)]
+        padded = [
+            Slots(*(_padded(t, most, fill) for t, fill in zip(h, (0.0, 0.0, -math.inf), strict=True))) for h in heads
+        ]
+        layers.append(Slots(*(torch.cat(part, 1) for part in zip(*padded, strict=True))))
+    row.replace_span(layers)
+
+
+def _padded(x: torch.Tensor, rows: int, fill: float) -> torch.Tensor:
+    return torch.cat((x, x.new_full((rows - x.shape[0], *x.shape[1:]), fill)))
 
 
 def compress_span(row: Row, due: DueSpan) -> list[LayerResult]:
@@ -116,21 +154,27 @@ def _compress_slots(
 ) -> list[LayerResult]:
     """The n slots from `start` on, which end before token `end`, become policy.m; positions: of their queries, which
     must be among the tokens fed last."""
-    fed = row.tokens - row.queries[0].shape[0]
-    rows = torch.tensor(positions) - fed
-    device = row.queries[0].device
-    sample = QuerySample(list(positions), references, end, n, row.probe.rotary, torch.float32, device)
     results, layers = [], []
-    for layer, queries in zip(row.layers, row.queries, strict=True):
-        q = sample.place(queries[rows])
-        context, span, behind = layer.cut(0, start), layer.cut(start, start + n), layer.cut(start + n, row.slots)
-        x = LayerInput(q, sample.q_index, context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
+    for layer, x in zip(row.layers, _layer_inputs(row, positions, references, start, n, end), strict=True):
         result = compress_layer(x, policy)
         results.append(result)
-        merged = Slots(result.k, result.v, result.lv)
+        merged, behind = Slots(result.k, result.v, result.lv), layer.cut(start + n, row.slots)
         layers.append(Slots(*(torch.cat(pair) for pair in zip(merged, behind, strict=True))))
     row.replace_span(layers, start)
     return results
+
+
+def _layer_inputs(
+    row: Row, positions: Sequence[int], references: int, start: int, n: int, end: int
+) -> Iterator[LayerInput]:
+    """What compress_layer gets of each layer, for the n slots from `start` on, which end before token `end`."""
+    rows = torch.tensor(positions) - (row.tokens - row.queries[0].shape[0])
+    device = row.queries[0].device
+    sample = QuerySample(list(positions), references, end, n, row.probe.rotary, torch.float32, device)
+    for layer, queries in zip(row.layers, row.queries, strict=True):
+        context, span = layer.cut(0, start), layer.cut(start, start + n)
+        q = sample.place(queries[rows])
+        yield LayerInput(q, sample.q_index, context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
 
 
 def ours(name: str, **settings: object) -> Ours:
@@ -166,6 +210,7 @@ OURS: dict[str, Ours] = {
         ours("expected_attention evict", scorer="expected_attention", merge="evict"),
         ours("streaming_llm evict", scorer="streaming_llm", merge="evict"),
         ours("chunkkv evict", scorer="snapkv", merge="evict", chunk=10),
+        *(Ours(f"heads {name}", KeepKVConfig(enabled=True), heads=name) for name in ("layer", "all")),
         Ours("h2o evict", KeepKVConfig(enabled=True, merge="evict", references=0), offline_scorer="h2o"),
     )
 }

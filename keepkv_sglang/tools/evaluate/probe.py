@@ -24,7 +24,7 @@ _numbers = itertools.count()  # attention functions are registered by name, for 
 
 
 class Slots(NamedTuple):
-    """One layer of a row: k, v [s, Hkv, D] after RoPE, lv [s, Hkv] log votes."""
+    """One layer of a row: k, v [s, Hkv, D] after RoPE, lv [s, Hkv] log votes, -inf where a head has no slot."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -52,6 +52,13 @@ class Row:
     def slots(self) -> int:
         """KV slots held."""
         return self.layers[0].k.shape[0]
+
+    @property
+    def held(self) -> int:
+        """Mean over layers and kv heads of the slots that are no padding (log votes -inf)."""
+        return round(
+            sum(float((layer.lv > -math.inf).sum(0).float().mean()) for layer in self.layers) / len(self.layers)
+        )
 
     def clone(self) -> Row:
         """An independent row on the same tensors."""

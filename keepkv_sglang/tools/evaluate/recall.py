@@ -100,7 +100,7 @@ class Recall:
             slots, answer_slots, answers = answers_over_originals(probe, prepared, method, budget, endings)
         else:
             row = method.prefill(probe, prepared.ids, budget, prepared.full)
-            slots, answer_slots = row.slots, row.slots + len(probe.ids(endings[item.asked]))
+            slots, answer_slots = row.held, row.held + len(probe.ids(endings[item.asked]))
             answers = {name: answer(probe, row.clone(), ending) for name, ending in endings.items()}
         right = [answers[name] == word for name, word in item.facts if name in answers]
         return {
