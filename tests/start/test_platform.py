@@ -218,8 +218,9 @@ def test_a_server_starts_with_no_flags_and_answers(model_path: Path, tmp_path: P
         "--port",
         str(port),
     ]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # processes spawned (conftest.py)
     with log.open("w") as out:
-        server = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT)
+        server = subprocess.Popen([*command, "--port", str(port)], stdout=out, stderr=subprocess.STDOUT, env=env)
     try:
         _wait_for(f"http://127.0.0.1:{port}/health", server, log)
         body = {
