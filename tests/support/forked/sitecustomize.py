@@ -1,6 +1,6 @@
 """In the path of all servers that tests start (tests/conftest.py): SGLang's processes are forked, not spawned.
 
-A spawned process imports SGLang again, 24 s of a core for each of two. Forking is safe here because the first process has
+A spawned process imports SGLang again, 24 s of a core for each of two. Forking is safe here: the first process has
 computed nothing when it starts the others. tests/start/test_platform.py starts a server as it is.
 """
 
