@@ -20,7 +20,7 @@ demo: env model ## a multi-turn agent on a real server, KeepKV beside full cache
 
 test: lint model ## lint, then every test (also on a live server)
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --durations 25 $(PYTEST_ARGS)
+	@PYTHON=$(BIN)/python scripts/run_tests.sh $(PYTEST_ARGS)
 
 test-fast: lint ## the same without the tests that start a server
 	@$(BIN)/python -m pytest -m "not server and not soak and not gpu" $(PYTEST_ARGS)
