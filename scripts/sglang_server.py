@@ -2,14 +2,14 @@
 
     python scripts/sglang_server.py [FOLDER]     default: build/gpu_server, which git ignores
 
-For a machine that has torch, Triton, transformers and nvcc. Written, about 25 MB:
+For a machine that has torch, Triton, transformers and nvcc. Written, 27 MB:
   wheels/            of what SGLang imports and such a machine lacks, for Python 3.12 on x86-64
   sglang.tar.xz      the installed SGLang without its diffusion models, and the metadata of it and of KeepKV
   shim/              sitecustomize.py: empty stand-ins for packages that are imported and not needed
   model/             the demo model without its weights
 The wheel with SGLang's own CUDA kernels has 1 GB and is a stand-in too: a call of one of them raises. With
-SGLANG_FORCE_FUSED_OP_BACKEND=torch and Triton attention nothing calls them. What such a server costs is therefore more
-than SGLang's; what it answers is SGLang's. All of it is other projects' work: carried along, never committed.
+SGLANG_FORCE_FUSED_OP_BACKEND=torch and Triton attention nothing should call them (not seen to the end, docs/gpu.md).
+Such a server costs more than SGLang's. All of it is other projects' work: carried along, never committed.
 
 scripts/sglang_server.sh unpacks it there.
 """
@@ -62,7 +62,7 @@ class Absent:
         self.name = name
 
     def __call__(self, *args, **kwargs):
-        raise NotImplementedError(f"{{self.name}} is a stand-in: its package was not carried along")
+        raise RuntimeError(f"{{self.name}} is not here: its package was not carried along (scripts/sglang_server.py)")
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -98,7 +98,7 @@ sys.meta_path.append(Finder())
 name = "sglang.kernels.ops.gemm.cutedsl_dual_gemm"
 fused = sys.modules[name] = types.ModuleType(name)
 fused.MAX_DUAL_GEMM_DECODE_TOKENS = 0
-fused.DualGemmQuantMode = types.SimpleNamespace(UNQUANT=None, FP8=None)
+fused.DualGemmQuantMode = types.SimpleNamespace(UNQUANT=None)
 fused.can_use_dual_gemm = lambda *args, **kwargs: False
 '''
 

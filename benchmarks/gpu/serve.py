@@ -4,7 +4,8 @@
 
 A conversation of five turns with replies of one token, the twenty most probable tokens of each: with native originals
 in float32 they are those of stock SGLang, turn by turn, to 1e-4 (--compare ORIGINALS.json STOCK.json). The same
-without unpacking, where originals are on. Six requests at once. Then KeepKV's part of /server_info.
+without unpacking, where originals are on. Six requests at once. Then KeepKV's part of
+/server_info, whose accounting must be whole.
 SGLang's strict memory checks and ours are on. Exit status 0 when the server answered everything and lives.
 """
 
@@ -18,13 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from keepkv_sglang.tools.server_process import ServerError, ServerProcess
+from keepkv_sglang.tools.server_process import ServerProcess
+from tests.support.client import STRICT, generate, numbers
 
-CHECKS = {
-    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
-    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
-    "KEEPKV_CHECK": "1",
-}
 TURNS, FIRST, LATER, TOP = 5, 600, 350, 20
 _random = random.Random(5)
 TEXT = [_random.randrange(1000, 40000) for _ in range(4000)]
@@ -32,21 +29,14 @@ REPLIES = [7000 + turn for turn in range(TURNS)]  # the same for all servers, wh
 
 
 def ask(server: ServerProcess, ids: list[int], new: int, **keepkv: Any) -> dict[str, Any]:
-    """Tokens, log-probabilities and KeepKV's numbers of one greedy answer. ServerError unless it is HTTP 200."""
-    sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
-    if keepkv:
-        sampling["custom_params"] = {"keepkv": keepkv}
+    """Tokens, log-probabilities and KeepKV's numbers of one greedy answer. AssertionError unless it is HTTP 200."""
     began = time.perf_counter()
-    body = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": TOP}
-    status, answer = server.post_json("/generate", body, timeout_s=120)
-    if status != 200:
-        raise ServerError(f"HTTP {status}: {str(answer)[:500]}")
-    meta = answer["meta_info"]
+    answer = generate(server, ids, new, keepkv or None, top_logprobs_num=TOP)
     return {
-        "ids": answer["output_ids"],
-        "top": [(token, logprob) for logprob, token, _ in meta["output_top_logprobs"][0]],
-        "cached": meta["cached_tokens"],
-        "keepkv": meta.get("keepkv"),
+        "ids": answer.ids,
+        "top": [(token, logprob) for logprob, token, _ in answer.meta["output_top_logprobs"][0]],
+        "cached": answer.cached,
+        "keepkv": answer.keepkv,
         "seconds": time.perf_counter() - began,
     }
 
@@ -71,7 +61,7 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
 def run(name: str, flags: list[str], out: Path, found: dict[str, Any]) -> None:
     began = time.perf_counter()
     command = ["--log-level", "info", *flags]
-    with ServerProcess(command, timeout_s=150, log_path=out / f"{name}.log", env=CHECKS) as server:
+    with ServerProcess(command, timeout_s=150, log_path=out / f"{name}.log", env=STRICT) as server:
         found["seconds to start"] = time.perf_counter() - began
         found["conversation"] = conversation(server)
         if any(flag.startswith("--keepkv-host") for flag in flags):
@@ -82,8 +72,8 @@ def run(name: str, flags: list[str], out: Path, found: dict[str, Any]) -> None:
         with ThreadPoolExecutor(6) as pool:
             found["six"] = list(pool.map(lambda i: ask(server, TEXT[100 * i : 100 * i + 700], 40), range(6)))
         found["seconds of six"] = time.perf_counter() - began
-        status, info = server.get_json("/server_info")
-        found["state"] = info["internal_states"][0].get("keepkv") if status == 200 else info
+        if "--enable-keepkv" in flags:
+            found["state"] = numbers(server)
 
 
 def main() -> int:
