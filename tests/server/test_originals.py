@@ -133,7 +133,10 @@ def test_three_ranks_answer_as_one(launch, stock, replies, text_tokens):
     kept = (*BUDGET, *SIZE, "--keepkv-host-ratio", "4")
     alone = conversation(launch(*kept), text_tokens, replies)
     bind = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1"}  # SGLang otherwise wants a NUMA node for each
-    together = conversation(launch(*kept, "--tp-size", "3", env=bind), text_tokens, replies)
+    ranks = launch(*kept, "--tp-size", "3", env=bind)
+    together = conversation(ranks, text_tokens, replies)
     for one, three, expected in zip(alone, together, stock, strict=True):
         assert apart(three, expected) <= BOUND
         assert three.keepkv["unpacked_tokens"] == one.keepkv["unpacked_tokens"]
+    numbers(ranks)
+    flush(ranks)
