@@ -20,7 +20,7 @@ fi
 export PYTHONPATH=$carried/shim:$PWD:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export SGLANG_FORCE_FUSED_OP_BACKEND=torch # SGLang's own CUDA kernels were not carried along
 export TRITON_F32_DEFAULT=ieee             # or float32 attention would multiply in TF32
-common=(--sampling-backend pytorch --grammar-backend none --max-total-tokens 20000 --mem-fraction-static 0.1
+common=(--sampling-backend pytorch --grammar-backend none --max-total-tokens 20000 --mem-fraction-static 0.5
     --cuda-graph-max-bs-decode 8)
 if [[ -n ${1:-} ]]; then
     common+=(--model-path "$1")
@@ -30,10 +30,10 @@ fi
 keepkv=(--enable-keepkv --keepkv-budget 0.2)
 
 serve() { timeout -k 10 200 python3 -m benchmarks.gpu.serve --out "$out" "$@" & }
-serve stock "${common[@]}" --dtype float32 --attention-backend triton
-serve originals "${common[@]}" --dtype float32 "${keepkv[@]}" --keepkv-host-ratio 2
+serve stock "${common[@]}" --dtype float32 --attention-backend triton --disable-prefill-cuda-graph
+serve originals "${common[@]}" --dtype float32 "${keepkv[@]}" --keepkv-host-ratio 2 --disable-prefill-cuda-graph
 serve int4 "${common[@]}" --dtype bfloat16 "${keepkv[@]}" --keepkv-host-ratio 2 --keepkv-host-dtype int4 \
-    --disable-cuda-graph
+    --disable-prefill-cuda-graph
 serve chunked "${common[@]}" --dtype bfloat16 "${keepkv[@]}" --chunked-prefill-size 256 --disable-prefill-cuda-graph
 status=0
 for job in $(jobs -p); do

@@ -61,7 +61,7 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
 def run(name: str, flags: list[str], out: Path, found: dict[str, Any]) -> None:
     began = time.perf_counter()
     command = ["--log-level", "info", *flags]
-    with ServerProcess(command, timeout_s=150, log_path=out / f"{name}.log", env=STRICT) as server:
+    with ServerProcess(command, timeout_s=280, log_path=out / f"{name}.log", env=STRICT) as server:
         found["seconds to start"] = time.perf_counter() - began
         found["conversation"] = conversation(server)
         if any(flag.startswith("--keepkv-host") for flag in flags):

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="as `keepkv model` takes it, or a model hub's name; default: the demo model")
     parser.add_argument("--data", type=Path, help="folder of texts; default: $KEEPKV_DATA or ../shared/data")
     parser.add_argument("--out", type=Path, default=Path("eval"), help="folder of results; a run goes on where it was")
+    parser.add_argument("--device", default="cpu", help="where torch runs model and compression, in float32")
+    parser.add_argument(
+        "--part", type=_part, metavar="I/N", help="only item I of every N (from 1), in a file of its own: N processes can"
+        " share a run, and --report joins what they wrote"
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
     parser.add_argument("--list", action="store_true", help="list tasks and methods")
@@ -81,17 +86,31 @@ def run(args: argparse.Namespace) -> int:
     # The fingerprint: results of other defaults must not pass for those of these.
     defaults = KeepKVConfig(enabled=True).fingerprint()
     description = {"model": Path(path).name, "tokens": args.tokens, "half": args.half, "defaults": defaults}
-    results = Results(args.out / f"{args.half}.jsonl", description)
+    if args.device != "cpu":
+        description["device"] = args.device
+    part = f"-{args.part[0]}of{args.part[1]}" if args.part else ""
+    path_of_rows = args.out / f"{args.half}{part}.jsonl"
+    results = Results(path_of_rows, description, sorted(set(args.out.glob(f"{args.half}*.jsonl")) - {path_of_rows}))
     if not args.report:
         torch.set_num_threads(args.threads)
-        probe = Probe(path)
+        probe = Probe(path, args.device)
         data, originals = data_folder(args.data, "SOURCES.md"), args.originals or [OFF]
-        setup = Setup(probe, data, args.half, args.items, args.tokens, methods, budgets, list(dict.fromkeys(originals)))
+        setup = Setup(
+            probe, data, args.half, args.items, args.tokens, methods, budgets, list(dict.fromkeys(originals)), args.part
+        )  # fmt: skip
         for name in names:
             run_task(_task(name), setup, results)
     report = write_report(results, [_task(name) for name in names], args)
     print(report)
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    """"2/6" -> (2, 6). ValueError."""
+    index, of = map(int, text.split("/"))
+    if not 1 <= index <= of:
+        raise ValueError(f"part {text}: I/N with I from 1 to N")
+    return index, of
 
 
 def _task(name: str) -> Any:

@@ -168,8 +168,8 @@ def _layer_inputs(
     row: Row, positions: Sequence[int], references: int, start: int, n: int, end: int
 ) -> Iterator[LayerInput]:
     """What compress_layer gets of each layer, for the n slots from `start` on, which end before token `end`."""
-    rows = torch.tensor(positions) - (row.tokens - row.queries[0].shape[0])
     device = row.queries[0].device
+    rows = torch.tensor(positions, device=device) - (row.tokens - row.queries[0].shape[0])
     sample = QuerySample(list(positions), references, end, n, row.probe.rotary, torch.float32, device)
     for layer, queries in zip(row.layers, row.queries, strict=True):
         context, span = layer.cut(0, start), layer.cut(start, start + n)

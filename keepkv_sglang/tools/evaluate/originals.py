@@ -77,7 +77,7 @@ def through(codec: str, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch
     layout = BlockLayout(codec, heads, dim, values.shape[2], keys.dtype)
     counts = torch.tensor([min(BLOCK_TOKENS, n - at) for at in range(0, n, BLOCK_TOKENS)], dtype=torch.int64)
     blocks, slots = torch.arange(len(counts)), torch.arange(n)
-    arena = torch.empty(len(counts), layout.block_bytes, dtype=torch.uint8)
+    arena = torch.empty(len(counts), layout.block_bytes, dtype=torch.uint8, device=keys.device)
     keys, values = keys.contiguous(), values.contiguous()
     encode(layout, keys, values, slots, arena, blocks, counts)
     k, v = torch.empty_like(keys), torch.empty_like(values)

@@ -94,29 +94,30 @@ class Row:
 
 
 class Probe:
-    """Model and tokenizer in float32 on the CPU. One row at a time; not thread-safe."""
+    """Model and tokenizer in float32 on `device`. One row at a time; not thread-safe."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, device: str = "cpu") -> None:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
         name = f"keepkv_probe_{next(_numbers)}"
         AttentionInterface.register(name, self._attend)
-        self.path = path
+        self.path, self.device = path, torch.device(device)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=name).eval()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation=name)
+        self.model = model.eval().to(self.device)
         config = self.model.config
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.layer_count = config.num_hidden_layers
         self.scale = self.head_dim**-0.5
-        self.empty_kv = torch.zeros(0, config.num_key_value_heads, self.head_dim)
-        self.empty_lv = torch.zeros(0, config.num_key_value_heads)
-        self.empty_q = torch.zeros(0, config.num_attention_heads, self.head_dim)
+        self.empty_kv = torch.zeros(0, config.num_key_value_heads, self.head_dim, device=self.device)
+        self.empty_lv = torch.zeros(0, config.num_key_value_heads, device=self.device)
+        self.empty_q = torch.zeros(0, config.num_attention_heads, self.head_dim, device=self.device)
         self.rotary = Rotary(self._cos_sin(config.max_position_embeddings))
         self._row: Row | None = None
 
     def _cos_sin(self, positions: int) -> torch.Tensor:
         """[positions, D]: the model's rotary table, as compress/queries/rotary.py wants it."""
-        cos, sin = self.model.model.rotary_emb(self.empty_q, torch.arange(positions)[None])
+        cos, sin = self.model.model.rotary_emb(self.empty_q, torch.arange(positions, device=self.device)[None])
         half = cos.shape[2] // 2
         return torch.cat((cos[0, :, :half], sin[0, :, :half]), dim=1)
 
@@ -135,9 +136,10 @@ class Probe:
     def run(self, row: Row, ids: Sequence[int], last: int) -> torch.Tensor:
         """See Row.feed."""
         self._row = row
-        position = torch.arange(row.tokens, row.tokens + len(ids))[None]
+        fed = torch.tensor([list(ids)], device=self.device)
+        position = torch.arange(row.tokens, row.tokens + len(ids), device=self.device)[None]
         try:
-            out = self.model(torch.tensor([list(ids)]), position_ids=position, use_cache=False, logits_to_keep=last)
+            out = self.model(fed, position_ids=position, use_cache=False, logits_to_keep=last)
         finally:
             self._row = None
         row.tokens += len(ids)
@@ -161,7 +163,7 @@ class Probe:
         group = q.shape[1] // k.shape[1]
         k, v = (t.transpose(0, 1)[None] for t in (joined.k, joined.v))
         votes = past.lv.T.repeat_interleave(group, 0)[None, :, None].expand(1, -1, tokens, -1)
-        own = torch.full((tokens, tokens), -math.inf).triu(1).expand(1, q.shape[1], -1, -1)
+        own = q.new_full((tokens, tokens), -math.inf).triu(1).expand(1, q.shape[1], -1, -1)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=torch.cat((votes, own), 3), scale=scale, enable_gqa=True
         )
@@ -183,5 +185,5 @@ def agreement(full: torch.Tensor, other: torch.Tensor, following: Sequence[int])
     predicts token t + 1, so the last row has a KL but no own next token."""
     kl = F.kl_div(other, full, reduction="none", log_target=True).sum(-1).mean()
     top1 = (other.argmax(-1) == full.argmax(-1)).double().mean()
-    nll = -other[:-1].gather(1, torch.tensor(list(following[1:]))[:, None]).mean() if len(following) > 1 else math.nan
+    nll = -other[:-1].gather(1, torch.tensor(list(following[1:]), device=other.device)[:, None]).mean() if len(following) > 1 else math.nan
     return Agreement(float(kl), float(top1), float(nll))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,19 @@ class Results:
     """An append-only file of rows; a row is known by its KEY fields and its originals.
 
     The first line describes the run (model, lengths, options that change results). Opening a file whose description
-    differs is a ValueError: numbers of two set-ups do not belong in one table.
+    differs is a ValueError: numbers of two set-ups do not belong in one table. beside: files of other processes that
+    share the run; their rows are read, once.
     """
 
-    def __init__(self, path: Path, description: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, description: Mapping[str, Any], beside: Sequence[Path] = ()) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
         description = json.loads(json.dumps(dict(description)))
-        if path.exists():
-            head, *rest = path.read_text().splitlines() or [""]
-            if not _parsed(head) or json.loads(head) != description:
-                raise ValueError(f"{path} was made with other settings: give another --out, or remove it")
-            self.rows = [row for row in map(_parsed, rest) if row]  # a line cut off by an interruption is made again
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        own = _rows(path, description) if path.exists() else []
         # Written anew: a cut-off last line must not swallow the next one.
-        path.write_text("".join(json.dumps(row) + "\n" for row in [description, *self.rows]))
+        path.write_text("".join(json.dumps(row) + "\n" for row in [description, *own]))
+        rows = [*own, *(row for other in beside if other.stat().st_size for row in _rows(other, description))]
+        self.rows = list({_key(row): row for row in rows}.values())
         self._known = {_key(row) for row in self.rows}
 
     def has(self, task: str, method: str, budget: float, item: Any, originals: str = OFF) -> bool:
@@ -50,6 +47,13 @@ class Results:
     def of(self, task: str) -> list[dict[str, Any]]:
         """All rows of a task."""
         return [row for row in self.rows if row["task"] == task]
+
+
+def _rows(path: Path, description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    head, *rest = path.read_text().splitlines() or [""]
+    if not _parsed(head) or json.loads(head) != description:
+        raise ValueError(f"{path} was made with other settings: give another --out, or remove it")
+    return [row for row in map(_parsed, rest) if row]  # a line cut off by an interruption is made again
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -17,7 +17,8 @@ from keepkv_sglang.tools.evaluate.results import OFF, Results
 @dataclass(frozen=True)
 class Setup:
     """What all tasks of a run share. half: "dev" or "held-out" of the documents; items: how many per task, 0 for the
-    task's own number; tokens: context length; originals: of tasks that read them, results.ORIGINALS."""
+    task's own number; tokens: context length; originals: of tasks that read them, results.ORIGINALS; part: (i, n),
+    item i of every n only."""
 
     probe: Probe
     data: Path
@@ -27,6 +28,7 @@ class Setup:
     methods: Sequence[Method]
     budgets: Sequence[float]
     originals: Sequence[str] = (OFF,)
+    part: tuple[int, int] | None = None
 
 
 class Task(Protocol):
@@ -84,6 +86,8 @@ def with_originals(pairs: Sequence[tuple[Method, float]], originals: Sequence[st
 def run(task: Task, setup: Setup, results: Results) -> None:
     """Measures what `results` lacks. Interrupt it whenever you like."""
     items = task.items(setup)
+    if setup.part:
+        items = items[setup.part[0] - 1 :: setup.part[1]]
     own = getattr(task, "pairs", None)
     pairs = own(setup) if own else [(method, budget) for budget in setup.budgets for method in setup.methods]
     reads = getattr(task, "reads_originals", False)
