@@ -27,7 +27,9 @@ TASKS = {
     "recall_after": "keepkv_sglang.tools.evaluate.recall:RecallAfter",
     "needle": "keepkv_sglang.tools.evaluate.recall:Needle",
     "needle_after": "keepkv_sglang.tools.evaluate.recall:NeedleAfter",
+    "ruler_after": "keepkv_sglang.tools.evaluate.ruler:RulerAfter",
     "instructions": "keepkv_sglang.tools.evaluate.instructions:Instructions",
+    "instructions_after": "keepkv_sglang.tools.evaluate.instructions_after:InstructionsAfter",
     "leakage": "keepkv_sglang.tools.evaluate.leakage:Leakage",
     "turns": "keepkv_sglang.tools.evaluate.turns:Turns",
     "repeated": "keepkv_sglang.tools.evaluate.repeated:Repeated",
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--items", type=int, default=0, help="items per task; default: the task's own number")
     parser.add_argument("--tokens", type=int, default=1536, help="context length")
     parser.add_argument(
-        "--originals", action="append", choices=ORIGINALS, help="tasks turns, recall_after and needle_after: the K/V of"
+        "--originals", action="append", choices=ORIGINALS, help="tasks turns and *_after: the K/V of"
         f" compressed tokens are kept so and read again before the next turn; may be repeated; default {OFF}",
     )  # fmt: skip
     parser.add_argument("--peers", action="store_true", help="kvpress beside ours (make kvpress installs it)")
@@ -55,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("eval"), help="folder of results; a run goes on where it was")
     parser.add_argument("--device", default="cpu", help="where torch runs model and compression, in float32")
     parser.add_argument(
-        "--part", type=_part, metavar="I/N", help="only item I of every N (from 1), in a file of its own: N processes can"
-        " share a run, and --report joins what they wrote"
+        "--part", type=_part, metavar="I/N", help="only item I (from 1) of every N, in a file of its own:"
+        " N processes can share a run, and --report joins what they wrote"
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--report", action="store_true", help="only write the report of what is there")
@@ -106,11 +108,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _part(text: str) -> tuple[int, int]:
-    """"2/6" -> (2, 6). ValueError."""
-    index, of = map(int, text.split("/"))
-    if not 1 <= index <= of:
-        raise ValueError(f"part {text}: I/N with I from 1 to N")
-    return index, of
+    """"2/6" -> (2, 6)."""
+    index, slash, of = text.partition("/")
+    if not (index.isdecimal() and slash and of.isdecimal() and 1 <= int(index) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is no part of a run: give I/N with I from 1 to N, 2/6 say")
+    return int(index), int(of)
 
 
 def _task(name: str) -> Any:

@@ -143,11 +143,17 @@ class ConversationRow:
                 self._compress_reply(self.state)
         return torch.cat(log_probs)
 
-    def generate(self, count: int) -> list[int]:
-        """With originals: a greedy reply of `count` tokens, fewer than an interval. Nothing can follow it."""
-        assert self._expected is not None and count < self.config.interval
+    def generate(self, count: int, stop: Sequence[int] = ()) -> list[int]:
+        """A greedy reply of at most `count` tokens, fewer than an interval; it ends before a token of `stop`. Nothing
+        can follow it."""
+        assert count < self.config.interval
+        if self.archive is None:
+            return self.row.generate([self._tokens[-1]], count, stop)
+        assert self._expected is not None
         first = int(self._expected[-1].argmax())
-        return [first, *(self.row.generate([first], count - 1) if count > 1 else [])]
+        if first in stop:
+            return []
+        return [first, *(self.row.generate([first], count - 1, stop) if count > 1 else [])]
 
     def _feed(self, ids: Sequence[int], last: int | None = None) -> torch.Tensor:
         first, slots = self.row.tokens, self.row.slots

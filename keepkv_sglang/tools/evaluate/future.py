@@ -53,7 +53,9 @@ def mean_future(probe: Probe, q: torch.Tensor, end: int, count: int) -> torch.Te
     it can be done to each query as well. A factor on the rotary table (YaRN) is that of the queries already.
     """
     assert len(q) == end, "queries of the whole prompt"
-    cos, sin = (t[0, :, None] for t in probe.model.model.rotary_emb(q, torch.arange(end + count, device=q.device)[None]))
+    cos, sin = (
+        t[0, :, None] for t in probe.model.model.rotary_emb(q, torch.arange(end + count, device=q.device)[None])
+    )
     square = cos.square() + sin.square()
     before = (q * cos[:end] - half_turn(q) * sin[:end]) / square[:end]
     return before * cos[end:].mean(0) + half_turn(before) * sin[end:].mean(0)

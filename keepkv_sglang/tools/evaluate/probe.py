@@ -185,5 +185,9 @@ def agreement(full: torch.Tensor, other: torch.Tensor, following: Sequence[int])
     predicts token t + 1, so the last row has a KL but no own next token."""
     kl = F.kl_div(other, full, reduction="none", log_target=True).sum(-1).mean()
     top1 = (other.argmax(-1) == full.argmax(-1)).double().mean()
-    nll = -other[:-1].gather(1, torch.tensor(list(following[1:]), device=other.device)[:, None]).mean() if len(following) > 1 else math.nan
+    nll = (
+        -other[:-1].gather(1, torch.tensor(list(following[1:]), device=other.device)[:, None]).mean()
+        if len(following) > 1
+        else math.nan
+    )
     return Agreement(float(kl), float(top1), float(nll))

@@ -77,6 +77,22 @@ class Recall:
     question_seen = True
     reads_originals = False
 
+    def question(self, name: str) -> str:
+        """What is asked of one fact, without its opening."""
+        return question(name)
+
+    def opening(self) -> str:
+        """How the answer begins."""
+        return opening()
+
+    def answer_tokens(self) -> int:
+        """Most tokens of an answer."""
+        return ANSWER_TOKENS
+
+    def answer(self, probe: Probe, made: Sequence[int]) -> str:
+        """What the tokens behind the opening say."""
+        return _word(probe, made)
+
     def items(self, setup: Setup) -> Sequence[Item]:
         return make_items(setup, self.facts, setup.items or ITEMS)
 
@@ -86,22 +102,24 @@ class Recall:
         return full + [(method, budget) for budget in setup.budgets for method in setup.methods]
 
     def prepare(self, setup: Setup, item: Item) -> Prepared:
-        ids = item.prompt + (setup.probe.ids(question(item.asked)) if self.question_seen else [])
+        ids = item.prompt + (setup.probe.ids(self.question(item.asked)) if self.question_seen else [])
         return Prepared(item, ids, setup.probe.row(ids))
 
     def measure(self, setup: Setup, prepared: Prepared, method: Method, budget: float) -> dict[str, Any]:
         """hits of `asked` questions. With the question in the prompt one is asked; else every one of it."""
         probe, item = setup.probe, prepared.item
         words = dict(item.facts)
+        opening, count = self.opening(), self.answer_tokens()
         endings = (
-            {item.asked: opening()} if self.question_seen else {name: question(name) + opening() for name in words}
+            {item.asked: opening} if self.question_seen else {name: self.question(name) + opening for name in words}
         )
         if isinstance(method, Ours) and method.originals != OFF:
-            slots, answer_slots, answers = answers_over_originals(probe, prepared, method, budget, endings)
+            slots, answer_slots, made = answers_over_originals(probe, prepared, method, budget, endings, count)
         else:
             row = method.prefill(probe, prepared.ids, budget, prepared.full)
             slots, answer_slots = row.held, row.held + len(probe.ids(endings[item.asked]))
-            answers = {name: answer(probe, row.clone(), ending) for name, ending in endings.items()}
+            made = {name: row.clone().generate(probe.ids(ending), count) for name, ending in endings.items()}
+        answers = {name: self.answer(probe, tokens) for name, tokens in made.items()}
         right = [answers[name] == word for name, word in item.facts if name in answers]
         return {
             "source": item.source,
@@ -218,19 +236,20 @@ def answer(probe: Probe, row: Row, opening_text: str) -> str:
 
 
 def answers_over_originals(
-    probe: Probe, prepared: Prepared, method: Ours, budget: float, endings: Mapping[str, str]
-) -> tuple[int, int, dict[str, str]]:
-    """Slots of the compressed text; slots before the answer to the item's own question; all answers. endings: by name,
-    what is asked in a turn of its own behind the text."""
+    probe: Probe, prepared: Prepared, method: Ours, budget: float, endings: Mapping[str, str], count: int
+) -> tuple[int, int, dict[str, list[int]]]:
+    """Slots of the compressed text; slots before the answer to the item's own question; all answers, `count` tokens
+    each. endings: by name, what is asked in a turn of its own behind the text."""
     config = replace(method.config, budget=budget)
     text = ConversationRow(prepared.full.clone(), config, border=None, originals=method.originals)
     text.read_prompt(prepared.ids)
-    answers, slots = {}, {}
+    answers: dict[str, list[int]] = {}
+    slots = {}
     for name, ending in endings.items():
         row = text.clone()
         row.prompt(probe.ids(ending))
         slots[name] = row.row.slots
-        answers[name] = _word(probe, row.generate(ANSWER_TOKENS))
+        answers[name] = row.generate(count)
     return text.row.slots, slots[prepared.item.asked], answers
 
 

@@ -44,7 +44,9 @@ def prepare(name: str | None = None, cache_dir: Path | None = None, force: bool 
     cache_dir = Path(cache_dir).absolute() if cache_dir else default_cache_dir()
     model = MODELS.get((name or DEFAULT).lower())
     if model is not None:
-        return _made(cache_dir / model.folder, model.sha256, lambda work: _from_parts(model, cache_dir, work), force)
+        return made_once(
+            cache_dir / model.folder, model.sha256, lambda work: _from_parts(model, cache_dir, work), force
+        )
     path = Path(name or "").expanduser().absolute()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -56,7 +58,7 @@ def prepare(name: str | None = None, cache_dir: Path | None = None, force: bool 
                 raise ModelError(f"{path} is no GGUF file")
             file.seek(0)
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        return _made(cache_dir / f"{path.stem}-{found[:8]}", found, lambda work: convert(path, work, None), force)
+        return made_once(cache_dir / f"{path.stem}-{found[:8]}", found, lambda work: convert(path, work, None), force)
     known = ", ".join(MODELS)
     raise ModelError(f"unknown model {name!r}: use one of {known}, a Hugging Face folder or a GGUF file")
 
@@ -93,7 +95,7 @@ def is_complete(folder: Path, sha256: str) -> bool:
         return False  # no manifest, or not one of ours: convert again
 
 
-def _made(target: Path, sha256: str, make: Callable[[Path], None], force: bool) -> Path:
+def made_once(target: Path, sha256: str, make: Callable[[Path], None], force: bool) -> Path:
     """`target`, filled by make(an empty folder beside it) unless it is complete."""
     if not force and is_complete(target, sha256):
         return target

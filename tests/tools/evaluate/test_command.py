@@ -54,6 +54,33 @@ def test_a_run_resumes_and_reports(
     assert "other settings" in capsys.readouterr().err
 
 
+def test_processes_share_a_run(
+    tmp_path: Path, data: Path, model_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Each part writes the rows of its items to a file of its own; the report and a later run know all of them."""
+    options = ["eval", "--task", "needle", "--half", "dev", "--items", "3", "--tokens", "96", "--budget", "0.5"]
+    options += ["--method", SNAPKV, "--data", str(data), "--model", str(model_path), "--threads", "1"]
+    options += ["--out", str(tmp_path)]
+    monkeypatch.setattr(recall, "ANSWER_TOKENS", 2)
+    monkeypatch.setattr(plots, "available", lambda: False)
+    for part in ("1/2", "2/2"):
+        assert cli.main([*options, "--part", part]) == 0
+    items = {}
+    for part in (1, 2):
+        rows = (tmp_path / f"dev-{part}of2.jsonl").read_text().splitlines()[1:]
+        items[part] = [json.loads(row)["item"] for row in rows]
+    assert items == {1: [0, 0, 4, 4], 2: [2, 2]}
+    monkeypatch.setattr(Probe, "run", lambda *_: pytest.fail("everything is there"))
+    capsys.readouterr()
+    assert cli.main([*options, "--report"]) == 0
+    assert f"| {SNAPKV} | 50% | 3 | 3 |" in unpadded(capsys.readouterr().out)
+    assert cli.main(options) == 0
+    for wrong in ("3/2", "0/2", "half"):
+        with pytest.raises(SystemExit):
+            cli.main([*options, "--part", wrong])
+        assert "give I/N with I from 1 to N" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_with_originals(
     tmp_path: Path, data: Path, model_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
