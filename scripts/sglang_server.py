@@ -8,7 +8,8 @@ For a machine that has torch, Triton, transformers and nvcc. Written, 27 MB:
   shim/              sitecustomize.py: empty stand-ins for packages that are imported and not needed
   model/             the demo model without its weights
 The wheel with SGLang's own CUDA kernels has 1 GB and is a stand-in too: a call of one of them raises. With
-SGLANG_FORCE_FUSED_OP_BACKEND=torch and Triton attention nothing calls them. Such a server costs more than SGLang's. All of it is other projects' work: carried along, never committed.
+SGLANG_FORCE_FUSED_OP_BACKEND=torch and Triton attention nothing calls them. Such a server costs more than SGLang's.
+All of it is other projects' work: carried along, never committed.
 
 scripts/sglang_server.sh unpacks it there.
 """
