@@ -23,7 +23,7 @@ from keepkv_sglang.memory.arena import QueryArena
 from keepkv_sglang.memory.calibration import QUERIES
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.tree import SpanTree
-from keepkv_sglang.runtime.attach import ARENA_MAX_BYTES, ARENA_WINDOWS
+from keepkv_sglang.runtime.attach import ARENA_MAX_BYTES, arena_most, arena_rows
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.report import tables
 from keepkv_sglang.turn.state import Planned, QueryRows, RequestState
@@ -54,11 +54,11 @@ class Shape:
         """Bytes of one token's queries in the arena."""
         return self.layers * self.q_heads * self.head_dim * self.itemsize
 
-    def arena_rows(self, config: KeepKVConfig) -> int:
-        """Rows of the query arena, whole turns (runtime/attach.py): 64 prompts or 512 MiB, at least one.
-        One row more belongs to nobody."""
-        needed = config.window + config.references
-        return max(needed, min(ARENA_WINDOWS * needed, ARENA_MAX_BYTES // self.query - 1))
+    def arena_rows(self, config: KeepKVConfig, on_gpu: int = 0) -> int:
+        """Rows of the query arena, whole turns (runtime/attach.py). One row more belongs to nobody. on_gpu: bytes that
+        pool and arena have together; 0: it is a CPU's."""
+        most = arena_most(on_gpu, on_gpu=True) if on_gpu else ARENA_MAX_BYTES
+        return arena_rows(config, True, 0, most // self.query - 1)
 
     def calibration(self) -> int:
         """Bytes of the fixed text's queries, whatever the pool's size."""
@@ -173,8 +173,8 @@ def main() -> int:
         ("votes per slot", shape.votes),
         ("queries of one token", shape.query),
         (f"queries of one prompt ({queries} rows)", queries * shape.query),
-        ("arena", (shape.arena_rows(config) + 1) * shape.query),
-        ("prompts whose queries the arena holds", shape.arena_rows(config) // queries),
+        ("arena", (shape.arena_rows(config, KV_GIB << 30) + 1) * shape.query),
+        ("prompts whose queries the arena holds", shape.arena_rows(config, KV_GIB << 30) // queries),
         ("calibration", shape.calibration()),
     )
     print(tables.markdown(("what", "bytes"), [(what, f"{size:,}") for what, size in sizes]))

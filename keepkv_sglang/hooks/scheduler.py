@@ -25,6 +25,7 @@ def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         seams.require()  # this process too: SGLang swallows the failure of a hook
     original(self, *args, **kwargs)
     if rt.config.enabled:
+        refuse.check_server_args(self.server_args)  # as SGLang resolved them meanwhile
         refuse.check_model(self.model_config)
         attach.scheduler(rt, self)
         raise_limits(rt, self)

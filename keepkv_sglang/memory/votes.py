@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 
+VOTE_BYTES = 4  # of one log vote
+
 
 class VoteStore:
     """log_votes[layer]: float32 [slots, kv_heads], one row per KV slot of the pool."""

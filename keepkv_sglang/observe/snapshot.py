@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from keepkv_sglang.runtime.compressor import scratch_bytes
+from keepkv_sglang.runtime.counters import Counters
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.turn.limits import Skips
 
 
 def memory(rt: Runtime) -> dict[str, float]:
@@ -48,12 +50,19 @@ def originals(store: Originals) -> dict[str, Any]:
     }
 
 
+def _skipped_share(counters: Counters) -> float:
+    """Of the compressions that were due, those that found no room."""
+    skipped = sum(getattr(counters, field.name) for field in fields(Skips))
+    return skipped / max(1, skipped + counters.compressions)
+
+
 def snapshot(rt: Runtime) -> dict[str, Any]:
     """Configuration, counters, memory, and the pool's accounting."""
     configurations, spans = rt.requests.configurations, rt.tree.spans
     return {
         "config": asdict(rt.config),
         "counters": {**asdict(rt.counters), "refused_configurations": configurations.refused},
+        "skipped_share": _skipped_share(rt.counters),
         "configurations": len(configurations),
         "memory": memory(rt),
         "entries": len(spans),

@@ -25,7 +25,8 @@ from keepkv_sglang.turn.limits import Limits
 logger = logging.getLogger("keepkv")
 
 ARENA_WINDOWS = 64  # windows of the default size that fit at once
-ARENA_MAX_BYTES = 512 << 20
+ARENA_MAX_BYTES = 512 << 20  # on a CPU, and on a GPU that has little
+ARENA_SHARE = 0.04  # of what a GPU has for the pool: an 8B's 64 windows in 80 GB take half of that
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: i
     q_heads = runner.model_config.num_attention_heads // ranks
     row_bytes = layers * q_heads * head_dim * runner.dtype.itemsize
     references = rt.rotary is not None
-    rows = arena_rows(rt.config, references, runner.model_config.context_len, ARENA_MAX_BYTES // row_bytes - 1)
+    rows = arena_rows(rt.config, references, runner.model_config.context_len, rt.arena_most // row_bytes - 1)
     share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
 
 
@@ -101,6 +102,11 @@ def originals(rt: Runtime, host: HostMemory, context_len: int, ranks: int) -> Or
     if not keys.is_cpu and not store.works_on(keys.device):
         raise ConfigError("this GPU does not read back what it writes into host memory; leave out --keepkv-host-ratio")
     return Originals(store, all_keys, all_values, rt.counters, staging)
+
+
+def arena_most(available: int, on_gpu: bool) -> int:
+    """Bytes that the arena may take of `available` ones for pool and arena; never more than half of them."""
+    return min(max(ARENA_MAX_BYTES, int(ARENA_SHARE * available) if on_gpu else 0), available // 2)
 
 
 def arena_rows(config: KeepKVConfig, references: bool, context_len: int, most: int) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from keepkv_sglang.compress.batch import Rows, Storage, compress_rows, scratch_bytes
 from keepkv_sglang.compress.layer import LayerResult
+from keepkv_sglang.compress.precision import exact_float32
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
 from keepkv_sglang.compress.transfer import on_device
@@ -58,7 +59,7 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
             reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
             where = Rows(row[: span.start], row[span.start : stop], target, reading)
             queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
-            with on_forward_stream(rt.scheduler):
+            with on_forward_stream(rt.scheduler), exact_float32():
                 for result in compress_rows(_storage(rt), where, *queries, span.policy, scratch_bytes(row.device)):
                     tally.layer(result)
             tally.finish(state)
@@ -108,7 +109,7 @@ def merge_unused(
 
     count = queries.q.shape[1] if queries is not None else 0
     q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64)  # on the CPU: see LayerInput
-    with on_forward_stream(rt.scheduler):
+    with on_forward_stream(rt.scheduler), exact_float32():
         for _ in compress_rows(_storage(rt), rows, place, arena.shape[2], q_index, policy, scratch_bytes(arena.device)):
             pass
 

@@ -19,6 +19,7 @@ from keepkv_sglang.memory.votes import SlotTokens, VoteStore
 from keepkv_sglang.runtime.counters import Counters
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.requests import STATE, Requests
+from keepkv_sglang.runtime.skips import SkipWatch
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.turn.limits import Limits
 from keepkv_sglang.turn.queries import drop_plan
@@ -51,6 +52,7 @@ class Runtime:
         self.scales: dict[int, float] = {}
         self.first_layer = 0
         self.rank = 0  # of tensor parallelism
+        self.arena_most = 512 << 20  # bytes; hooks/pool_size.py decides it where SGLang sizes the pool
         self.calibration: Calibration | None = None
         self.rotary: Rotary | None = None
         self.step_reserve = 0  # slots that the step being scheduled still has to allocate
@@ -64,6 +66,7 @@ class Runtime:
         self.readings: list[tuple[int, int, Any]] = []
         self.adder: Any = None  # SGLang's prefill adder of this round
         self.counters = Counters()
+        self.skips = SkipWatch()
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from keepkv_sglang.runtime.requests import known_state
 from keepkv_sglang.turn import spans
 from keepkv_sglang.turn.state import RequestState
 
+logger = logging.getLogger("keepkv")
 Fail = Callable[[Any, str, Exception], None]
 """(request, what failed, error): ends this request alone."""
 
@@ -43,6 +45,8 @@ def compress_batch(rt: Runtime, batch: Any, fail: Fail) -> None:
         rt.step_reserve = 0
         if shorter:
             _shorten(batch, shorter)
+        if (said := rt.skips.look(rt.counters)) is not None:
+            logger.warning(said)
         rt.counters.hook_seconds += time.perf_counter() - began
 
 

@@ -58,6 +58,17 @@ FLAG_RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: (v or 1) > 1,
         "SGLang loads no plugins in several tokenizer workers, so nothing would check requests: use --tokenizer-worker-num 1",
     ),
+    (
+        "enable_deterministic_inference",
+        bool,
+        "SGLang knows our attention backends as no deterministic ones: leave out --enable-deterministic-inference",
+    ),
+    ("enable_torch_compile", bool, "a compiled model would not ask for votes: leave out --enable-torch-compile"),
+    (
+        "cuda_graph_backend_prefill",
+        lambda v: v == "full",
+        "a full graph of a prefill knows one batch's rows: use --cuda-graph-backend-prefill breakable",
+    ),
     ("enable_pdmux", bool, "PD multiplexing runs prefill beside decode: leave out --enable-pdmux"),
     (
         "kv_cache_dtype",

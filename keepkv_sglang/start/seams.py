@@ -46,6 +46,8 @@ HOOKS: tuple[Seam, ...] = (
     Seam("sglang.srt.server_args.ServerArgs.from_cli_args", ("cls", "args"), "BEFORE", "keepkv_sglang.start.flags:before_from_cli_args"),
     Seam("sglang.srt.server_args.ServerArgs.from_cli_args", ("cls", "args"), "AFTER", "keepkv_sglang.start.flags:after_from_cli_args"),
     Seam("sglang.srt.managers.scheduler.Scheduler.__init__", ("self", "server_args"), "AROUND", f"{_H}.scheduler:around_init"),
+    Seam("sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size", ("self", "kvc", "num_layers"), "AFTER", f"{_H}.pool_size:after_compute_cell_size"),
+    Seam("sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes", ("self", "pre_model_load_memory"), "AFTER", f"{_H}.pool_size:after_profile_available_bytes"),
     Seam("sglang.srt.managers.scheduler.Scheduler.update_running_batch", ("self", "batch"), "BEFORE", f"{_H}.scheduler:before_update_running_batch"),
     Seam("sglang.srt.managers.schedule_batch.ScheduleBatch.prepare_for_decode", ("self",), "BEFORE", f"{_H}.scheduler:before_prepare_for_decode"),
     Seam("sglang.srt.managers.scheduler.Scheduler.stash_chunked_request", ("self", "req"), "AFTER", f"{_H}.scheduler:after_stash_chunked_request"),

@@ -22,6 +22,9 @@ CASES = [
     (("--keepkv-window", "0"), "window"),
     (("--keepkv-fair", "0-10", "--keepkv-budget", "100"), "fair needs a budget that is a fraction"),
     (("--keepkv-span-tokens", "100", "--keepkv-min-tokens", "200"), "below min_tokens"),
+    (("--enable-deterministic-inference",), "leave out --enable-deterministic-inference"),
+    (("--enable-torch-compile",), "leave out --enable-torch-compile"),
+    (("--cuda-graph-backend-prefill", "full"), "--cuda-graph-backend-prefill breakable"),
     (("--kv-canary", "log"), "leave out --kv-canary"),
     (("--tokenizer-worker-num", "2"), "--tokenizer-worker-num 1"),
     (("--keepkv-request-keys", "budget"), "request_keys"),
@@ -82,7 +85,7 @@ class Args:
 @pytest.mark.parametrize("field", [rule[0] for rule in refuse.FLAG_RULES])
 def test_every_flag_rule_refuses_and_says_what_to_do(field):
     bad = {"page_size": 16, "speculative_algorithm": "EAGLE", "disaggregation_mode": "prefill", "pp_size": 2,
-           "tokenizer_worker_num": 2, "kv_canary": "raise",
+           "tokenizer_worker_num": 2, "cuda_graph_backend_prefill": "full", "kv_canary": "raise",
            "dcp_size": 2, "attn_cp_size": 2, "kv_cache_dtype": "fp8_e5m2", "dllm_algorithm": "x"}  # fmt: skip
     with pytest.raises(ConfigError, match=r"use --|leave out --"):
         refuse.check_server_args(Args(**{field: bad.get(field, True)}))

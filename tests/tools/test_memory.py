@@ -32,9 +32,11 @@ def test_spans_and_requests_stay_below_their_bounds(rows):
 
 
 def test_large_models_hold_few_windows_at_once():
-    """The arena's 512 MiB, not its 64 windows, is the limit for 70B: docs/scaling.md says what that means."""
+    """The arena's bytes, not its 64 windows, are the limit for 70B: docs/scaling.md says what that means."""
     config = KeepKVConfig(enabled=True, window=32, references=256)
     shape = memory.LLAMA_70B_TP8
     assert (shape.kv, shape.votes, shape.query) == (40_960, 320, 163_840)
     assert shape.arena_rows(config) // 288 == 11
+    assert shape.arena_rows(config, 48 << 30) // 288 == 43
+    assert (shape.arena_rows(config, 48 << 30) + 1) * shape.query <= 0.04 * (48 << 30)
     assert memory.DEMO.arena_rows(config) == (512 << 20) // memory.DEMO.query - 1

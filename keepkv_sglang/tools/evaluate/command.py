@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _part(text: str) -> tuple[int, int]:
-    """"2/6" -> (2, 6)."""
+    """ "2/6" -> (2, 6)."""
     index, slash, of = text.partition("/")
     if not (index.isdecimal() and slash and of.isdecimal() and 1 <= int(index) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text} is no part of a run: give I/N with I from 1 to N, 2/6 say")
