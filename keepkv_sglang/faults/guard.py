@@ -5,7 +5,8 @@ Every hook that SGLang calls there is `guarded`. The table says what happens ins
 | hook | then |
 |---|---|
 | get_new_batch_prefill, update_running_batch, prepare_for_decode | the round is skipped: nothing is compressed |
-| compression of one request, inside these | that request fails (HTTP 500): its K and V may be half merged |
+| compression of one span, inside these | the request goes on uncompressed, or fails if the pool cannot hold it so |
+| whatever else is done there for one request | that request fails (HTTP 500) |
 | stash_chunked_request | that request fails |
 | init_req_max_new_tokens (resolves a request's settings) | that request fails |
 | _prefix_kv_indices, alloc_for_extend, prepare_for_extend | the batch being built fails, all others go on |

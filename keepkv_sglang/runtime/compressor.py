@@ -34,7 +34,8 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
     """Merges the span's slots of every layer into m of the request's own slots and shortens its row.
 
     Mutates the KV pool and the votes (only slots that are private to the request or newly allocated), the row, the
-    request's lengths, lock and offset. Returns False, with nothing changed, when the pool has no room for it.
+    request's lengths, lock and offset. Returns False, with nothing changed, when the pool has no room for it; an error
+    changes nothing either.
 
     Of the span, row positions below cache_protected_len belong to the prefix cache (raw spans that are compressed with
     this turn, or the whole chain under a budget in slots): they are read, then left to the cache.
@@ -47,14 +48,20 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
     row = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, :length].to(torch.int64)
     stop = span.start + span.slots
     private = row[max(span.start, kv.cache_protected_len) : stop]
-    target, spare = private[: span.m], private[span.m :]
+    target, spare, taken = private[: span.m], private[span.m :], row[:0]
     if len(private) < span.m:
         extra = allocate(rt, span.m - len(private))
         if extra is None:
             rt.counters.skipped_no_room += 1
             return False
-        target = torch.cat([private, extra])
+        target, taken = torch.cat([private, extra]), extra
+    elif rt.kv_pool.layer_num and rt.allocator.available_size() >= span.m + rt.step_reserve:
+        target = taken = rt.allocator.alloc(span.m).to(torch.int64)
+        spare = private  # all of them, once the result stands beside them
+    before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
+        if len(target) > len(taken):
+            before = _contents(rt, target)
         if rt.kv_pool.layer_num:  # the simulator's slots have no contents
             reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
             where = Rows(row[: span.start], row[span.start : stop], target, reading)
@@ -64,9 +71,12 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
                     tally.layer(result)
             tally.finish(state)
     except Exception:
-        if len(private) < span.m:
-            rt.allocator.free(extra)
-        raise  # the caller fails the request: its own slots may be half merged
+        with on_forward_stream(rt.scheduler):
+            for pool, content in before:
+                pool[target] = content
+        if len(taken):
+            rt.allocator.free(taken)
+        raise
     if rt.slot_tokens is not None:
         rt.slot_tokens.forget(target)
     tail = row[stop:]
@@ -127,6 +137,14 @@ def allocate(rt: Runtime, count: int) -> torch.Tensor | None:
         rt.tree.evict_slots(count - rt.allocator.available_size())
     slots = rt.allocator.alloc(count)
     return None if slots is None else slots.to(torch.int64)
+
+
+def _contents(rt: Runtime, slots: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(pool, what it holds in these slots), for K, V and votes of every layer: where a span is merged into its own
+    slots, for want of others, an error in mid-way would leave the row half merged."""
+    storage = _storage(rt)
+    with on_forward_stream(rt.scheduler):
+        return [(pool, pool[slots]) for pool in (*storage.keys, *storage.values, *storage.log_votes)]
 
 
 def _storage(rt: Runtime) -> Storage:

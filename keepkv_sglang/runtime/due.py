@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from keepkv_sglang.faults import guard
 from keepkv_sglang.runtime import stream, unpack
 from keepkv_sglang.runtime.compressor import compress_span
 from keepkv_sglang.runtime.process import Runtime
@@ -56,7 +57,10 @@ def compress_due(
         span = spans.planned_span(state, state.plan[0], kv.kv_committed_len)
         if isinstance(span, DueSpan):
             unpack.archive(rt, req, state, span.end)
-            if compress_span(rt, req, state, span):
+            done = _compressed(rt, req, state, span)
+            if done is None:
+                return
+            if done:
                 _note_compressed(rt, req, state, span)
             elif state.streamed:
                 stream.end(rt, state)
@@ -77,10 +81,26 @@ def compress_due(
         spans.keep_reply(state, kv.kv_committed_len, kv.cache_protected_len)
     elif isinstance(span, DueSpan):
         unpack.archive(rt, req, state, span.end)
-        if compress_span(rt, req, state, span):
+        if _compressed(rt, req, state, span):
             _note_compressed(rt, req, state, span)
     # Without room or queries the tail stays raw; the next set of queries opens at once and tries again when it is full.
     queries.release_reply(rt.limits, state)
+
+
+def _compressed(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool | None:
+    """compress_span, or None after an error: the request goes on as it is and nothing more of it is compressed or
+    published. A prompt that the pool cannot hold uncompressed cannot: the error is raised."""
+    try:
+        return compress_span(rt, req, state, span)
+    except Exception as error:
+        if rt.requests.too_long(req):
+            raise
+        guard.note("compression", error)
+    state.broken = True
+    if state.streamed:
+        stream.end(rt, state)
+    queries.drop_plan(rt.limits, state)
+    return None
 
 
 def _note_compressed(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:

@@ -25,7 +25,7 @@ Fail = Callable[[Any, str, Exception], None]
 def compress_batch(rt: Runtime, batch: Any, fail: Fail) -> None:
     """Compresses what is due in a settled batch and rebinds its lengths. Cheap when nothing is due.
 
-    An error while one request is compressed fails that request; its slots may be half merged.
+    An error that due.py does not turn into an uncompressed request fails that request.
     """
     began = time.perf_counter()
     shorter: dict[int, int] = {}

@@ -78,6 +78,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.decoding: list[Any] = []
         self.finished: list[tuple[int, ...]] = []
         self.rids = count()
+        self.fails = 0  # compressions that are about to fail
         self.compress_span, due.compress_span = due.compress_span, self.compressed_span
         self.is_cold = pressure.is_cold
         self.merge_unused, pressure.merge_unused = pressure.merge_unused, self.merged_unused
@@ -137,6 +138,9 @@ class CacheMachine(RuleBasedStateMachine):
     def compressed_span(self, rt: Any, req: Any, state: Any, span: Any) -> bool:
         before = self.row(req)
         self.sees_only_itself(req, before)
+        if self.fails and not rt.requests.too_long(req):  # that one would fail, not go on
+            self.fails -= 1
+            raise MemoryError("injected")
         streamed = self.streamed(req, state, span.end) if span.originals else None
         if not self.compress_span(rt, req, state, span):
             assert self.row(req) == before, "nothing has changed"
@@ -314,6 +318,10 @@ class CacheMachine(RuleBasedStateMachine):
         pressure.is_cold = (lambda spans, last_access: True) if all_cold else self.is_cold
         pressure.relieve(self.rt)
         assert self.rt.counters.pressure_tokens - merges <= self.rt.config.pressure_tokens
+
+    @rule()
+    def next_compression_fails(self) -> None:
+        self.fails = 1
 
     @rule(history=st.integers(1, 4), cut=st.integers(0, 60), extra_key=st.sampled_from([None, "tenant"]))
     def wait(self, history: int, cut: int, extra_key: str | None) -> None:

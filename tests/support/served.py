@@ -13,7 +13,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
-from keepkv_sglang.tools.simulate.world import World
+from keepkv_sglang.tools.simulate.world import CHUNK_TOKENS, World
 
 OFF = {"enabled": False}
 SYSTEM = [*range(100, 140), BORDER]  # 41 tokens
@@ -55,11 +55,13 @@ class Server:
 
 
 @contextmanager
-def serving(slots: int = 600, **settings: Any) -> Iterator[Server]:
+def serving(slots: int = 600, chunk_tokens: int = CHUNK_TOKENS, **settings: Any) -> Iterator[Server]:
     """A server of budget 0.25 unless `settings` say otherwise; at its end every slot has an owner and all are given
     back."""
     values = {"budget": 0.25, "window": 4, "recent": 2, "sinks": 1, "interval": 16, "min_tokens": 8, **settings}
-    world = World(KeepKVConfig(enabled=True, **values), slots=slots, scale=1, longest=2000, rows=4)
+    world = World(
+        KeepKVConfig(enabled=True, **values), slots=slots, scale=1, longest=2000, rows=4, chunk_tokens=chunk_tokens
+    )
     with world.running():
         yield Server(world)
         world.check()
