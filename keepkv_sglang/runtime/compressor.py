@@ -21,6 +21,7 @@ from keepkv_sglang.compress.precision import exact_float32
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
 from keepkv_sglang.compress.transfer import on_device
+from keepkv_sglang.faults import guard
 from keepkv_sglang.runtime import record, stream
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.streams import on_forward_stream
@@ -30,12 +31,12 @@ from keepkv_sglang.turn.spans import DueSpan
 from keepkv_sglang.turn.state import RequestState
 
 
-def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool:
+def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool | None:
     """Merges the span's slots of every layer into m of the request's own slots and shortens its row.
 
     Mutates the KV pool and the votes (only slots that are private to the request or newly allocated), the row, the
-    request's lengths, lock and offset. Returns False, with nothing changed, when the pool has no room for it; an error
-    changes nothing either.
+    request's lengths, lock and offset. Returns False, with nothing changed, when the pool has no room for it, and
+    None, with nothing changed, after an error; raises that where the pool cannot hold the request uncompressed.
 
     Of the span, row positions below cache_protected_len belong to the prefix cache (raw spans that are compressed with
     this turn, or the whole chain under a budget in slots): they are read, then left to the cache.
@@ -70,13 +71,16 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
                 for result in compress_rows(_storage(rt), where, *queries, span.policy, scratch_bytes(row.device)):
                     tally.layer(result)
             tally.finish(state)
-    except Exception:
+    except Exception as error:
         with on_forward_stream(rt.scheduler):
             for pool, content in before:
                 pool[target] = content
         if len(taken):
             rt.allocator.free(taken)
-        raise
+        if rt.requests.too_long(req):
+            raise
+        guard.note("compression", error)
+        return None
     if rt.slot_tokens is not None:
         rt.slot_tokens.forget(target)
     tail = row[stop:]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from keepkv_sglang.faults import guard
 from keepkv_sglang.runtime import stream, unpack
 from keepkv_sglang.runtime.compressor import compress_span
 from keepkv_sglang.runtime.process import Runtime
@@ -57,9 +56,9 @@ def compress_due(
         span = spans.planned_span(state, state.plan[0], kv.kv_committed_len)
         if isinstance(span, DueSpan):
             unpack.archive(rt, req, state, span.end)
-            done = _compressed(rt, req, state, span)
+            done = compress_span(rt, req, state, span)
             if done is None:
-                return
+                return _give_up(rt, state)
             if done:
                 _note_compressed(rt, req, state, span)
             elif state.streamed:
@@ -81,26 +80,21 @@ def compress_due(
         spans.keep_reply(state, kv.kv_committed_len, kv.cache_protected_len)
     elif isinstance(span, DueSpan):
         unpack.archive(rt, req, state, span.end)
-        if _compressed(rt, req, state, span):
+        done = compress_span(rt, req, state, span)
+        if done is None:
+            return _give_up(rt, state)
+        if done:
             _note_compressed(rt, req, state, span)
     # Without room or queries the tail stays raw; the next set of queries opens at once and tries again when it is full.
     queries.release_reply(rt.limits, state)
 
 
-def _compressed(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool | None:
-    """compress_span, or None after an error: the request goes on as it is and nothing more of it is compressed or
-    published. A prompt that the pool cannot hold uncompressed cannot: the error is raised."""
-    try:
-        return compress_span(rt, req, state, span)
-    except Exception as error:
-        if rt.requests.too_long(req):
-            raise
-        guard.note("compression", error)
+def _give_up(rt: Runtime, state: RequestState) -> None:
+    """After an error of ours: the request goes on as it is, and nothing more of it is compressed or published."""
     state.broken = True
     if state.streamed:
         stream.end(rt, state)
     queries.drop_plan(rt.limits, state)
-    return None
 
 
 def _note_compressed(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
