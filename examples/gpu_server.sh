@@ -4,8 +4,8 @@
 #   examples/gpu_server.sh plain MODEL [PORT]     stock SGLang on the GPU, the plugin installed and out of the way
 #   examples/gpu_server.sh keepkv MODEL [PORT]    KeepKV on the GPU: see below
 #
-# Honest: our Triton kernels have run on a GPU (docs/gpu.md), a server with KeepKV has not, FlashInfer's variants
-# neither. Run scripts/gpu_check.sh first, and compare answers with those of `plain`. --enable-keepkv chooses
+# Honest: servers with KeepKV and its Triton kernels have run on one kind of GPU (docs/gpu.md), FlashInfer's variants
+# have not. Run scripts/gpu_check.sh first, and compare answers with those of `plain`. --enable-keepkv chooses
 # keepkv_triton; --attention-backend keepkv_flashinfer is the other. SGLang's own backends (triton, fa3, flashinfer) do
 # not weight attention by votes and are refused beside --enable-keepkv.
 set -euo pipefail

@@ -107,7 +107,7 @@ def _choose_backends(values: dict[str, Any]) -> None:
         if values.get(name) not in (None, chosen):  # SGLang would run two backends, each with window queries of its own
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} {values[name]} beside {chosen}: KeepKV needs one backend for both; leave it out")
-    if device != "cpu":
+    if chosen == FLASHINFER_BACKEND:
         logger.warning(
             "No server with %s has run on a GPU where KeepKV is developed (docs/gpu.md says what has). Run "
             "scripts/gpu_check.sh, and compare answers with those of a server without KeepKV, before you rely on it.",
