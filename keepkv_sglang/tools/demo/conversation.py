@@ -111,5 +111,6 @@ time   requests  error_rate  p99_ms  db_pool_in_use  db_pool_waiting
 Write the closing note for the incident channel: what happened, when, which change, what next.""",
 )
 
-QUESTION, ANSWER = "What is the pool limit per host? Answer with the number only.", "60"
+# Chosen by looking: of sixteen questions about the first turns the demo model answers three with the full cache.
+QUESTION, ANSWER = "What is the pool limit per host?", "60"
 ASKED_FROM = 3  # turns from which on it is about something long gone
