@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.arena import ARENA_MAX_BYTES, QueryArena
 from keepkv_sglang.memory.calibration import QUERIES
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.tree import SpanTree
-from keepkv_sglang.runtime.attach import ARENA_MAX_BYTES, arena_most, arena_rows
+from keepkv_sglang.runtime.attach import arena_most, arena_rows
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.tools.report import tables
 from keepkv_sglang.turn.state import Planned, QueryRows, RequestState

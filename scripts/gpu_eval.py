@@ -8,7 +8,8 @@ There, in the repository's root, one call after the other, each of which carries
 Here:    keepkv eval --report --device cuda --model MODEL --out gpu_eval/MODEL      of the unpacked file
 
 STAGES: lines `MODEL OPTIONS of keepkv eval`; each of WORKERS processes does its --part of every line, in order.
-On an H200 (26 calls of 7 s each for three models) ten workers keep the GPU at 100 %. build/ is ignored by git.
+Ten workers kept an H200 at 100 %, and a call that carries a piece took 7 s there: seen with the draft of this script.
+This form has run on a CPU only (start --device cpu). build/ is ignored by git.
 """
 
 from __future__ import annotations
@@ -22,19 +23,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import time
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
 PIECE = 61_000_000  # bytes: with the checkout below 64 MiB
 WORKERS = 10
 THERE = Path("/tmp/gpu_eval")  # a copy of the checkout, the models and the rows: later calls replace the checkout
-LIBRARY = (
-    "ast", "bisect", "calendar", "csv", "difflib", "fractions", "heapq", "json/decoder", "queue", "random", "sched",
-    "shutil", "statistics", "string", "textwrap", "zipfile",
-)  # fmt: skip
 SHIM = '''"""Texts of Python's library are those of the machine that packed them."""
 import sys
 import sysconfig
@@ -54,8 +51,8 @@ sysconfig.get_path = get_path
 
 
 def pack(names: list[str]) -> None:
-    import sysconfig
-
+    # The package is imported where it is used: `start` and `say` run where it is not installed.
+    from keepkv_sglang.tools.evaluate.documents import LIBRARY
     from keepkv_sglang.tools.models.catalogue import MODELS
     from keepkv_sglang.tools.models.download import fetch
     from keepkv_sglang.tools.places import data_folder
@@ -87,11 +84,8 @@ def start(stages: Path, device: str) -> None:
     """Copies the checkout away, and leaves one process running that makes models, and WORKERS that evaluate."""
     tree = THERE / "tree"
     tree.mkdir(parents=True)
-    for name in ("keepkv_sglang", "kernels", "radix", "scripts", "pyproject.toml"):
-        source = REPO / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(
-            source, tree / name, **({"symlinks": True} if source.is_dir() else {})
-        )
+    for name in ("keepkv_sglang", "kernels", "radix", "scripts"):
+        shutil.copytree(REPO / name, tree / name, symlinks=True)
     shutil.copytree(REPO / "build" / "gpu_eval", THERE / "packed")
     shutil.copy(stages, THERE / "stages")
     (THERE / "rows").mkdir()
@@ -117,6 +111,7 @@ def work(number: int, device: str, pieces: Path) -> None:
         for name in dict.fromkeys(name for name, _ in stages):
             _make(name, pieces)
         return
+    # As in pack().
     from keepkv_sglang.tools.models import cache
     from keepkv_sglang.tools.models.catalogue import MODELS
 
@@ -134,6 +129,7 @@ def work(number: int, device: str, pieces: Path) -> None:
 
 
 def _make(name: str, pieces: Path) -> None:
+    # As in pack().
     from keepkv_sglang.tools.models import cache
     from keepkv_sglang.tools.models.catalogue import MODELS
     from keepkv_sglang.tools.models.convert import convert

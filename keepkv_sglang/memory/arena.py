@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+ARENA_MAX_BYTES = 512 << 20  # on a CPU, and on a GPU that has little
+
 
 class QueryArena:
     """Bounded scratch for the window queries of prompts and of coming decode compressions.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.arena import ARENA_MAX_BYTES, QueryArena
 from keepkv_sglang.memory.calibration import Calibration, rotary_of
 from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore, Staging, blocks_of
 from keepkv_sglang.memory.votes import SlotTokens, VoteStore
@@ -25,7 +25,6 @@ from keepkv_sglang.turn.limits import Limits
 logger = logging.getLogger("keepkv")
 
 ARENA_WINDOWS = 64  # windows of the default size that fit at once
-ARENA_MAX_BYTES = 512 << 20  # on a CPU, and on a GPU that has little
 ARENA_SHARE = 0.04  # of what a GPU has for the pool: an 8B's 64 windows in 80 GB take half of that
 
 

@@ -61,9 +61,9 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
         spare = private  # all of them, once the result stands beside them
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
-        if len(target) > len(taken):
-            before = _contents(rt, target)
         if rt.kv_pool.layer_num:  # the simulator's slots have no contents
+            if len(target) > len(taken):
+                before = _contents(rt, target)
             reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
             where = Rows(row[: span.start], row[span.start : stop], target, reading)
             queries, tally = _queries(rt, span), _Tally(rt, req, state, span)

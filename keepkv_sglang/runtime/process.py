@@ -13,7 +13,7 @@ import torch
 
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.compress.registry import MERGE_RULES, SCORERS
-from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.arena import ARENA_MAX_BYTES, QueryArena
 from keepkv_sglang.memory.calibration import Calibration
 from keepkv_sglang.memory.votes import SlotTokens, VoteStore
 from keepkv_sglang.runtime.counters import Counters
@@ -52,7 +52,7 @@ class Runtime:
         self.scales: dict[int, float] = {}
         self.first_layer = 0
         self.rank = 0  # of tensor parallelism
-        self.arena_most = 512 << 20  # bytes; hooks/pool_size.py decides it where SGLang sizes the pool
+        self.arena_most = ARENA_MAX_BYTES  # hooks/pool_size.py decides it where SGLang sizes the pool
         self.calibration: Calibration | None = None
         self.rotary: Rotary | None = None
         self.step_reserve = 0  # slots that the step being scheduled still has to allocate

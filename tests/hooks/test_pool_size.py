@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt import runtime_context
 
 from keepkv_sglang.hooks import pool_size
+from keepkv_sglang.memory.arena import QueryArena
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.runtime import attach, process
 from keepkv_sglang.settings.config import KeepKVConfig
@@ -17,7 +19,6 @@ LAYERS, HEADS, Q_HEADS, DIM = 32, 8, 32, 128
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch):
-    runtime_context = pytest.importorskip("sglang.srt.runtime_context")
     monkeypatch.setattr(runtime_context, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2))
     monkeypatch.setattr(process, "_runtime", None)
 
@@ -53,8 +54,8 @@ def test_the_arena_comes_off_what_the_pool_could_have(device: str, available: in
     rt = process.start(config)
     left = pool_size.after_profile_available_bytes(available, configurator(device), 0)
     row = LAYERS * Q_HEADS // 2 * DIM * 2
-    rows = attach.arena_rows(config, True, 8192, rt.arena_most // row - 1)
-    assert left == available - (rows + 1) * row
+    rows = attach.arena_rows(config, True, 8192, rt.arena_most // row - 1)  # as attach.model_runner
+    assert available - left == QueryArena(LAYERS, rows, Q_HEADS // 2, DIM, torch.bfloat16, "meta").nbytes
     share = int(0.04 * available) if device == "cuda" else 0
     assert rt.arena_most == min(max(512 << 20, share), available // 2)
     assert (rows + 1) * row <= rt.arena_most

@@ -17,19 +17,18 @@ from tests.runtime.test_originals_contents import FIRST, LAYERS, give_contents
 from tests.support.served import serving, text
 
 ROOMY, TIGHT = 600, len(FIRST) + 24  # with the second a result finds no slots beside the span
-BUDGET_IN_SLOTS = {"budget": 80.0}
 
 
 class Failing:
-    """compress_rows that raises once `layers` layers are written, `times` times."""
+    """compress_rows that raises once, when `layers` layers are written."""
 
-    def __init__(self, layers: int, times: int = 1) -> None:
-        self.layers, self.left, self.real = layers, times, compressor.compress_rows
+    def __init__(self, layers: int) -> None:
+        self.layers, self.fails, self.real = layers, True, compressor.compress_rows
 
     def __call__(self, *args: Any) -> Iterator[Any]:
         for index, result in enumerate(self.real(*args)):
-            if self.left and index == self.layers:
-                self.left -= 1
+            if self.fails and index == self.layers:
+                self.fails = False
                 raise torch.OutOfMemoryError("injected")
             yield result
 
@@ -78,6 +77,29 @@ def test_a_prompt_goes_on_uncompressed(monkeypatch: pytest.MonkeyPatch, slots: i
         # What follows is as if nothing had happened.
         server.run([*FIRST[:-1], 1], reply=4)
         assert server.rt.counters.compressions > 0
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_result_that_needs_more_slots_than_the_turn_has(monkeypatch: pytest.MonkeyPatch, layer: int):
+    """Under a budget in slots a short turn's result goes into its own slots and into others taken for it."""
+    monkeypatch.setattr(guard, "errors", guard.Counter())
+    kind, taken, allocate = {"budget": 80}, [], compressor.allocate
+    monkeypatch.setattr(compressor, "allocate", lambda rt, count: taken.append(count) or allocate(rt, count))
+    with serving(references=4) as server:
+        pools = give_contents(server, "native")
+        server.rt.originals = None
+        server.tree.host = None
+        server.run(FIRST, 4, kind)
+        req = server.admit([*FIRST, *text(9000, 4), *text(3000, 40)], 20, kind)
+        assert server.world.prefill(req)
+        before, done = seen(server, req, pools), server.rt.counters.compressions
+        monkeypatch.setattr(compressor, "compress_rows", Failing(layer))
+        server.world._compress(req)
+        assert guard.errors["compression"] == 1 and server.rt.counters.compressions == done
+        assert_same(seen(server, req, pools), before)
+        assert 0 < taken[-1] < 80, "slots of both kinds"
+        server.world.prefilled(req)
+        server.world.finish(req, array("q", text(9000, 20)))
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))

@@ -111,6 +111,7 @@ time   requests  error_rate  p99_ms  db_pool_in_use  db_pool_waiting
 Write the closing note for the incident channel: what happened, when, which change, what next.""",
 )
 
-# Chosen by looking: of sixteen questions about the first turns the demo model answers three with the full cache.
+# Chosen by looking: of sixteen questions about earlier turns the demo model answers three with the full cache, this one
+# with originals, none without.
 QUESTION, ANSWER = "What is the pool limit per host?", "60"
 ASKED_FROM = 3  # turns from which on it is about something long gone

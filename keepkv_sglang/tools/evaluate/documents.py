@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HALVES = ("dev", "held-out")
+LIBRARY = (
+    "ast", "bisect", "calendar", "csv", "difflib", "fractions", "heapq", "json/decoder", "queue", "random", "sched",
+    "shutil", "statistics", "string", "textwrap", "zipfile",
+)  # fmt: skip
+"""Modules of Python's library whose source is measured on."""
 Pair = tuple[str, str]
 """(what comes first, what must follow it): without a second part the text is cut where the prompt is full."""
 
@@ -159,9 +164,7 @@ def _manual(folder: Path) -> Iterator[Pair]:
 
 def _library(folder: Path) -> Iterator[Pair]:
     """Source code of Python's standard library."""
-    names = ("ast", "bisect", "calendar", "csv", "difflib", "fractions", "heapq", "json/decoder", "queue", "random",
-             "sched", "shutil", "statistics", "string", "textwrap", "zipfile")  # fmt: skip
-    for name in names:
+    for name in LIBRARY:
         for path in (Path(sysconfig.get_path("stdlib")) / f"{name}.py",):
             if path.exists():
                 yield path.read_text()[:9_000], ""

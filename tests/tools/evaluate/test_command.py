@@ -22,12 +22,17 @@ def test_every_task_loads():
         assert task.name == name and type(task).__doc__
 
 
+def needles(out: Path, data: Path, model_path: Path, items: int) -> list[str]:
+    """A small run of task needle."""
+    options = ["eval", "--task", "needle", "--half", "dev", "--items", str(items), "--tokens", "96", "--budget", "0.5"]
+    options += ["--method", SNAPKV, "--data", str(data), "--model", str(model_path), "--threads", "1"]
+    return [*options, "--out", str(out)]
+
+
 def test_a_run_resumes_and_reports(
     tmp_path: Path, data: Path, model_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    options = ["eval", "--task", "needle", "--half", "dev", "--items", "2", "--tokens", "96", "--budget", "0.5"]
-    options += ["--method", SNAPKV, "--data", str(data), "--model", str(model_path), "--threads", "1"]
-    options += ["--out", str(tmp_path)]
+    options = needles(tmp_path, data, model_path, 2)
     monkeypatch.setattr(recall, "ANSWER_TOKENS", 3)
     assert cli.main(options) == 0
     assert (tmp_path / "needle.png").exists() == plots.available()
@@ -58,9 +63,7 @@ def test_processes_share_a_run(
     tmp_path: Path, data: Path, model_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     """Each part writes the rows of its items to a file of its own; the report and a later run know all of them."""
-    options = ["eval", "--task", "needle", "--half", "dev", "--items", "3", "--tokens", "96", "--budget", "0.5"]
-    options += ["--method", SNAPKV, "--data", str(data), "--model", str(model_path), "--threads", "1"]
-    options += ["--out", str(tmp_path)]
+    options = needles(tmp_path, data, model_path, 3)
     monkeypatch.setattr(recall, "ANSWER_TOKENS", 2)
     monkeypatch.setattr(plots, "available", lambda: False)
     for part in ("1/2", "2/2"):
