@@ -6,6 +6,7 @@ Cached queries are never recomputed: a request that extends a cached prefix of 3
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from keepkv_sglang.backend.common import VoteLayers
 from keepkv_sglang.kernels import attention, cpu_build
+from keepkv_sglang.kernels.attention.packed import Packed, PackedRows
 
 
 class KeepKVCpuBackend(AttentionBackend):
@@ -35,14 +37,27 @@ class KeepKVCpuBackend(AttentionBackend):
         if not forward_batch.forward_mode.is_decode_or_idle():
             self.extend_lens = forward_batch.extend_seq_lens.to(torch.int64)
         self.layers.begin()
-        if self.layers.runtime is not None and self.layers.runtime.slot_tokens is not None:
-            self.layers.runtime.slot_tokens.write(forward_batch.out_cache_loc, forward_batch.input_ids)
+        self.packed: PackedRows | None = None
+        self.table = self.req_to_token
+        runtime = self.layers.runtime
+        if runtime is not None and runtime.slot_tokens is not None:
+            runtime.slot_tokens.write(forward_batch.out_cache_loc, forward_batch.input_ids)
+        if runtime is not None and runtime.cells is not None:
+            runtime.cells.reset(forward_batch.out_cache_loc)
+            self.packed = runtime.cells.rows(self.req_to_token, self.rows, self.seq_lens)
+            if self.packed is not None:
+                cut = self.packed.cut
+                self.table, self.rows, self.seq_lens = cut.table, cut.rows, cut.lens
 
     def _before(self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool) -> Any:
         """Writes K and V (a rewritten slot stands for one token again) and keeps window queries. Returns log votes."""
         if save_kv_cache and k is not None:
             self.pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         return self.layers.before(q, layer, forward_batch.out_cache_loc)
+
+    def _cells(self, layer: Any) -> Packed | None:
+        """The batch's packed spans, if it has any."""
+        return None if self.packed is None else replace(self.packed.packed, layer=self.layers.index(layer))
 
     def forward_decode(
         self, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **_: Any
@@ -52,7 +67,8 @@ class KeepKVCpuBackend(AttentionBackend):
         log_votes = self._before(q3, k, v, layer, forward_batch, save_kv_cache)
         out = torch.empty_like(q3, memory_format=torch.contiguous_format)
         keys, values = self.pool.get_key_buffer(layer.layer_id), self.pool.get_value_buffer(layer.layer_id)
-        self.kernel.decode(q3, keys, values, log_votes, self.req_to_token, self.rows, self.seq_lens, layer.scaling, out)
+        where = self.table, self.rows, self.seq_lens
+        self.kernel.decode(q3, keys, values, log_votes, *where, layer.scaling, out, self._cells(layer))
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def forward_extend(
@@ -68,12 +84,13 @@ class KeepKVCpuBackend(AttentionBackend):
             keys,
             values,
             log_votes,
-            self.req_to_token,
+            self.table,
             self.rows,
             self.seq_lens,
             self.extend_lens,
             layer.scaling,
             out,
+            packed=self._cells(layer),
         )
         for first, count, reading in self.layers.readings:
             self._extend_streamed(q3[first : first + count], layer, reading, out[first : first + count])

@@ -15,6 +15,8 @@ import torch
 
 from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer, gpu_kernel_scores, heads_at_once
 from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.kernels import choose
+from keepkv_sglang.kernels.attention.packed import Packed
 from keepkv_sglang.kernels.merge import gather_slots
 
 SCRATCH_BYTES = 128 << 20
@@ -46,17 +48,23 @@ class Reading(Protocol):
 @dataclass(frozen=True)
 class Rows:
     """Which slots: context [c] before the span, source [n] the span's, target [m] for the result, all int64. reading:
-    what is merged instead of the source."""
+    what is merged instead of the source. packed: of the context, the packed spans; `context` are its other slots."""
 
     context: torch.Tensor
     source: torch.Tensor
     target: torch.Tensor
     reading: Reading | None = None
+    packed: Packed | None = None
 
     @property
     def n(self) -> int:
         """How many K and V per head are merged."""
         return len(self.source) if self.reading is None else self.reading.tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """How many K and V precede them, per head on average."""
+        return len(self.context) + (len(self.packed.slots) if self.packed is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -89,17 +97,7 @@ def compress_rows(
         return
     for layers in layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes):
         count = len(layers)
-        k, v, lv = _span(storage, rows, layers)
-        x = LayerInput(
-            q=_side_by_side([queries(i) for i in layers]),
-            q_index=q_index,
-            k_ctx=_gather(storage.keys, layers, rows.context),
-            lv_ctx=_gather(storage.log_votes, layers, rows.context),
-            k=k,
-            v=v,
-            lv=lv,
-            scale=storage.scales[layers[0]],
-        )
+        x = layer_input(storage, rows, layers, queries, q_index)
         result = compress_layer(x, policy, scratch_bytes)
         parts = zip(
             layers,
@@ -117,16 +115,31 @@ def compress_rows(
             yield LayerResult(kept, assign, k, v, lv)
 
 
+def layer_input(
+    storage: Storage,
+    rows: Rows,
+    layers: Sequence[int],
+    queries: Callable[[int], torch.Tensor],
+    q_index: torch.Tensor,
+    context: bool = True,
+) -> LayerInput:
+    """The heads of some layers side by side. context: whether what precedes the span is read, too."""
+    k, v, lv = _span(storage, rows, layers)
+    k_ctx, lv_ctx = _context(storage, rows, layers) if context else (k[:0], lv[:0])
+    q = _side_by_side([queries(i) for i in layers])
+    return LayerInput(q, q_index, k_ctx, lv_ctx, k, v, lv, storage.scales[layers[0]])
+
+
 def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scratch_bytes: int) -> list[list[int]]:
     """Consecutive layers of one softmax scale and one shape of K and V, as many as fit (compress_rows)."""
     groups: list[list[int]] = []
     for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
         span, size = rows.n * (keys.shape[1:].numel() + values.shape[1:].numel()), keys.element_size()
         if gpu_kernel_scores(keys):
-            stored = (span + len(rows.context) * keys.shape[1:].numel()) * size
+            stored = (span + rows.context_tokens * keys.shape[1:].numel()) * size
             needed = stored + 4 * (span + QUERY_TENSORS * queries * q_heads * keys.shape[2])
         else:
-            numbers = span + len(rows.context) * (keys.shape[1:].numel() + values.shape[1:].numel())
+            numbers = span + rows.context_tokens * (keys.shape[1:].numel() + values.shape[1:].numel())
             # As compress/layer.py._head_groups counts them.
             needed = max(numbers, 2 * rows.n * queries * q_heads, 1) * max(4, size)
         most = max(-(-heads_at_once(keys) // keys.shape[1]), scratch_bytes // needed)
@@ -161,6 +174,24 @@ def _span(storage: Storage, rows: Rows, layers: Sequence[int]) -> tuple[torch.Te
     keys, values = (part.flatten(0, 1).transpose(0, 1) for part in parts)
     votes = storage.log_votes[layers[0]]
     return keys, values, votes.new_zeros(len(layers) * votes.shape[1], rows.n).transpose(0, 1)
+
+
+def _context(storage: Storage, rows: Rows, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and log votes of what precedes the span, as _gather returns them. Heads with fewer cells than others in
+    packed spans have entries without a vote instead."""
+    if rows.packed is None:
+        return _gather(storage.keys, layers, rows.context), _gather(storage.log_votes, layers, rows.context)
+    slots, heads = len(rows.context), storage.keys[layers[0]].shape[1]
+    kernel = choose.implementation("attention", storage.keys[0])
+    assert kernel is not None, "without it nothing is packed (memory/cells.py)"
+    cells = kernel.gather_cells(rows.packed, layers, rows.packed.longest(layers))
+    parts = []
+    for buffers, packed in zip((storage.keys, storage.log_votes), cells, strict=True):
+        own = buffers[layers[0]].new_empty(len(layers), heads, slots, *packed.shape[2:])
+        for at, layer in zip(own, layers, strict=True):
+            gather_slots(buffers[layer], rows.context, at)
+        parts.append(torch.cat([own.flatten(0, 1), packed], dim=1).transpose(0, 1))
+    return parts[0], parts[1]
 
 
 def _gather(buffers: Sequence[torch.Tensor], layers: Sequence[int], slots: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ scores ──select──> kept [H, m], absorbs [H, m] ──match──> assign
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +15,7 @@ from keepkv_sglang.compress.registry import MERGE_RULES, SCORERS
 from keepkv_sglang.compress.rules import get_rule
 from keepkv_sglang.compress.rules.base import Clusters
 from keepkv_sglang.compress.scorers import get_scorer
-from keepkv_sglang.compress.select import SpanPolicy, always_kept, check_ranges, match, own_cluster, select
+from keepkv_sglang.compress.select import SpanPolicy, check_ranges, match, own_cluster, select
 from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
 from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.compress.window import Window, context_log_z, observe
@@ -61,55 +61,6 @@ class LayerResult:
     lv: torch.Tensor
 
 
-def score_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) -> torch.Tensor:
-    """[Hkv, n]: what p's scorer says of every token, as compress_layer asks it. Mutates nothing."""
-    _check(x, p)
-    scorer, outputs = get_scorer(p.scorer), _reads_outputs(p.merge)
-    views = head_views(x, scratch_bytes)
-    sums = ((view, query_sums(view.q, *view.stored, outputs, view.host)) for view in views)
-    return torch.cat([scorer(view.window(found), p.pool_kernel) for view, found in sums])
-
-
-def compress_heads(
-    x: LayerInput, p: SpanPolicy, counts: Sequence[int], scratch_bytes: int = 64 << 20
-) -> list[LayerResult]:
-    """As compress_layer, but kv head h keeps counts[h] slots: one result per head, of that head alone.
-
-    Each head keeps the same recent tokens, those that p.m slots would (select.left_raw), and of the others its own.
-    """
-    recent = always_kept(p)[1]
-    heads = [_head(x, h) for h in range(x.k.shape[1])]
-    n = x.k.shape[0]
-    return [
-        compress_layer(head, replace(p, m=count, recent=recent, carried=recent), scratch_bytes)
-        if count < n
-        else _whole(head, p)
-        for head, count in zip(heads, counts, strict=True)
-    ]
-
-
-def _whole(x: LayerInput, p: SpanPolicy) -> LayerResult:
-    """A head that keeps every token, in the order of select()."""
-    n = x.k.shape[0]
-    kept = select(x.k.new_zeros(1, n), replace(p, m=n))[0]
-    order = kept[0]
-    return LayerResult(kept, own_cluster(kept, n), x.k[order], x.v[order], x.lv[order])
-
-
-def _head(x: LayerInput, h: int) -> LayerInput:
-    group, one = x.q.shape[1] // x.k.shape[1], slice(h, h + 1)
-    return LayerInput(
-        q=x.q[:, h * group : (h + 1) * group],
-        q_index=x.q_index,
-        k_ctx=x.k_ctx[:, one],
-        lv_ctx=x.lv_ctx[:, one],
-        k=x.k[:, one],
-        v=x.v[:, one],
-        lv=x.lv[:, one],
-        scale=x.scale,
-    )
-
-
 def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) -> LayerResult:
     """Compresses one layer's span to p.m slots. Mutates nothing; ValueError for an impossible policy.
 
@@ -119,16 +70,16 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     times rules/ridge.HELD_BYTES, or 256 slots of one head by the queries if that is more; of the C++ the logits of 64
     queries per thread. Grouping changes results by rounding only.
     """
-    _check(x, p)
-    scorer, matching, outputs = get_scorer(p.scorer), p.merge != "evict", _reads_outputs(p.merge)
-    out = _Output.empty(x, p.m)
+    check(x, p)
+    scorer, matching, outputs = get_scorer(p.scorer), p.merge != "evict", reads_outputs(p.merge)
+    out = Output.empty(x, p.m)
     for view in head_views(x, scratch_bytes):
         window = view.window(query_sums(view.q, *view.stored, outputs, view.host))
         kept, absorbs = select(scorer(window, p.pool_kernel), p)
         assign = own_cluster(kept, view.k.shape[1])
         if matching:
             assign = match(view.k, kept, absorbs, assign, p, scratch_bytes, view.stored.k.transpose(0, 1))
-        _merge_heads(x, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
+        merge_heads(x, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
     return LayerResult(out.kept, out.assign, out.k, out.v, out.lv)
 
 
@@ -148,15 +99,15 @@ def merge_from_assignment(
     A recorded assignment is what came out of the guards: they are off by default, so rounding flips none.
     """
     _check_queries(x, rule)
-    out = _Output.empty(x, kept.shape[1])
+    out = Output.empty(x, kept.shape[1])
     for view in head_views(x, scratch_bytes):
-        window = view.window(query_sums(view.q, *view.stored, _reads_outputs(rule), view.host))
-        _merge_heads(x, view, window, kept[view.heads], assign[view.heads], rule, guard, fixed, out)
+        window = view.window(query_sums(view.q, *view.stored, reads_outputs(rule), view.host))
+        merge_heads(x, view, window, kept[view.heads], assign[view.heads], rule, guard, fixed, out)
     return out.k, out.v, out.lv
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """Results of all heads in storage layout; each head group fills its slice."""
 
     kept: torch.Tensor
@@ -166,9 +117,9 @@ class _Output:
     lv: torch.Tensor
 
     @staticmethod
-    def empty(x: LayerInput, m: int) -> _Output:
+    def empty(x: LayerInput, m: int) -> Output:
         n, heads, dim = x.k.shape
-        return _Output(
+        return Output(
             torch.empty(heads, m, dtype=torch.int64, device=x.k.device),
             torch.empty(heads, n, dtype=torch.int64, device=x.k.device),
             x.k.new_empty(m, heads, dim),
@@ -239,7 +190,8 @@ def heads_at_once(k: torch.Tensor) -> int:
     return k.shape[1] if gpu_kernel_scores(k) else 1
 
 
-def _reads_outputs(rule: str) -> bool:
+def reads_outputs(rule: str) -> bool:
+    """Whether a rule asks for the queries' attention outputs."""
     return getattr(get_rule(rule), "reads_outputs", False)
 
 
@@ -251,7 +203,7 @@ def _head_groups(x: LayerInput, scratch_bytes: int, least: int) -> list[slice]:
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
 
 
-def _merge_heads(
+def merge_heads(
     x: LayerInput,
     view: HeadView,
     window: Window,
@@ -260,7 +212,7 @@ def _merge_heads(
     rule: str,
     guard: bool,
     fixed: int,
-    out: _Output,
+    out: Output,
 ) -> None:
     """Writes one head group into `out`. A cluster that is not merged keeps key, value, votes bit for bit, unless the
     rule rewrites all of them; even then the first `fixed` do."""
@@ -290,7 +242,8 @@ def _merge_heads(
     out.k[:, heads], out.v[:, heads], out.lv[:, heads] = k.transpose(0, 1), v.transpose(0, 1), lv.T
 
 
-def _check(x: LayerInput, p: SpanPolicy) -> None:
+def check(x: LayerInput, p: SpanPolicy) -> None:
+    """ValueError for an impossible policy."""
     n = x.k.shape[0]
     if not 1 <= p.m < n:
         raise ValueError(f"cannot keep {p.m} of {n} tokens: m must be at least 1 and below the span's length")

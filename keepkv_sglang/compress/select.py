@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from keepkv_sglang.kernels.merge import nearest_kept
 
+UNIFORM = "uniform"
+"""SpanPolicy.heads: the same number of tokens in every layer and head."""
 MATCH_WITHIN = 4096
 """Tokens of a block inside which keys are compared: the time of matching grows with the span, not with its square."""
 
@@ -27,6 +29,8 @@ class SpanPolicy:
     always kept (0 unless the span starts at logical position 0); both count tokens that are not whole. Both, and the
     ceil(strong_fraction * slots) highest-scored of the kept tokens that are not whole, never absorb others. carried:
     tokens at the span's beginning that the last compression left raw (left_raw), a slot each; as many are left again.
+    heads: how the cells of the m slots are shared out over layers and kv heads (compress/heads), where the pool can
+    hold that (compress/packed.py).
     threshold: cosine similarity of keys above which a dropped token joins a kept one. pool_kernel: odd. chunk: tokens
     that are kept or not together (ChunkKV); 1: each on its own.
 
@@ -47,6 +51,7 @@ class SpanPolicy:
     whole: tuple[tuple[int, int], ...] = ()
     shares: tuple[tuple[int, int, int], ...] = ()
     carried: int = 0
+    heads: str = UNIFORM
 
     @property
     def whole_tokens(self) -> int:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from keepkv_sglang.compress.select import UNIFORM
 from keepkv_sglang.memory.arena import ARENA_MAX_BYTES, QueryArena
 from keepkv_sglang.memory.calibration import Calibration, rotary_of
+from keepkv_sglang.memory.cells import PackedCells
 from keepkv_sglang.memory.originals import BLOCK_TOKENS, BlockLayout, BlockStore, Staging, blocks_of
 from keepkv_sglang.memory.votes import SlotTokens, VoteStore
 from keepkv_sglang.runtime.originals import Originals
@@ -59,6 +61,7 @@ def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: i
     rt.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
     rt.votes = VoteStore(layers, slots, kv_heads, keys.device)
     rt.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
+    rt.cells = cells(rt)
     rt.originals = originals(rt, host, runner.model_config.context_len, ranks)
     rt.rank = rank
     q_heads = runner.model_config.num_attention_heads // ranks
@@ -66,6 +69,22 @@ def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: i
     references = rt.rotary is not None
     rows = arena_rows(rt.config, references, runner.model_config.context_len, rt.arena_most // row_bytes - 1)
     share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
+
+
+def cells(rt: Runtime) -> PackedCells | None:
+    """Where spans can be packed; else every head keeps the same number of tokens, whatever --keepkv-heads says."""
+    layers = range(rt.first_layer, rt.first_layer + rt.kv_pool.layer_num)
+    keys = [rt.kv_pool.get_key_buffer(layer) for layer in layers]
+    values = [rt.kv_pool.get_value_buffer(layer) for layer in layers]
+    try:
+        found = PackedCells.of(keys, values, rt.votes.log_votes)
+    except ValueError as error:
+        found, why = None, str(error)
+    else:
+        why = "attention here does not read packed spans"
+    if found is None and rt.config.heads != UNIFORM:
+        logger.info("--keepkv-heads %s: every head keeps the same number of tokens, %s", rt.config.heads, why)
+    return found
 
 
 def originals(rt: Runtime, host: HostMemory, context_len: int, ranks: int) -> Originals | None:

@@ -9,7 +9,7 @@ only ever read.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,11 @@ import torch
 
 from keepkv_sglang.compress.batch import Rows, Storage, compress_rows, scratch_bytes
 from keepkv_sglang.compress.layer import LayerResult
+from keepkv_sglang.compress.packed import compress_packed, shares_cells
 from keepkv_sglang.compress.precision import exact_float32
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
+from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.faults import guard
 from keepkv_sglang.runtime import record, stream
@@ -65,11 +67,10 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
             if len(target) > len(taken):
                 before = _contents(rt, target)
             reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
-            where = Rows(row[: span.start], row[span.start : stop], target, reading)
+            where = _rows(rt, row[: span.start], row[span.start : stop], target, reading)
             queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
             with on_forward_stream(rt.scheduler), exact_float32():
-                for result in compress_rows(_storage(rt), where, *queries, span.policy, scratch_bytes(row.device)):
-                    tally.layer(result)
+                _compress(rt, where, queries, span.policy, span.left, tally.layer)
             tally.finish(state)
     except Exception as error:
         with on_forward_stream(rt.scheduler):
@@ -124,8 +125,43 @@ def merge_unused(
     count = queries.q.shape[1] if queries is not None else 0
     q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64)  # on the CPU: see LayerInput
     with on_forward_stream(rt.scheduler), exact_float32():
-        for _ in compress_rows(_storage(rt), rows, place, arena.shape[2], q_index, policy, scratch_bytes(arena.device)):
-            pass
+        _compress(rt, rows, (place, arena.shape[2], q_index), policy, 0, lambda results: None)
+
+
+Queries = tuple[Callable[[int], torch.Tensor], int, torch.Tensor]
+"""A layer's queries, their heads, q_index: as compress_rows asks for them."""
+
+
+def _compress(
+    rt: Runtime,
+    rows: Rows,
+    queries: Queries,
+    policy: SpanPolicy,
+    left: int,
+    note: Callable[[Sequence[LayerResult]], None],
+) -> None:
+    """Writes the span of every layer into rows.target, as a packed span where heads keep different numbers of tokens.
+    left: slots at the target's end that are one token each. note: is given a layer's result, or one per head."""
+    storage, scratch = _storage(rt), scratch_bytes(rows.target.device)
+    if rt.cells is None or not shares_cells(policy, left):
+        for result in compress_rows(storage, rows, *queries, policy, scratch):
+            note([result])
+        if rt.cells is not None:
+            rt.cells.reset(rows.target)
+        return
+    counts = compress_packed(storage, rows, *queries, policy, left, scratch, note)
+    rt.cells.reset(rows.target)
+    rt.cells.add(rows.target[policy.whole_tokens : policy.m - left], counts)
+
+
+def _rows(rt: Runtime, context: torch.Tensor, source: torch.Tensor, target: torch.Tensor, reading: Any) -> Rows:
+    """The row of a span, with the packed spans before it. Of the span itself nothing is packed: only a budget in slots
+    merges again what was merged, and it packs nothing."""
+    packed = None
+    if rt.cells is not None:
+        context, packed = rt.cells.of_row(context)
+        assert reading is not None or rt.cells.of_row(source)[1] is None
+    return Rows(context, source, target, reading, packed)
 
 
 def allocate(rt: Runtime, count: int) -> torch.Tensor | None:
@@ -162,8 +198,8 @@ def _storage(rt: Runtime) -> Storage:
     )
 
 
-def _queries(rt: Runtime, span: DueSpan) -> tuple[Callable[[int], torch.Tensor], int, torch.Tensor]:
-    """What scores the span, as compress_rows asks for it: a layer's queries, their heads, q_index."""
+def _queries(rt: Runtime, span: DueSpan) -> Queries:
+    """What scores the span."""
     queries, arena = span.queries, rt.arena.queries
     rows = on_device(torch.tensor(queries.rows[: queries.filled], dtype=torch.int64), arena.device)
     positions = list(queries.positions[: queries.filled])
@@ -178,14 +214,16 @@ class _Tally:
     def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
         self._span = span
         self._log = record.begin(req, state, span, rt.rank)
-        self._joined: list[torch.Tensor] = []  # per layer
+        self._joined: list[torch.Tensor] = []  # per result
         self._heads = 0
 
-    def layer(self, result: LayerResult) -> None:
-        self._joined.append((result.assign >= 0).sum())
-        self._heads += len(result.assign)
+    def layer(self, results: Sequence[LayerResult]) -> None:
+        """A layer's result, or one per head."""
+        for result in results:
+            self._joined.append((result.assign >= 0).sum())
+            self._heads += len(result.assign)
         if self._log is not None:
-            self._log.layer(result)
+            self._log.layer(results)
 
     def finish(self, state: RequestState) -> None:
         joined, heads, m, sources = self._joined, self._heads, self._span.m, self._span.sources

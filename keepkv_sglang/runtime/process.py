@@ -15,6 +15,7 @@ from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.compress.registry import MERGE_RULES, SCORERS
 from keepkv_sglang.memory.arena import ARENA_MAX_BYTES, QueryArena
 from keepkv_sglang.memory.calibration import Calibration
+from keepkv_sglang.memory.cells import PackedCells
 from keepkv_sglang.memory.votes import SlotTokens, VoteStore
 from keepkv_sglang.runtime.counters import Counters
 from keepkv_sglang.runtime.originals import Originals
@@ -48,6 +49,7 @@ class Runtime:
         self.attached = False  # to a scheduler
         self.tree: Any = None
         self.slot_tokens: SlotTokens | None = None
+        self.cells: PackedCells | None = None  # where attention reads packed spans
         self.originals: Originals | None = None  # where the server keeps them
         self.scales: dict[int, float] = {}
         self.first_layer = 0

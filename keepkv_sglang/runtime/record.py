@@ -8,11 +8,14 @@ It holds token positions and cluster numbers, no token ids and no text.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from keepkv_sglang.turn.spans import DueSpan
 from keepkv_sglang.turn.state import RequestState
@@ -21,26 +24,36 @@ _sequence = itertools.count()
 
 
 class Recorder:
-    """Collects one compression: kept [layers, H, m], assign [layers, H, slots] and log votes lv [layers, m, H]."""
+    """Collects one compression: kept [layers, H, m], assign [layers, H, slots] and log votes lv [layers, m, H]. Where
+    heads keep different numbers of tokens m is the largest, and what a head does not have is -1 and -inf."""
 
     def __init__(self, folder: str, facts: dict[str, Any]) -> None:
         # Tensor-parallel ranks record the same compression, each its own heads: rank 0 under the plain name.
         rank = f"rank{facts['rank']}-" if facts["rank"] else ""
         self.path = os.path.join(folder, f"{rank}{next(_sequence):05d}-{_in_file_name(facts['rid'])}.pt")
         self.facts = facts
-        self.kept: list[torch.Tensor] = []
+        self.kept: list[list[torch.Tensor]] = []
         self.assign: list[torch.Tensor] = []
-        self.lv: list[torch.Tensor] = []
+        self.lv: list[list[torch.Tensor]] = []
 
-    def layer(self, result: Any) -> None:
-        self.kept.append(result.kept.cpu())
-        self.assign.append(result.assign.cpu())
-        self.lv.append(result.lv.cpu())
+    def layer(self, results: Sequence[Any]) -> None:
+        """A layer's result, or one per head."""
+        self.kept.append([head for result in results for head in result.kept.cpu()])
+        self.assign.append(torch.cat([result.assign.cpu() for result in results]))
+        self.lv.append([head for result in results for head in result.lv.cpu().T])
 
     def write(self) -> None:
-        data = {name: torch.stack(getattr(self, name)) for name in ("kept", "assign", "lv")} | self.facts
+        """The file."""
+        data = {"kept": _stacked(self.kept, -1), "assign": torch.stack(self.assign)} | self.facts
+        data["lv"] = _stacked(self.lv, -math.inf).transpose(1, 2)
         torch.save(data, self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
+
+
+def _stacked(layers: list[list[torch.Tensor]], fill: float) -> torch.Tensor:
+    """[layers, H, longest] of tensors [any], filled up at their ends."""
+    flat = [head for heads in layers for head in heads]
+    return pad_sequence(flat, batch_first=True, padding_value=fill).view(len(layers), -1, max(map(len, flat)))
 
 
 def _in_file_name(rid: str) -> str:
@@ -64,6 +77,7 @@ def begin(req: Any, state: RequestState, span: DueSpan, rank: int) -> Recorder |
             "tokens": span.tokens,
             "end": span.end,
             "m": span.m,
+            "left": span.left,
             "row_tokens": req.kv.kv_committed_len + state.offset,
             "window": list(queries.positions[: queries.filled]),
             "references": queries.references,

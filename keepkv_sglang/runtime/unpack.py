@@ -197,6 +197,8 @@ def _fill(rt: Runtime, originals: Originals, unpacking: Unpacking, slots: torch.
         _copy_protected(originals, unpacking.view[1], start, archived, slots)
     for layer in range(rt.kv_pool.layer_num):
         rt.votes.reset(layer, slots)
+    if rt.cells is not None:
+        rt.cells.reset(slots)
 
 
 def _copy_protected(originals: Originals, entry: Span, start: int, archived: int, slots: torch.Tensor) -> None:

@@ -64,6 +64,15 @@ class KeepKVConfig:
         help="What decides which tokens keep their slot. One of "
         f"{', '.join(SCORERS)}, the name of an installed plugin's scorer, or a path package.module:function.",
     )
+    heads: str = option(
+        "uniform",
+        parse=values.text(lambda value: registry.check(registry.HEADS, value)),
+        bound=bounds.one_of(registry.HEADS.names),
+        help="How a span's cells, one K and V per slot, layer and kv head, are shared out: uniform, the same number for"
+        " all; layer, the heads of a layer share theirs; all, all layers and heads do; or the name of an installed"
+        " plugin's sharing, or a path package.module:function. On a CPU, for fractional budgets and scorers whose scores"
+        " can be compared; elsewhere uniform.",
+    )
     chunk: int = option(
         1,
         parse=values.whole("chunk", 1, MAX_CHUNK),
@@ -277,7 +286,7 @@ class KeepKVConfig:
 
     def _of_request(self, key: str, value: Any) -> Any:
         """One value of a request, checked and within the server's bounds."""
-        names = {"scorer": registry.SCORERS, "merge": registry.MERGE_RULES}.get(key)
+        names = {"scorer": registry.SCORERS, "merge": registry.MERGE_RULES, "heads": registry.HEADS}.get(key)
         if names is None:
             value = OPTIONS[key].parse(value)
         elif not isinstance(value, str):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from keepkv_sglang.compress.select import SpanPolicy
+from keepkv_sglang.compress.select import UNIFORM, SpanPolicy
 from keepkv_sglang.settings.config import KeepKVConfig
 
 
@@ -32,4 +32,6 @@ def span_policy(
         whole=whole,
         shares=shares,
         carried=carried,
+        # What a budget in slots keeps is merged again, and one number of tokens is needed for that.
+        heads=UNIFORM if config.counts_slots else config.heads,
     )

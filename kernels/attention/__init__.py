@@ -13,6 +13,9 @@ extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, 
     indices 0 .. seq_lens[b] - extend_lens[b] + j (causal) or all of them. K and V of the new tokens are
     already in the pool.
 
+packed, in both: the packed spans of these requests (packed.py), whose slots are then in no row: every query sees the
+cells of its head. cpp alone computes it; the others raise ValueError.
+
 Shapes: q, out [B or sum(extend_lens), Hq, D], float32 or bfloat16, one dtype; k_pool, v_pool [S, Hkv, D],
 float32 or bfloat16, any stride(0), rows contiguous; log_votes [S, Hkv] float32, or None for plain attention
 (zeros give the same bits); req_to_token [R, C] int32; rows, seq_lens, extend_lens [B] int64 (other integers
@@ -36,6 +39,8 @@ from typing import Protocol
 
 import torch
 
+from .packed import Packed
+
 ORDER = ("cpp", "numba", "torch")
 _log = logging.getLogger("keepkv")
 _reported: set[str] = set()
@@ -57,6 +62,7 @@ class Attention(Protocol):
         seq_lens: torch.Tensor,
         scale: float,
         out: torch.Tensor,
+        packed: Packed | None = None,
     ) -> None: ...
 
     def extend(
@@ -72,6 +78,7 @@ class Attention(Protocol):
         scale: float,
         out: torch.Tensor,
         causal: bool = True,
+        packed: Packed | None = None,
     ) -> None: ...
 
 

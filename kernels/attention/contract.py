@@ -6,12 +6,20 @@ from collections.abc import Sequence
 
 import torch
 
+from .packed import Packed
+
 # A log vote at or below this masks its entry: weight exactly 0, as for -inf. Triton needs the finite form.
 MASKED = -1e29
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16)
 GPU_STORAGE_DTYPES = (*STORAGE_DTYPES, torch.float16)
 Lengths = torch.Tensor | Sequence[int]
+
+
+def refuse_packed(packed: Packed | None) -> None:
+    """ValueError where an implementation that reads slots alone is given packed spans."""
+    if packed is not None:
+        raise ValueError("this kernel reads no packed spans: use KEEPKV_CPU_KERNEL=cpp, or heads uniform")
 
 
 def as_int64(values: Lengths, name: str, size: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 // start. A block's result depends on its own keys alone and blocks are merged in order, so the bits of a
 // request's output do not depend on batch neighbours, slot placement or thread count.
 #pragma once
-#include "../cpu_vec.h"
+#include "cpu_cells.h"
 
 namespace keepkv {
 
@@ -14,7 +14,9 @@ template <class T> struct Pool {
   int64_t k_stride, v_stride, votes_stride, slots;
   int heads_kv, group, dim;  // group: query heads per kv head
   float scale;
+  int heads_all;  // kv heads of a slot: heads_kv, or more where a pool of single heads is looked at (cells)
   int heads_q() const { return heads_kv * group; }
+  Slots<T> entries(const int32_t* row) const { return {k, v, votes, k_stride, v_stride, votes_stride, row}; }
 };
 
 INL bool slots_valid(const int32_t* slots, int n, int64_t limit) {
@@ -70,8 +72,8 @@ INL void weigh_row(const T* const* rows, int n, int64_t offset, const float* wei
 
 // One block of n <= kBlock keys, kv heads [h0, h1). part: [heads_q][dim + 2] receives the unnormalised sum,
 // the maximum and the denominator. scratch: heads_q * kBlock logits, then heads_kv * kBlock votes.
-template <class T, int W>
-void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n, int h0, int h1, float* part,
+template <class T, int W, class E>
+void decode_block(const Pool<T>& p, const float* q, const E& entries, int n, int h0, int h1, float* part,
                   float* scratch) {
   constexpr int KT = W == 16 ? 8 : 4;  // KT * 3 heads of accumulators fill the register file
   const int dim = p.dim, G = p.group, width = dim + 2;
@@ -86,14 +88,14 @@ void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n,
     const T* keys[KT];
     for (int j = 0; j < KT; ++j) {
       int i = i0 + j < n ? i0 + j : n - 1;  // past the end: any valid key, its logit is discarded
-      keys[j] = p.k + slots[i] * p.k_stride;
+      keys[j] = entries.key(i);
     }
     for (int j = 0; j < KT; ++j) {
       int i = i0 + j + KT;
-      if (i < n) prefetch_row(p.k + slots[i] * p.k_stride + h0 * dim, row_bytes);
+      if (i < n) prefetch_row(entries.key(i) + h0 * dim, row_bytes);
     }
     if (p.votes)  // scattered like the keys, read behind the products
-      for (int j = 0; j < KT && i0 + j < n; ++j) __builtin_prefetch(p.votes + slots[i0 + j] * p.votes_stride + h0, 0, 2);
+      for (int j = 0; j < KT && i0 + j < n; ++j) __builtin_prefetch(entries.vote(i0 + j) + h0, 0, 2);
     for (int h = h0; h < h1; ++h)
       for (int g = 0; g < G;) {
         const float* qg = q + (h * G + g) * dim;
@@ -104,9 +106,9 @@ void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n,
         else dot_tile<T, W, KT, 1>(keys, h * dim, qg, dim, out), g += 1;
       }
   }
-  for (int j = 0; j < KT && j < n; ++j) prefetch_row(p.v + slots[j] * p.v_stride + h0 * dim, row_bytes);
+  for (int j = 0; j < KT && j < n; ++j) prefetch_row(entries.value(j) + h0 * dim, row_bytes);
   for (int i = 0; i < n; ++i)
-    for (int h = h0; h < h1; ++h) bias[h * kBlock + i] = p.votes ? p.votes[slots[i] * p.votes_stride + h] : 0.0f;
+    for (int h = h0; h < h1; ++h) bias[h * kBlock + i] = p.votes ? entries.vote(i)[h] : 0.0f;
 
   for (int head = h0 * G; head < h1 * G; ++head) {
     float* s = logits + head * kBlock;
@@ -135,10 +137,10 @@ void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n,
   for (int i0 = 0; i0 < n; i0 += KT) {
     const T* rows[KT];
     int count = n - i0 < KT ? n - i0 : KT;
-    for (int j = 0; j < count; ++j) rows[j] = p.v + slots[i0 + j] * p.v_stride;
+    for (int j = 0; j < count; ++j) rows[j] = entries.value(i0 + j);
     for (int j = 0; j < KT; ++j) {
       int i = i0 + j + KT;
-      if (i < n) prefetch_row(p.v + slots[i] * p.v_stride + h0 * dim, row_bytes);
+      if (i < n) prefetch_row(entries.value(i) + h0 * dim, row_bytes);
     }
     for (int h = h0; h < h1; ++h)
       for (int g = 0; g < G;) {
@@ -152,19 +154,27 @@ void decode_block(const Pool<T>& p, const float* q, const int32_t* slots, int n,
   }
 }
 
-// Merges the blocks of one query head in order; everything masked or no key at all gives zeros, a NaN logit NaN.
-template <class O> void merge_blocks(const float* part, int64_t block_stride, int blocks, int dim, O* out, float* acc) {
+// Partial results of a query head's blocks, [dim + 2] each, `stride` apart.
+struct Blocks { const float* part; int64_t stride; int count; };
+
+// Merges the blocks of one query head in order, those of its cells behind those of its slots; everything masked or no
+// key at all gives zeros, a NaN logit NaN.
+template <class O> void merge_blocks(const Blocks& slots, const Blocks& cells, int dim, O* out, float* acc) {
+  const int blocks = slots.count + cells.count;
+  auto block = [&](int s) {
+    return s < slots.count ? slots.part + s * slots.stride : cells.part + (s - slots.count) * cells.stride;
+  };
   float top = kNegInf, total = 0.0f;
-  for (int s = 0; s < blocks; ++s) top = part[s * block_stride + dim] > top ? part[s * block_stride + dim] : top;
+  for (int s = 0; s < blocks; ++s) top = block(s)[dim] > top ? block(s)[dim] : top;
   std::memset(acc, 0, sizeof(float) * dim);
   for (int s = 0; s < blocks && top != kNegInf; ++s) {
-    const float* o = part + s * block_stride;
+    const float* o = block(s);
     float w = exp1(o[dim] - top);
     total += w * o[dim + 1];
     for (int d = 0; d < dim; ++d) acc[d] += w * o[d];
   }
   float none = 0.0f;  // the denominators of blocks without a maximum: zeros, or NaN
-  for (int s = 0; s < blocks && top == kNegInf; ++s) none += part[s * block_stride + dim + 1];
+  for (int s = 0; s < blocks && top == kNegInf; ++s) none += block(s)[dim + 1];
   float inverse = top == kNegInf ? none : 1.0f / total;
   for (int d = 0; d < dim; ++d) from_float(acc[d] * inverse, out + d);
 }

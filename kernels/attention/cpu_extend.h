@@ -22,8 +22,9 @@ static_assert(kKeys % kPanel == 0 && kPanel % 8 == 0);
 
 struct Unit { int64_t request, row0, row1; int head; };
 
-struct Scratch {
+template <class T> struct Scratch {
   std::vector<float> k, v, q, acc, total, top, bias;
+  Cells<T> cells;
 };
 
 // s[r][0:kPanel] = q[r] . panel, for kRows rows.
@@ -97,29 +98,30 @@ INL void soften_row(float* s, const float* bias, float scale, int visible, int n
   store<W>(total, load<W>(total) + sum);
 }
 
-// Packs keys [k0, k0 + n) of one kv head: K transposed in panels, V in rows of width floats, votes; pads with
+// Packs n keys of one kv head: K transposed in panels, V in rows of width floats, votes; pads with
 // zeros (K) and masked votes.
-template <class T>
-void pack_block(const Pool<T>& p, const int32_t* slots, int n, int head, int width, Scratch& w) {
+template <class T, class E>
+void pack_block(const Pool<T>& p, const E& entries, int n, int head, int width, Scratch<T>& w) {
   const int dim = p.dim;
   for (int j0 = 0; j0 < kKeys && j0 / kPanel * kPanel < n; j0 += 8) {
     const T* keys[8];
     for (int j = 0; j < 8; ++j)
-      keys[j] = j0 + j < n ? p.k + slots[j0 + j] * p.k_stride + int64_t(head) * dim : nullptr;
+      keys[j] = j0 + j < n ? entries.key(j0 + j) + int64_t(head) * dim : nullptr;
     transpose8(keys, dim, w.k.data() + int64_t(j0 / kPanel) * kPanel * dim + j0 % kPanel, kPanel);
   }
   for (int j = 0; j < n; ++j) {
-    const T* src = p.v + slots[j] * p.v_stride + int64_t(head) * dim;
+    const T* src = entries.value(j) + int64_t(head) * dim;
     for (int d = 0; d < dim; d += 8) store<8>(w.v.data() + j * width + d, load<8>(src + d));
   }
   for (int j = 0; j < kKeys; ++j)
-    w.bias[j] = j >= n ? kNegInf : p.votes ? p.votes[slots[j] * p.votes_stride + head] : 0.0f;
+    w.bias[j] = j >= n ? kNegInf : p.votes ? entries.vote(j)[head] : 0.0f;
 }
 
-// Rows [row0, row1) of one request and kv head. q, out: first query of the request. len: its KV slots.
+// Rows [row0, row1) of one request and kv head. q, out: first query of the request. slots, len: of its KV slots. cells:
+// its packed spans or null, all of them in front of the new tokens.
 template <class T, class O>
 void extend_unit(const Pool<T>& p, const O* q, int64_t q_stride, O* out, int64_t out_stride, const int32_t* slots,
-                 int64_t len, int64_t extend, bool causal, const Unit& u, Scratch& w) {
+                 int64_t len, int64_t extend, bool causal, const Packed* cells, const Unit& u, Scratch<T>& w) {
   constexpr int W = kMaxW;
   const int dim = p.dim, G = p.group, width = (dim + W - 1) / W * W;
   const int rows = int(u.row1 - u.row0), padded = (rows + kRows - 1) / kRows * kRows;
@@ -132,19 +134,17 @@ void extend_unit(const Pool<T>& p, const O* q, int64_t q_stride, O* out, int64_t
     for (int d = 0; d < dim; ++d) w.q[size_t(r) * dim + d] = to_float(src[d]);
   }
   alignas(64) float s[kRows * kKeys];
-  const int64_t end = visible(rows - 1);
-  for (int64_t k0 = 0; k0 < end; k0 += kKeys) {
-    const int n = int(end - k0 < kKeys ? end - k0 : kKeys);
-    pack_block(p, slots + k0, n, u.head, width, w);
+  // The n keys of the packed block; seen(r): how many of them row r sees.
+  auto absorb = [&](int n, auto seen) {
     for (int r0 = 0; r0 < padded; r0 += kRows) {
       int last = (r0 + kRows < rows ? r0 + kRows : rows) - 1;
-      int64_t seen = visible(last) - k0;
-      if (seen <= 0) continue;
-      int keys = seen < n ? int(seen) : n, panels = (keys + kPanel - 1) / kPanel;
+      int64_t most = seen(last);
+      if (most <= 0) continue;
+      int keys = most < n ? int(most) : n, panels = (keys + kPanel - 1) / kPanel;
       for (int c = 0; c < panels; ++c)
         score_panel(&w.q[size_t(r0) * dim], &w.k[size_t(c) * kPanel * dim], dim, s + c * kPanel);
       for (int r = 0; r < kRows; ++r) {
-        int64_t mine = visible(r0 + r) - k0;
+        int64_t mine = seen(r0 + r);
         soften_row(s + r * kKeys, w.bias.data(), p.scale, int(mine < 0 ? 0 : mine < kKeys ? mine : kKeys),
                    panels * kPanel, &w.top[r0 + r], &w.total[size_t(r0 + r) * W], width,
                    &w.acc[size_t(r0 + r) * width]);
@@ -154,6 +154,19 @@ void extend_unit(const Pool<T>& p, const O* q, int64_t q_stride, O* out, int64_t
       for (; d + kVecs * W <= width; d += kVecs * W) weigh_panel<kVecs>(&w.v[d], keys, s, width, acc + d);
       for (; d < width; d += W) weigh_panel<1>(&w.v[d], keys, s, width, acc + d);
     }
+  };
+  const int64_t end = visible(rows - 1);
+  for (int64_t k0 = 0; k0 < end; k0 += kKeys) {
+    const int n = int(end - k0 < kKeys ? end - k0 : kKeys);
+    pack_block(p, p.entries(slots + k0), n, u.head, width, w);
+    absorb(n, [&](int r) { return visible(r) - k0; });
+  }
+  const int64_t packed = packed_cells(cells, u.request, p.heads_all, u.head);
+  for (int64_t k0 = 0; k0 < packed; k0 += kKeys) {
+    const int n = int(packed - k0 < kKeys ? packed - k0 : kKeys);
+    w.cells.fill(*cells, p, u.request, u.head, k0, n);
+    pack_block(p, w.cells, n, 0, width, w);
+    absorb(n, [&](int) { return int64_t(n); });
   }
   for (int r = 0; r < rows; ++r) {
     O* dst = out + (u.row0 + r) / G * out_stride + (int64_t(u.head) * G + (u.row0 + r) % G) * dim;

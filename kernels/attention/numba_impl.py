@@ -15,7 +15,8 @@ import numba
 import numpy as np
 import torch
 
-from .contract import MASKED, as_int64, check
+from .contract import MASKED, as_int64, check, refuse_packed
+from .packed import Packed
 
 name = "numba"
 
@@ -177,7 +178,9 @@ def extend(
     scale: float,
     out: torch.Tensor,
     causal: bool = True,
+    packed: Packed | None = None,
 ) -> None:
+    refuse_packed(packed)
     q = check(q, k_pool, v_pool, log_votes, req_to_token, out)
     batch, heads_kv = len(rows), k_pool.shape[1]
     group = q.shape[1] // heads_kv
@@ -243,6 +246,8 @@ def decode(
     seq_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    packed: Packed | None = None,
 ) -> None:
+    refuse_packed(packed)
     ones = torch.ones(q.shape[0], dtype=torch.int64)
     extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from .contract import MASKED
+from .packed import Packed
 
 
 def attend(
@@ -52,10 +53,11 @@ def decode(
     seq_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    packed: Packed | None = None,
 ) -> None:
     """Same contract as the package's decode; out may have any float dtype."""
     ones = torch.ones_like(seq_lens)
-    extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out)
+    extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out, packed=packed)
 
 
 def extend(
@@ -70,14 +72,47 @@ def extend(
     scale: float,
     out: torch.Tensor,
     causal: bool = True,
+    packed: Packed | None = None,
 ) -> None:
     """Same contract as the package's extend; out may have any float dtype."""
     start = 0
-    for row, length, new in zip(rows.tolist(), seq_lens.tolist(), extend_lens.tolist(), strict=True):
+    for request, (row, length, new) in enumerate(
+        zip(rows.tolist(), seq_lens.tolist(), extend_lens.tolist(), strict=True)
+    ):
         slots = req_to_token[row, :length].long()
         last = torch.arange(length - new, length) if causal else torch.full((new,), length)
         visible = torch.arange(length)[None, :] <= last[:, None]
         votes = None if log_votes is None else log_votes[slots]
         queries = q[start : start + new]
-        out[start : start + new] = attend(queries, k_pool[slots], v_pool[slots], votes, visible, scale)
+        k, v = k_pool[slots], v_pool[slots]
+        if packed is None or votes is None:
+            out[start : start + new] = attend(queries, k, v, votes, visible, scale)
+        else:
+            for head in range(k.shape[1]):
+                _attend_head(queries, k, v, votes, visible, scale, packed, request, head, out[start : start + new])
         start += new
+
+
+def _attend_head(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_votes: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    packed: Packed,
+    request: int,
+    head: int,
+    out: torch.Tensor,
+) -> None:
+    """attend() of one kv head, with its cells in front of the slots: every query sees them."""
+    cells = packed.runs(request, packed.layer, head).tolist()
+    pools = (packed.layers.keys, packed.layers.values, packed.layers.log_votes)
+    keys, values, votes = (
+        torch.stack([pool[layer][slot, h] for layer, slot, h in cells] + list(own[:, head]))
+        for pool, own in zip(pools, (k, v, log_votes), strict=True)
+    )
+    group = q.shape[1] // k.shape[1]
+    own_heads = slice(head * group, (head + 1) * group)
+    seen = torch.cat((visible.new_ones(len(visible), len(cells)), visible), 1)
+    out[:, own_heads] = attend(q[:, own_heads], keys[:, None], values[:, None], votes[:, None], seen, scale)

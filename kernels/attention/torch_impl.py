@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from .contract import MASKED, as_int64, check
+from .contract import MASKED, as_int64, check, refuse_packed
+from .packed import Packed
 
 name = "torch"
 
@@ -62,7 +63,9 @@ def extend(
     scale: float,
     out: torch.Tensor,
     causal: bool = True,
+    packed: Packed | None = None,
 ) -> None:
+    refuse_packed(packed)
     q = check(q, k_pool, v_pool, log_votes, req_to_token, out)
     batch = len(rows)
     rows, seq_lens = as_int64(rows, "rows", batch), as_int64(seq_lens, "seq_lens", batch)
@@ -96,6 +99,8 @@ def decode(
     seq_lens: torch.Tensor,
     scale: float,
     out: torch.Tensor,
+    packed: Packed | None = None,
 ) -> None:
+    refuse_packed(packed)
     ones = torch.ones(q.shape[0], dtype=torch.int64)
     extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, ones, scale, out)

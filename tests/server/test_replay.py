@@ -53,6 +53,7 @@ def prefilled(oracle, prompt) -> tuple[Replay, torch.Tensor]:
     return row, row.feed(prompt)[-1]
 
 
+HEADS = ("uniform", "layer", "all")
 with_overlap = pytest.mark.parametrize("server", ["overlap"], indirect=True, scope="module")
 
 
@@ -64,14 +65,16 @@ def test_every_rule(server, record, prompt, prefilled, rule):
     compressed(server, record, prompt, prefilled, {"merge": rule, "references": 0}, bound)
 
 
-def test_default_and_the_next_turn(server, record, prompt, prefilled, text_tokens):
-    params = {"merge": "attention_matching", "references": 256}
+@pytest.mark.parametrize("heads", HEADS)
+def test_default_and_the_next_turn(server, record, prompt, prefilled, text_tokens, heads):
+    params = {"merge": "attention_matching", "references": 256, "heads": heads}
     next_turn(server, record, prompt, prefilled, text_tokens, params, BOUND_FITTED)
 
 
 @with_overlap
-def test_strict_rule_and_the_next_turn(server, record, prompt, prefilled, text_tokens):
-    next_turn(server, record, prompt, prefilled, text_tokens, STRICT_RULE, BOUND)
+@pytest.mark.parametrize("heads", HEADS)
+def test_strict_rule_and_the_next_turn(server, record, prompt, prefilled, text_tokens, heads):
+    next_turn(server, record, prompt, prefilled, text_tokens, {**STRICT_RULE, "heads": heads}, BOUND)
 
 
 @with_overlap
@@ -185,12 +188,12 @@ def test_keepkv_eval_keeps_the_same_slots_with_the_same_votes(server, record, pr
     config = KeepKVConfig(enabled=True, budget=0.2)
     results = compress_with(row, config, span_policy(config, event["m"], sinks=config.sinks))
     assert row.slots == event["m"] == slots_of(0.2, event["end"])
-    kept, assign = (torch.stack([getattr(r, name) for r in results]) for name in ("kept", "assign"))
+    kept, assign = (torch.stack([getattr(r, name) for (r,) in results]) for name in ("kept", "assign"))
     assert (kept == event["kept"]).float().mean() >= 0.999
     assert (assign == event["assign"]).float().mean() >= 0.999
     same = ((kept == event["kept"]).all(-1) & (assign == event["assign"]).all(-1))[:, None, :].expand_as(event["lv"])
     assert same.float().mean() > 0.9, "heads without any tie that fell differently"
-    lv = torch.stack([r.lv for r in results])
+    lv = torch.stack([r.lv for (r,) in results])
     torch.testing.assert_close(lv[same], event["lv"][same], atol=2e-3, rtol=0)
     numbers(server)
 

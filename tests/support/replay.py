@@ -25,13 +25,22 @@ _NAME = "keepkv_replay"
 
 @dataclass
 class Layer:
-    """Slots of one layer, in row order: k, v [slots, Hkv, D], lv [slots, Hkv]; q [tokens, Hq, D] by position."""
+    """Slots of one layer, in row order: k, v [slots, Hkv, D], lv [slots, Hkv]; q [tokens, Hq, D] by position.
+
+    cells: k, v, lv of what heads have in packed spans, in front of all that came later; the shorter heads are filled up
+    with entries without a vote, and so are the slots of these spans in k, v and lv.
+    """
 
     k: torch.Tensor
     v: torch.Tensor
     lv: torch.Tensor
     q: torch.Tensor
+    cells: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     scale: float = 0.0
+
+    def before(self, slots: int | None = None) -> list[torch.Tensor]:
+        """k, v, lv of all cells and of the first `slots` slots."""
+        return [torch.cat([c, x[:slots]]) for c, x in zip(self.cells, (self.k, self.v, self.lv), strict=True)]
 
     def append(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         self.k, self.v = torch.cat([self.k, k]), torch.cat([self.v, v])
@@ -58,7 +67,7 @@ class Replay:
         kv = torch.zeros(0, config.num_key_value_heads, dim, dtype=torch.float64)
         q = torch.zeros(0, config.num_attention_heads, dim, dtype=torch.float64)
         lv = torch.zeros(0, config.num_key_value_heads, dtype=torch.float64)
-        return Replay(model.eval(), [Layer(kv, kv, lv, q) for _ in range(config.num_hidden_layers)])
+        return Replay(model.eval(), [Layer(kv, kv, lv, q, (kv, kv, lv)) for _ in range(config.num_hidden_layers)])
 
     def clone(self) -> Replay:
         return Replay(self.model, [copy.copy(layer) for layer in self.layers], self.tokens, list(self.applied))
@@ -78,7 +87,7 @@ class Replay:
         assert cut >= 0
         for layer in self.layers:
             keep = layer.k.shape[0] - cut
-            assert torch.all(layer.lv[keep:] == 0)
+            assert torch.all(layer.lv[keep:] == 0)  # and no packed span is among them
             layer.k, layer.v, layer.lv, layer.q = layer.k[:keep], layer.v[:keep], layer.lv[:keep], layer.q[:tokens]
         self.tokens = tokens
 
@@ -91,11 +100,12 @@ class Replay:
             at = torch.arange(event["end"], event["end"] + moved)
             q = torch.cat((self._rotate(self._rotate(q[:moved], positions[:moved], -1), at, 1), q[moved:]))
             index[:moved] = [event["slots"]] * moved
+        k_ctx, _, lv_ctx = layer.before(start)
         return SimpleNamespace(
             q=q,
             q_index=torch.tensor(index),
-            k_ctx=layer.k[:start],
-            lv_ctx=layer.lv[:start],
+            k_ctx=k_ctx,
+            lv_ctx=lv_ctx,
             k=layer.k[start:stop],
             v=layer.v[start:stop],
             lv=layer.lv[start:stop],
@@ -115,17 +125,41 @@ class Replay:
         """Applies one recorded compression through the reference merge."""
         start, stop = event["start"], event["start"] + event["slots"]
         for index, layer in enumerate(self.layers):
-            merged = reference.merge_from_assignment(
-                self.inputs(event, index),
-                event["kept"][index],
-                event["assign"][index],
-                event["merge"],
-                fixed=sum(end - start for start, end in event["whole"]),
-            )
+            if bool((event["kept"] < 0).any()):
+                merged, packed = self._packed(event, index)
+                layer.cells = tuple(torch.cat(pair) for pair in zip(layer.cells, packed, strict=True))
+            else:
+                merged = self._merged(self.inputs(event, index), event, event["kept"][index], event["assign"][index])
             for name, new in zip(("k", "v", "lv"), merged, strict=True):
                 old = getattr(layer, name)
                 setattr(layer, name, torch.cat([old[:start], new, old[stop:]]))
         self.applied.append(event)
+
+    def _merged(self, x: Any, event: dict, kept: torch.Tensor, assign: torch.Tensor) -> Any:
+        fixed = sum(end - start for start, end in event["whole"])
+        return reference.merge_from_assignment(x, kept, assign, event["merge"], fixed=fixed)
+
+    def _packed(self, event: dict, index: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """A layer of a packed span: its m slots, and what heads have beside whole and recent tokens; each k, v, lv."""
+        x, m, left = self.inputs(event, index), event["m"], event["left"]
+        whole, most = sum(end - start for start, end in event["whole"]), event["kept"].shape[2]
+        heads, group = x.k.shape[1], x.q.shape[1] // x.k.shape[1]
+        slots, cells = [], []
+        for h in range(heads):
+            one = SimpleNamespace(
+                q=x.q[:, h * group : (h + 1) * group],
+                q_index=x.q_index,
+                scale=x.scale,
+                **{name: getattr(x, name)[:, h : h + 1] for name in ("k_ctx", "lv_ctx", "k", "v", "lv")},
+            )
+            kept = event["kept"][index, h]
+            merged = self._merged(one, event, kept[kept >= 0][None], event["assign"][index, h : h + 1])
+            ends = [torch.cat([y[:whole], y[len(y) - left :]]) for y in merged]
+            inner = [y[whole : len(y) - left] for y in merged]
+            gaps = [_empty(y, m - whole - left, i) for i, y in enumerate(merged)]
+            slots.append([torch.cat([y[:whole], gap, y[whole:]]) for y, gap in zip(ends, gaps, strict=True)])
+            cells.append([torch.cat([y, _empty(y, most - whole - left - len(y), i)]) for i, y in enumerate(inner)])
+        return [torch.cat(p, 1) for p in zip(*slots, strict=True)], [torch.cat(p, 1) for p in zip(*cells, strict=True)]
 
     def follow(self, ids: list[int], events: list[dict]) -> list[float]:
         """Feeds ids; before position p every event that ends at or before p is applied, as the server does.
@@ -148,6 +182,11 @@ class Replay:
         return out
 
 
+def _empty(like: torch.Tensor, count: int, part: int) -> torch.Tensor:
+    """Entries of k, v or lv (part 0, 1, 2) that no head has."""
+    return like.new_full((count, *like.shape[1:]), -torch.inf if part == 2 else 0.0)
+
+
 def _attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] of the new tokens -> ([1, T, Hq, D], None)."""
     row: Replay = _attention.row  # type: ignore[attr-defined]
@@ -155,13 +194,14 @@ def _attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling
     layer.scale = scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     layer.append(q, k, v)
-    count, slots = q.shape[0], layer.k.shape[0]
+    keys, values, votes = layer.before()
+    count, slots = q.shape[0], keys.shape[0]
     group = q.shape[1] // k.shape[1]
-    logits = torch.einsum("thd,shd->hts", q, layer.k.repeat_interleave(group, 1)) * scaling
-    logits = logits + layer.lv.repeat_interleave(group, 1).T[:, None, :]
+    logits = torch.einsum("thd,shd->hts", q, keys.repeat_interleave(group, 1)) * scaling
+    logits = logits + votes.repeat_interleave(group, 1).T[:, None, :]
     visible = torch.arange(slots)[None, :] <= torch.arange(slots - count, slots)[:, None]
     weights = torch.softmax(logits.masked_fill(~visible, -torch.inf), dim=-1)
-    return torch.einsum("hts,shd->thd", weights, layer.v.repeat_interleave(group, 1))[None], None
+    return torch.einsum("hts,shd->thd", weights, values.repeat_interleave(group, 1))[None], None
 
 
 def events_of(folder: Path, rid: str) -> list[dict]:

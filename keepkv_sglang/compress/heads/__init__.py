@@ -6,9 +6,9 @@ import torch
 
 from keepkv_sglang.compress.heads.base import Demand, Sharing
 from keepkv_sglang.compress.registry import HEADS, INCOMPARABLE_SCORERS, SCORERS
-from keepkv_sglang.compress.select import SpanPolicy, always_kept, whole_and_free
+from keepkv_sglang.compress.select import UNIFORM, SpanPolicy, always_kept, whole_and_free
 
-__all__ = ["Demand", "Sharing", "get_sharing", "slots_of_heads"]
+__all__ = ["Demand", "Sharing", "comparable", "get_sharing", "slots_of_heads"]
 
 
 def get_sharing(name: str) -> Sharing:
@@ -23,7 +23,7 @@ def slots_of_heads(scores: torch.Tensor, p: SpanPolicy, name: str) -> list[list[
     shared out. p.m everywhere where the scorer's scores cannot be compared across heads.
     """
     if not comparable(p.scorer):
-        name = "uniform"
+        name = UNIFORM
     free = whole_and_free(p.whole, scores.shape[2], scores.device)[1]
     sinks, recent = always_kept(p)
     rivals = free[sinks : len(free) - recent]

@@ -44,7 +44,9 @@ class Demand:
 
 
 Sharing = Callable[[Demand], torch.Tensor]
-"""Demand -> counts [L, H] int64: how many tokens each head keeps, d.least..n, L H d.mean in all."""
+"""Demand -> counts [L, H] int64: how many tokens each head keeps, d.least..n, L H d.mean in all. One with a true
+attribute `by_layer` decides each layer without the others, H d.mean in each: layers are then scored and merged group by
+group."""
 
 
 def largest(shares: torch.Tensor, mean: int, least: int) -> torch.Tensor:

@@ -11,3 +11,6 @@ def layer(demand: Demand) -> torch.Tensor:
     """counts [L, H]: every layer keeps H * mean tokens, the largest shares of all its heads (Ada-KV, arXiv 2407.11550,
     with shares of the head instead of attention)."""
     return largest(demand.shares, demand.mean, demand.least)
+
+
+layer.by_layer = True  # type: ignore[attr-defined]

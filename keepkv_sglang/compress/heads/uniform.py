@@ -11,3 +11,6 @@ def uniform(demand: Demand) -> torch.Tensor:
     """counts [L, H]: the mean."""
     layers, heads, _ = demand.shares.shape
     return torch.full((layers, heads), demand.mean, dtype=torch.int64, device=demand.shares.device)
+
+
+uniform.by_layer = True  # type: ignore[attr-defined]

@@ -13,18 +13,18 @@ from typing import Protocol
 
 import torch
 
+from keepkv_sglang.compress.by_head import merge_scored, score_heads
 from keepkv_sglang.compress.heads import slots_of_heads
-from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_heads, compress_layer, score_layer
+from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer
+from keepkv_sglang.compress.packed import shares_cells
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.select import SpanPolicy, left_raw
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
-from keepkv_sglang.tools.evaluate.probe import Probe, Row, Slots
+from keepkv_sglang.tools.evaluate.probe import Probe, Row, Slots, joined
 from keepkv_sglang.tools.evaluate.results import OFF
 from keepkv_sglang.turn.queries import reference_positions
 from keepkv_sglang.turn.spans import DueSpan
-
-UNIFORM = "uniform"
 
 
 class Method(Protocol):
@@ -59,23 +59,17 @@ class Ours:
 
     offline_scorer: a scorer that no server can run (h2o); it replaces config.scorer and sees every query fed last.
     originals: for tasks of several turns, results.ORIGINALS; one compression is the same with and without.
-    heads: a policy of compress/heads; for tasks of one compression.
     """
 
     name: str
     config: KeepKVConfig
     offline_scorer: str = ""
     originals: str = OFF
-    heads: str = UNIFORM
 
     def prefill(self, probe: Probe, ids: Sequence[int], budget: float, full: Row | None = None) -> Row:
         row = full.clone() if full is not None else probe.row(ids)
         m = slots_of(budget, len(ids))
-        if self.heads == UNIFORM:
-            compress_tail(row, self.config, m, offline_scorer=self.offline_scorer)
-        elif m < row.slots:
-            policy = span_policy(self.config, m, sinks=self.config.sinks)
-            _compress_heads(row, policy, self)
+        compress_tail(row, self.config, m, offline_scorer=self.offline_scorer)
         return row
 
 
@@ -102,9 +96,9 @@ def compress_tail(
 
 def compress_with(
     row: Row, config: KeepKVConfig, policy: SpanPolicy, start: int = 0, offline_scorer: str = ""
-) -> list[LayerResult]:
+) -> list[list[LayerResult]]:
     """Slots [start, end) of the row become policy.m, scored by window and reference queries of the tokens fed last.
-    Returns what was chosen, per layer."""
+    Returns what was chosen: each layer's result, or one per head."""
     if offline_scorer:
         policy = replace(policy, scorer=offline_scorer)
     n = row.slots - start
@@ -120,29 +114,7 @@ def _queries(row: Row, config: KeepKVConfig, window: int) -> tuple[list[int], in
     return [*spread, *range(lo, row.tokens)], len(spread)
 
 
-def _compress_heads(row: Row, policy: SpanPolicy, method: Ours) -> None:
-    """The whole row becomes policy.m slots per layer and kv head on average. Rows are rectangles here: heads with fewer
-    slots are filled up with slots that have no votes."""
-    positions, references = _queries(row, method.config, method.config.window)
-    inputs = list(_layer_inputs(row, positions, references, 0, row.slots, row.tokens))
-    scores = torch.stack([score_layer(x, policy) for x in inputs])
-    counts = slots_of_heads(scores, policy, method.heads)
-    most = max(max(layer) for layer in counts)
-    layers = []
-    for x, wanted in zip(inputs, counts, strict=True):
-        heads = [Slots(r.k, r.v, r.lv) for r in compress_heads(x, policy, wanted)]
-        padded = [
-            Slots(*(_padded(t, most, fill) for t, fill in zip(h, (0.0, 0.0, -math.inf), strict=True))) for h in heads
-        ]
-        layers.append(Slots(*(torch.cat(part, 1) for part in zip(*padded, strict=True))))
-    row.replace_span(layers)
-
-
-def _padded(x: torch.Tensor, rows: int, fill: float) -> torch.Tensor:
-    return torch.cat((x, x.new_full((rows - x.shape[0], *x.shape[1:]), fill)))
-
-
-def compress_span(row: Row, due: DueSpan) -> list[LayerResult]:
+def compress_span(row: Row, due: DueSpan) -> list[list[LayerResult]]:
     """What runtime/compressor.py does on the server to one span that is due."""
     held = due.queries
     positions = list(held.positions[: held.filled])
@@ -151,17 +123,56 @@ def compress_span(row: Row, due: DueSpan) -> list[LayerResult]:
 
 def _compress_slots(
     row: Row, policy: SpanPolicy, positions: Sequence[int], references: int, start: int, n: int, end: int
-) -> list[LayerResult]:
+) -> list[list[LayerResult]]:
     """The n slots from `start` on, which end before token `end`, become policy.m; positions: of their queries, which
-    must be among the tokens fed last."""
-    results, layers = [], []
-    for layer, x in zip(row.layers, _layer_inputs(row, positions, references, start, n, end), strict=True):
-        result = compress_layer(x, policy)
-        results.append(result)
-        merged, behind = Slots(result.k, result.v, result.lv), layer.cut(start + n, row.slots)
-        layers.append(Slots(*(torch.cat(pair) for pair in zip(merged, behind, strict=True))))
-    row.replace_span(layers, start)
+    must be among the tokens fed last. Returns each layer's result, or one per head."""
+    inputs = list(_layer_inputs(row, positions, references, start, n, end))
+    behind = [layer.cut(start + n, row.slots) for layer in row.layers]
+    left = left_raw(policy, n)
+    if not shares_cells(policy, left):
+        results = [[compress_layer(x, policy)] for x in inputs]
+        layers = [Slots(r.k, r.v, r.lv) for (r,) in results]
+        row.replace_span([joined(*parts) for parts in zip(layers, behind, strict=True)], start)
+        return results
+    scored = [score_heads(x, policy) for x in inputs]
+    scores = torch.stack([torch.cat([group.scores for group in layer]) for layer in scored])
+    counts = slots_of_heads(scores, policy, policy.heads)
+    results = [merge_scored(x, policy, s, c) for x, s, c in zip(inputs, scored, counts, strict=True)]
+    cells = [_cells(layer, policy, left) for layer in results]
+    row.replace_span([joined(*parts) for parts in zip((raw for raw, _ in cells), behind, strict=True)], start)
+    row.cells = [joined(*parts) for parts in zip(row.cells, (packed for _, packed in cells), strict=True)]
     return results
+
+
+def _cells(heads: Sequence[LayerResult], policy: SpanPolicy, left: int) -> tuple[Slots, Slots]:
+    """A packed span in a layer: its m slots, those that are shared out without a vote, and what the heads have instead,
+    heads with less filled up with entries without a vote."""
+    whole, m, most = policy.whole_tokens, policy.m, max(r.kept.shape[1] for r in heads)
+    raw, packed = [], []
+    for r in heads:
+        count = r.kept.shape[1]
+        parts = [(x[:whole], x[whole : count - left], x[count - left :]) for x in (r.k, r.v, r.lv)]
+        gaps = [
+            x.new_full((m - whole - left, *x.shape[1:]), fill) for x, fill in zip((r.k, r.v, r.lv), FILL, strict=True)
+        ]
+        raw.append(Slots(*(torch.cat((a, gap, b)) for (a, _, b), gap in zip(parts, gaps, strict=True))))
+        packed.append(
+            Slots(*(_padded(x, most - whole - left, fill) for (_, x, _), fill in zip(parts, FILL, strict=True)))
+        )
+    return _beside(raw), _beside(packed)
+
+
+FILL = (0.0, 0.0, -math.inf)
+"""Key, value and log vote of an entry that no head has."""
+
+
+def _beside(heads: Sequence[Slots]) -> Slots:
+    """The heads of a layer."""
+    return Slots(*(torch.cat(part, 1) for part in zip(*heads, strict=True)))
+
+
+def _padded(x: torch.Tensor, rows: int, fill: float) -> torch.Tensor:
+    return torch.cat((x, x.new_full((rows - x.shape[0], *x.shape[1:]), fill)))
 
 
 def _layer_inputs(
@@ -171,8 +182,8 @@ def _layer_inputs(
     device = row.queries[0].device
     rows = torch.tensor(positions, device=device) - (row.tokens - row.queries[0].shape[0])
     sample = QuerySample(list(positions), references, end, n, row.probe.rotary, torch.float32, device)
-    for layer, queries in zip(row.layers, row.queries, strict=True):
-        context, span = layer.cut(0, start), layer.cut(start, start + n)
+    for index, (layer, queries) in enumerate(zip(row.layers, row.queries, strict=True)):
+        context, span = row.context(index, start), layer.cut(start, start + n)
         q = sample.place(queries[rows])
         yield LayerInput(q, sample.q_index, context.k, context.lv, span.k, span.v, span.lv, row.probe.scale)
 
@@ -210,7 +221,7 @@ OURS: dict[str, Ours] = {
         ours("expected_attention evict", scorer="expected_attention", merge="evict"),
         ours("streaming_llm evict", scorer="streaming_llm", merge="evict"),
         ours("chunkkv evict", scorer="snapkv", merge="evict", chunk=10),
-        *(Ours(f"heads {name}", KeepKVConfig(enabled=True), heads=name) for name in ("layer", "all")),
+        *(Ours(f"heads {name}", KeepKVConfig(enabled=True, heads=name)) for name in ("uniform", "layer", "all")),
         Ours("h2o evict", KeepKVConfig(enabled=True, merge="evict", references=0), offline_scorer="h2o"),
     )
 }

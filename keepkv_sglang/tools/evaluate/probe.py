@@ -35,16 +35,24 @@ class Slots(NamedTuple):
         return Slots(*(t[start:stop] for t in self))
 
 
+def joined(*parts: Slots) -> Slots:
+    """One behind the other."""
+    return Slots(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
 class Row:
     """Slots of all layers and how many logical tokens they stand for.
 
     queries: one [t, Hq, D] per layer, after RoPE, unscaled: of the t tokens fed last, that is of logical positions
-    tokens - t .. tokens - 1. Tensors are never written in place, so `clone` is cheap.
+    tokens - t .. tokens - 1. cells: one per layer, what heads have in packed spans: in front of everything that is fed
+    later; the slots of these spans are in `layers` without a vote. Tensors are never written in place, so `clone` is
+    cheap.
     """
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self.layers = [Slots(probe.empty_kv, probe.empty_kv, probe.empty_lv)] * probe.layer_count
+        self.cells = list(self.layers)
         self.queries: list[torch.Tensor] = [probe.empty_q] * probe.layer_count
         self.tokens = 0
 
@@ -55,15 +63,14 @@ class Row:
 
     @property
     def held(self) -> int:
-        """Mean over layers and kv heads of the slots that are no padding (log votes -inf)."""
-        return round(
-            sum(float((layer.lv > -math.inf).sum(0).float().mean()) for layer in self.layers) / len(self.layers)
-        )
+        """Mean over layers and kv heads of the slots and cells that are no padding (log votes -inf)."""
+        votes = [torch.cat((cells.lv, layer.lv)) for cells, layer in zip(self.cells, self.layers, strict=True)]
+        return round(sum(float((lv > -math.inf).sum(0).float().mean()) for lv in votes) / len(votes))
 
     def clone(self) -> Row:
         """An independent row on the same tensors."""
         other = copy.copy(self)
-        other.layers, other.queries = list(self.layers), list(self.queries)
+        other.layers, other.queries, other.cells = list(self.layers), list(self.queries), list(self.cells)
         return other
 
     def feed(self, ids: Sequence[int], last: int | None = None) -> torch.Tensor:
@@ -72,11 +79,17 @@ class Row:
         return self.probe.run(self, ids, len(ids) if last is None else last)
 
     def replace_span(self, layers: Sequence[Slots], start: int = 0) -> None:
-        """`layers` (all with the same number of slots) take the place of everything from slot `start` on."""
+        """`layers` (all with the same number of slots) take the place of everything from slot `start` on, of packed
+        spans only where that is everything."""
+        if not start:
+            self.cells = [layer.cut(0, 0) for layer in layers]
         self.layers = [
-            Slots(*(torch.cat(pair) for pair in zip(old.cut(0, start), new, strict=True))) if start else new
-            for old, new in zip(self.layers, layers, strict=True)
+            joined(old.cut(0, start), new) if start else new for old, new in zip(self.layers, layers, strict=True)
         ]
+
+    def context(self, layer: int, slots: int) -> Slots:
+        """What precedes slot `slots` in a layer: cells, and the slots before it."""
+        return joined(self.cells[layer], self.layers[layer].cut(0, slots))
 
     def generate(self, ids: Sequence[int], count: int, stop: Sequence[int] = ()) -> list[int]:
         """Greedy: feeds `ids` (at least one), then up to `count` tokens; ends before a token of `stop`. The row keeps
@@ -152,16 +165,17 @@ class Probe:
         slots come first, their log votes added to the logits (KeepKV, Eq. 6), then the new tokens, causal."""
         row, index, tokens = self._row, module.layer_idx, q.shape[2]
         assert row is not None
-        past = row.layers[index]
+        past = row.context(index, row.layers[index].k.shape[0])
         new = Slots(k[0].transpose(0, 1), v[0].transpose(0, 1), self.empty_lv.new_zeros(tokens, k.shape[1]))
-        row.layers[index] = joined = Slots(*(torch.cat(pair) for pair in zip(past, new, strict=True)))
+        row.layers[index] = joined(row.layers[index], new)
         row.queries[index] = q[0].transpose(0, 1)
         scale = options.get("scaling") or self.scale
         if past.k.shape[0] == 0:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
             return out.transpose(1, 2), None
         group = q.shape[1] // k.shape[1]
-        k, v = (t.transpose(0, 1)[None] for t in (joined.k, joined.v))
+        seen = joined(past, new)
+        k, v = (t.transpose(0, 1)[None] for t in (seen.k, seen.v))
         votes = past.lv.T.repeat_interleave(group, 0)[None, :, None].expand(1, -1, tokens, -1)
         own = q.new_full((tokens, tokens), -math.inf).triu(1).expand(1, q.shape[1], -1, -1)
         out = F.scaled_dot_product_attention(
