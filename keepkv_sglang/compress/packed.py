@@ -17,9 +17,6 @@ from keepkv_sglang.compress.heads import comparable, get_sharing, slots_of_heads
 from keepkv_sglang.compress.layer import LayerResult
 from keepkv_sglang.compress.select import UNIFORM, SpanPolicy
 
-Note = Callable[[Sequence[LayerResult]], None]
-"""Is given each layer's results, one per head, in order."""
-
 
 def shares_cells(policy: SpanPolicy, left: int) -> bool:
     """Whether heads may keep different numbers of a span's tokens: a sharing that does it, a scorer whose scores can be
@@ -36,45 +33,35 @@ def compress_packed(
     policy: SpanPolicy,
     left: int,
     scratch_bytes: int,
-    note: Note,
-) -> torch.Tensor:
-    """As compress_rows, for a policy that shares_cells. Returns counts int64 [layers, Hkv]: the cells of each head
-    among those of rows.target[policy.whole_tokens : m - left].
+    packed: Callable[[torch.Tensor, torch.Tensor], None],
+) -> Iterator[LayerResult]:
+    """As compress_rows, for a policy that shares_cells; yields a result for each head of each layer. Behind the last
+    one packed(slots, counts) is told which of the target's slots are a packed span, and counts int64 [layers, Hkv], the
+    cells of each head.
 
     The target may be slots of the span: a layer is written when it has been read. Memory beside that of compress_rows:
     what the queries found in each layer, Q (D + 2) + 4 n float32 numbers per head, unless the sharing goes by layer.
     """
     groups = layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes)
-    heads, writer = storage.keys[0].shape[1], _Writer(storage, rows, policy, left)
-
-    def score(layers: Sequence[int]) -> list[Scored]:
-        return score_heads(layer_input(storage, rows, layers, queries, q_index), policy, scratch_bytes)
-
-    def shared_out(scored: Sequence[Scored]) -> list[list[int]]:
-        scores = torch.cat([group.scores for group in scored])
-        return slots_of_heads(scores.view(-1, heads, rows.n), policy, policy.heads)
-
-    found: Iterator[tuple[list[int], list[Scored], list[list[int]]]]
-    if getattr(get_sharing(policy.heads), "by_layer", False):
-        found = ((layers, scored := score(layers), shared_out(scored)) for layers in groups)
-    else:
-        scores = [score(layers) for layers in groups]
-        counts = iter(shared_out([group for scored in scores for group in scored]))
-        found = (
-            (layers, scored, [next(counts) for _ in layers]) for layers, scored in zip(groups, scores, strict=True)
-        )
-    kept: list[list[int]] = []
-    for layers, scored, wanted in found:
-        again = any(group.sums is None for group in scored)
-        x = layer_input(storage, rows, layers, queries, q_index, context=again)
-        results = merge_scored(x, policy, scored, [count for layer in wanted for count in layer], scratch_bytes)
-        for at in range(len(layers)):
-            of_layer = results[at * heads : (at + 1) * heads]
-            writer.add(of_layer)
-            note(of_layer)
-        writer.flush()
-        kept += wanted
-    return torch.tensor(kept) - policy.whole_tokens - left
+    heads, writer, kept = storage.keys[0].shape[1], _Writer(storage, rows, policy, left), []
+    by_layer = getattr(get_sharing(policy.heads), "by_layer", False)
+    for together in [[group] for group in groups] if by_layer else [groups]:
+        scored: list[list[Scored]] = []
+        for layers in together:
+            x = layer_input(storage, rows, layers, queries, q_index)
+            scored.append(score_heads(x, policy, scratch_bytes))
+        scores = torch.cat([part.scores for group in scored for part in group])
+        counts = slots_of_heads(scores.view(-1, heads, rows.n), policy, policy.heads)
+        kept += counts
+        for layers, group in zip(together, scored, strict=True):
+            own, counts = [count for layer in counts[: len(layers)] for count in layer], counts[len(layers) :]
+            x = layer_input(storage, rows, layers, queries, q_index, context=any(part.sums is None for part in group))
+            results = merge_scored(x, policy, group, own, scratch_bytes)
+            for at in range(len(layers)):
+                writer.add(results[at * heads : (at + 1) * heads])
+            writer.flush()
+            yield from results
+    packed(writer.slots, torch.tensor(kept) - policy.whole_tokens - left)
 
 
 class _Writer:
@@ -85,7 +72,7 @@ class _Writer:
         whole, m = policy.whole_tokens, policy.m
         self._pools = (storage.keys, storage.values, storage.log_votes)
         self._raw = torch.cat([rows.target[:whole], rows.target[m - left :]])
-        self._slots, self._whole, self._left = rows.target[whole : m - left], whole, left
+        self.slots, self._whole, self._left = rows.target[whole : m - left], whole, left
         self._pending: list[tuple[torch.Tensor, ...]] = []  # cells of k, v, lv that lie in layers not written yet
         self._raws: list[tuple[torch.Tensor, ...]] = []
         self._written = self._read = 0
@@ -110,11 +97,11 @@ class _Writer:
             for pool, content in zip(self._pools, raw, strict=True):
                 pool[layer][self._raw] = content
         cells = [torch.cat(parts) for parts in zip(*self._pending, strict=True)]
-        each = len(self._slots) * self._pools[0][0].shape[1]
+        each = len(self.slots) * self._pools[0][0].shape[1]
         ready = min(self._read - self._written, len(cells[0]) // each)
         for at in range(ready):
             for pool, content in zip(self._pools, cells, strict=True):
                 part = content[at * each : (at + 1) * each]
-                pool[self._written][self._slots] = part.view(len(self._slots), -1, *part.shape[1:])
+                pool[self._written][self.slots] = part.view(len(self.slots), -1, *part.shape[1:])
             self._written += 1
         self._pending = [tuple(x[ready * each :] for x in cells)]

@@ -9,7 +9,7 @@ only ever read.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -70,7 +70,8 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
             where = _rows(rt, row[: span.start], row[span.start : stop], target, reading)
             queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
             with on_forward_stream(rt.scheduler), exact_float32():
-                _compress(rt, where, queries, span.policy, span.left, tally.layer)
+                for result in _compress(rt, where, queries, span.policy, span.left):
+                    tally.add(result)
             tally.finish(state)
     except Exception as error:
         with on_forward_stream(rt.scheduler):
@@ -125,33 +126,23 @@ def merge_unused(
     count = queries.q.shape[1] if queries is not None else 0
     q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64)  # on the CPU: see LayerInput
     with on_forward_stream(rt.scheduler), exact_float32():
-        _compress(rt, rows, (place, arena.shape[2], q_index), policy, 0, lambda results: None)
+        for _ in _compress(rt, rows, (place, arena.shape[2], q_index), policy, 0):
+            pass
 
 
 Queries = tuple[Callable[[int], torch.Tensor], int, torch.Tensor]
 """A layer's queries, their heads, q_index: as compress_rows asks for them."""
 
 
-def _compress(
-    rt: Runtime,
-    rows: Rows,
-    queries: Queries,
-    policy: SpanPolicy,
-    left: int,
-    note: Callable[[Sequence[LayerResult]], None],
-) -> None:
-    """Writes the span of every layer into rows.target, as a packed span where heads keep different numbers of tokens.
-    left: slots at the target's end that are one token each. note: is given a layer's result, or one per head."""
+def _compress(rt: Runtime, rows: Rows, queries: Queries, policy: SpanPolicy, left: int) -> Iterator[LayerResult]:
+    """Merges the span of every layer into rows.target as it is iterated; as a packed span where heads keep different
+    numbers of tokens. left: slots at the target's end that are one token each."""
     storage, scratch = _storage(rt), scratch_bytes(rows.target.device)
-    if rt.cells is None or not shares_cells(policy, left):
-        for result in compress_rows(storage, rows, *queries, policy, scratch):
-            note([result])
-        if rt.cells is not None:
-            rt.cells.reset(rows.target)
-        return
-    counts = compress_packed(storage, rows, *queries, policy, left, scratch, note)
-    rt.cells.reset(rows.target)
-    rt.cells.add(rows.target[policy.whole_tokens : policy.m - left], counts)
+    if rt.cells is not None:
+        rt.cells.reset(rows.target)
+        if shares_cells(policy, left):
+            return compress_packed(storage, rows, *queries, policy, left, scratch, rt.cells.add)
+    return compress_rows(storage, rows, *queries, policy, scratch)
 
 
 def _rows(rt: Runtime, context: torch.Tensor, source: torch.Tensor, target: torch.Tensor, reading: Any) -> Rows:
@@ -213,17 +204,16 @@ class _Tally:
 
     def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
         self._span = span
-        self._log = record.begin(req, state, span, rt.rank)
+        self._log = record.begin(req, state, span, rt.kv_pool.layer_num, rt.rank)
         self._joined: list[torch.Tensor] = []  # per result
         self._heads = 0
 
-    def layer(self, results: Sequence[LayerResult]) -> None:
-        """A layer's result, or one per head."""
-        for result in results:
-            self._joined.append((result.assign >= 0).sum())
-            self._heads += len(result.assign)
+    def add(self, result: LayerResult) -> None:
+        """The next layer's, or the next head's."""
+        self._joined.append((result.assign >= 0).sum())
+        self._heads += len(result.assign)
         if self._log is not None:
-            self._log.layer(results)
+            self._log.add(result)
 
     def finish(self, state: RequestState) -> None:
         joined, heads, m, sources = self._joined, self._heads, self._span.m, self._span.sources

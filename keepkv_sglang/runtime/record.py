@@ -11,7 +11,6 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,28 +31,28 @@ class Recorder:
         rank = f"rank{facts['rank']}-" if facts["rank"] else ""
         self.path = os.path.join(folder, f"{rank}{next(_sequence):05d}-{_in_file_name(facts['rid'])}.pt")
         self.facts = facts
-        self.kept: list[list[torch.Tensor]] = []
+        self.kept: list[torch.Tensor] = []  # per head
         self.assign: list[torch.Tensor] = []
-        self.lv: list[list[torch.Tensor]] = []
+        self.lv: list[torch.Tensor] = []
 
-    def layer(self, results: Sequence[Any]) -> None:
-        """A layer's result, or one per head."""
-        self.kept.append([head for result in results for head in result.kept.cpu()])
-        self.assign.append(torch.cat([result.assign.cpu() for result in results]))
-        self.lv.append([head for result in results for head in result.lv.cpu().T])
+    def add(self, result: Any) -> None:
+        """The next layer's, or the next head's."""
+        self.kept += result.kept.cpu()
+        self.assign += result.assign.cpu()
+        self.lv += result.lv.cpu().T
 
     def write(self) -> None:
         """The file."""
-        data = {"kept": _stacked(self.kept, -1), "assign": torch.stack(self.assign)} | self.facts
-        data["lv"] = _stacked(self.lv, -math.inf).transpose(1, 2)
-        torch.save(data, self.path + ".tmp")
+        assign = torch.stack(self.assign)
+        data = {
+            "kept": pad_sequence(self.kept, True, -1),
+            "lv": pad_sequence(self.lv, True, -math.inf),
+            "assign": assign,
+        }
+        layers = self.facts["layers"]
+        data = {name: x.view(layers, -1, x.shape[1]) for name, x in data.items()}
+        torch.save({**data, "lv": data["lv"].transpose(1, 2), **self.facts}, self.path + ".tmp")
         os.replace(self.path + ".tmp", self.path)
-
-
-def _stacked(layers: list[list[torch.Tensor]], fill: float) -> torch.Tensor:
-    """[layers, H, longest] of tensors [any], filled up at their ends."""
-    flat = [head for heads in layers for head in heads]
-    return pad_sequence(flat, batch_first=True, padding_value=fill).view(len(layers), -1, max(map(len, flat)))
 
 
 def _in_file_name(rid: str) -> str:
@@ -61,8 +60,9 @@ def _in_file_name(rid: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", rid[:16])
 
 
-def begin(req: Any, state: RequestState, span: DueSpan, rank: int) -> Recorder | None:
-    """A recorder for this compression, or None when nothing is recorded. rank: of tensor parallelism."""
+def begin(req: Any, state: RequestState, span: DueSpan, layers: int, rank: int) -> Recorder | None:
+    """A recorder for this compression, or None when nothing is recorded. layers: that this process has. rank: of tensor
+    parallelism."""
     folder = os.environ.get("KEEPKV_RECORD")
     if not folder:
         return None
@@ -72,6 +72,7 @@ def begin(req: Any, state: RequestState, span: DueSpan, rank: int) -> Recorder |
         {
             "rid": str(req.rid),
             "rank": rank,
+            "layers": layers,
             "start": span.start,
             "slots": span.slots,
             "tokens": span.tokens,

@@ -27,6 +27,8 @@ inline int64_t packed_cells(const Packed* p, int64_t request, int heads, int hea
 
 // Where entry i of a head finds its key, value and vote: a slot of the row, ...
 template <class T> struct Slots {
+  static constexpr int kAhead = 1;  // tiles of keys that are fetched before they are needed
+  static constexpr bool kVotesScattered = true;
   const T *k, *v;
   const float* votes;
   int64_t k_stride, v_stride, votes_stride;
@@ -36,34 +38,39 @@ template <class T> struct Slots {
   INL const float* vote(int i) const { return votes ? votes + slots[i] * votes_stride : nullptr; }
 };
 
-// ... or a cell.
+// ... or a cell. Votes are read when the list is made, and lie beside each other.
 template <class T> struct Cells {
+  static constexpr int kAhead = 4;  // a slot of several heads is several cells
+  static constexpr bool kVotesScattered = false;
   std::vector<const T*> keys, values;
-  std::vector<const float*> votes;
+  std::vector<float> votes;
   INL const T* key(int i) const { return keys[i]; }
   INL const T* value(int i) const { return values[i]; }
-  INL const float* vote(int i) const { return votes[i]; }
+  INL const float* vote(int i) const { return votes.data() + i; }
 
   // Entries [begin, begin + n) of a head's run.
   template <class P> void fill(const Packed& c, const P& p, int64_t request, int head, int64_t begin, int n) {
     keys.resize(n), values.resize(n), votes.resize(n);
-    const int heads = p.heads_all;
-    const int64_t width = c.layers * heads + 1, run = c.layer * heads + head;
+    const int64_t heads = p.heads_all, width = c.layers * heads + 1, run = c.layer * heads + head;
     int made = 0;
     for (int64_t s = c.first[request]; s < c.first[request + 1] && made < n; ++s) {
       const int64_t* start = c.start + s * width;
-      const int64_t cells = start[run + 1] - start[run], each = (c.at[s + 1] - c.at[s]) * heads;
+      const int64_t cells = start[run + 1] - start[run], m = c.at[s + 1] - c.at[s];
       if (begin >= cells) { begin -= cells; continue; }
-      int64_t f = start[run] + begin, left = cells - begin;
-      int64_t layer = f / each, slot = f % each / heads, h = f % heads;
+      const int64_t f = start[run] + begin, left = cells - begin;
+      const int end = int(left < n - made ? made + left : n);
+      int64_t layer = f / (m * heads), slot = f % (m * heads) / heads, h = f % heads;
       const int32_t* slots = c.slots + c.at[s];
-      for (; left > 0 && made < n; --left, ++made) {
-        keys[made] = static_cast<const T*>(c.k[layer]) + slots[slot] * p.k_stride + h * p.dim;
-        values[made] = static_cast<const T*>(c.v[layer]) + slots[slot] * p.v_stride + h * p.dim;
-        votes[made] = c.votes[layer] + slots[slot] * p.votes_stride + h;
-        if (++h == heads) {
-          h = 0;
-          if (++slot * heads == each) slot = 0, ++layer;
+      for (; made < end; ++layer, slot = 0) {
+        const T *k = static_cast<const T*>(c.k[layer]), *v = static_cast<const T*>(c.v[layer]);
+        const float* vote = c.votes[layer];
+        for (; slot < m && made < end; ++slot, h = 0) {
+          const int64_t at = slots[slot];
+          const T *key = k + at * p.k_stride, *value = v + at * p.v_stride;
+          const float* own = vote + at * p.votes_stride;
+          for (; h < heads && made < end; ++h, ++made) {
+            keys[made] = key + h * p.dim, values[made] = value + h * p.dim, votes[made] = own[h];
+          }
         }
       }
       begin = 0;

@@ -91,10 +91,10 @@ void decode_block(const Pool<T>& p, const float* q, const E& entries, int n, int
       keys[j] = entries.key(i);
     }
     for (int j = 0; j < KT; ++j) {
-      int i = i0 + j + KT;
+      int i = i0 + j + KT * E::kAhead;
       if (i < n) prefetch_row(entries.key(i) + h0 * dim, row_bytes);
     }
-    if (p.votes)  // scattered like the keys, read behind the products
+    if (p.votes && E::kVotesScattered)  // like the keys, read behind the products
       for (int j = 0; j < KT && i0 + j < n; ++j) __builtin_prefetch(entries.vote(i0 + j) + h0, 0, 2);
     for (int h = h0; h < h1; ++h)
       for (int g = 0; g < G;) {
@@ -139,7 +139,7 @@ void decode_block(const Pool<T>& p, const float* q, const E& entries, int n, int
     int count = n - i0 < KT ? n - i0 : KT;
     for (int j = 0; j < count; ++j) rows[j] = entries.value(i0 + j);
     for (int j = 0; j < KT; ++j) {
-      int i = i0 + j + KT;
+      int i = i0 + j + KT * E::kAhead;
       if (i < n) prefetch_row(entries.value(i) + h0 * dim, row_bytes);
     }
     for (int h = h0; h < h1; ++h)

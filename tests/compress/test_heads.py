@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keepkv_sglang.compress.by_head import merge_scored, score_heads
 from keepkv_sglang.compress.heads import Demand, get_sharing, slots_of_heads
-from keepkv_sglang.compress.layer import compress_heads, compress_layer, score_layer
+from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.registry import HEADS
 from keepkv_sglang.compress.select import SpanPolicy, left_raw
 from tests.support.layers import random_layer
@@ -105,19 +106,23 @@ def layer_of_three():
 POLICY = SpanPolicy(m=20, merge="attention_matching", recent=6, sinks=2, threshold=0.6, scorer="window_references")
 
 
+def scores_by(x, policy):
+    return torch.cat([group.scores for group in score_heads(x, policy)])
+
+
 @pytest.mark.parametrize("whole", [(), ((10, 15), (40, 42))])
 @pytest.mark.parametrize("name", SHARED)
 def test_whole_sinks_and_recent_tokens_have_a_slot_in_every_head(name, whole):
     x = layer_of_three()
     policy = replace(POLICY, whole=whole)
-    scores = torch.stack([score_layer(x, policy)] * 3)
+    scores = torch.stack([scores_by(x, policy)] * 3)
     counts = slots_of_heads(scores, policy, name)
     heads = x.k.shape[1]
     assert sum(map(sum, counts)) == 3 * heads * policy.m
     assert len(set(counts[0])) > 1  # not uniform, or this tests nothing
     raw = left_raw(policy, 60)
     assert raw == 6
-    for head, result in enumerate(compress_heads(x, policy, counts[0])):
+    for head, result in enumerate(merge_scored(x, policy, score_heads(x, policy), counts[0])):
         assert result.k.shape[0] == counts[0][head]
         kept = set(result.kept[0].tolist())
         assert {0, 1, *range(54, 60), *(i for a, b in whole for i in range(a, b))} <= kept
@@ -127,9 +132,9 @@ def test_whole_sinks_and_recent_tokens_have_a_slot_in_every_head(name, whole):
 def test_uniform_heads_are_those_of_a_layer():
     x = layer_of_three()
     whole = compress_layer(x, POLICY)
-    counts = slots_of_heads(score_layer(x, POLICY)[None], POLICY, "uniform")
+    counts = slots_of_heads(scores_by(x, POLICY)[None], POLICY, "uniform")
     assert counts == [[POLICY.m] * x.k.shape[1]]
-    for head, result in enumerate(compress_heads(x, POLICY, counts[0])):
+    for head, result in enumerate(merge_scored(x, POLICY, score_heads(x, POLICY), counts[0])):
         torch.testing.assert_close(result.kept[0], whole.kept[head])
         torch.testing.assert_close(result.k[:, 0], whole.k[:, head], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(result.lv[:, 0], whole.lv[:, head], rtol=1e-4, atol=1e-4)
@@ -138,7 +143,7 @@ def test_uniform_heads_are_those_of_a_layer():
 def test_a_head_may_keep_everything():
     x = layer_of_three()
     heads = x.k.shape[1]
-    everything = compress_heads(x, POLICY, [60, *[10] * (heads - 1)])[0]
+    everything = merge_scored(x, POLICY, score_heads(x, POLICY), [60, *[10] * (heads - 1)])[0]
     assert torch.equal(everything.k, x.k[:, :1]) and torch.equal(everything.lv, x.lv[:, :1])
     assert everything.kept.tolist() == everything.assign.tolist() == [[*range(60)]]
 
@@ -146,4 +151,4 @@ def test_a_head_may_keep_everything():
 def test_scores_without_a_common_measure_are_shared_out_uniformly():
     x = layer_of_three()
     policy = replace(POLICY, scorer="keydiff", merge="evict")
-    assert slots_of_heads(score_layer(x, policy)[None], policy, "all") == [[20] * x.k.shape[1]]
+    assert slots_of_heads(scores_by(x, policy)[None], policy, "all") == [[20] * x.k.shape[1]]

@@ -28,6 +28,11 @@ def policy(heads="all", **changes):
     )  # fmt: skip
 
 
+def by_layer(results):
+    results = list(results)
+    return [results[at : at + HEADS] for at in range(0, len(results), HEADS)]
+
+
 class Pool:
     """A pool of random contents, its cells, and a row: a context, then the span. Heads look at their span more or less
     sharply, so they want different numbers of tokens."""
@@ -54,13 +59,15 @@ class Pool:
     def compress(self, p, target=None, scratch=1 << 16):
         left = left_raw(p, N)
         target = self.fresh[: p.m] if target is None else target
-        noted = []
-        counts = compress_packed(
+        told = []
+        results = compress_packed(
             self.storage, Rows(self.context, self.span, target), lambda i: self.q[i], HEADS * GROUP, self.q_index, p,
-            left, scratch, lambda results: noted.append(list(results)),
+            left, scratch, lambda *found: told.append(found),
         )  # fmt: skip
-        packed = target[p.whole_tokens : p.m - left]
-        self.cells.add(packed, counts)
+        noted = by_layer(results)
+        ((slots, counts),) = told
+        assert torch.equal(slots, target[p.whole_tokens : p.m - left])
+        self.cells.add(slots, counts)
         return target, counts, noted
 
     def read(self, target, p, layer, head):
@@ -160,11 +167,12 @@ def test_a_packed_context_counts_as_its_cells(heads):
             assert torch.equal(results[layer].assign[head], one.assign[0])
             assert (results[layer].v[:, head] - one.v[:, 0]).abs().max() < 2e-5
         return
-    noted = []
-    counts = compress_packed(
+    told = []
+    noted = by_layer(compress_packed(
         pool.storage, rows, lambda i: queries[i], HEADS * GROUP, index, later, left_raw(later, 80), 1 << 20,
-        lambda found: noted.append(list(found)),
-    )  # fmt: skip
+        lambda *found: told.append(found),
+    ))  # fmt: skip
+    ((_, counts),) = told
     scores = torch.cat([found for *_, found in before]).view(LAYERS, HEADS, -1)
     assert (counts + left_raw(later, 80)).tolist() == slots_of_heads(scores, later, heads)
     for x, layer, head, _ in before:
