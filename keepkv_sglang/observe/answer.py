@@ -36,4 +36,5 @@ def _info(enabled: bool, budget: float | int, state: RequestState) -> dict[str, 
         "merged": round(state.merged, 2),
         "dropped": round(state.dropped, 2),
         "compressions": state.compressions,
+        "head_share": [round(share, 2) for share in state.head_share],
     }

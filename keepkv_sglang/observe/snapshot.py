@@ -15,19 +15,21 @@ from keepkv_sglang.turn.limits import Skips
 def memory(rt: Runtime) -> dict[str, float]:
     """Bytes beside the KV pool.
 
-    Persistent and growing with it: votes, offsets. Persistent and fixed: calibration. Scratch: arena, merging.
+    Persistent and growing with it: votes, offsets, cells. Persistent and fixed: calibration. Scratch: arena, merging.
     """
     keys = rt.kv_pool.get_key_buffer(rt.first_layer)
     pool16 = 2 * 2 * keys.numel() * rt.kv_pool.layer_num
     calibration = rt.calibration.nbytes if rt.calibration is not None else 0
     slot_tokens = rt.slot_tokens.nbytes if rt.slot_tokens is not None else 0
+    cells = rt.cells.nbytes if rt.cells is not None else 0
     offsets = rt.offsets.numel() * rt.offsets.element_size()
     return {
         "votes_bytes": rt.votes.nbytes,
         "offsets_bytes": offsets,
         "slot_tokens_bytes": slot_tokens,
+        "cells_bytes": cells,
         "calibration_bytes": calibration,
-        "persistent_share_of_16_bit_pool": (rt.votes.nbytes + offsets + slot_tokens) / pool16,
+        "persistent_share_of_16_bit_pool": (rt.votes.nbytes + offsets + slot_tokens + cells) / pool16,
         "staging_bytes": rt.originals.staging.nbytes if rt.originals is not None and rt.originals.staging else 0,
         "originals_bytes": rt.originals.store.nbytes if rt.originals is not None else 0,
         "arena_bytes": rt.arena.nbytes,

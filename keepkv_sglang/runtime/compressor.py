@@ -206,12 +206,14 @@ class _Tally:
         self._span = span
         self._log = record.begin(req, state, span, rt.kv_pool.layer_num, rt.rank)
         self._joined: list[torch.Tensor] = []  # per result
-        self._heads = 0
+        self._heads, self._least, self._most = 0, span.m, span.m
 
     def add(self, result: LayerResult) -> None:
         """The next layer's, or the next head's."""
         self._joined.append((result.assign >= 0).sum())
         self._heads += len(result.assign)
+        slots = result.kept.shape[1]
+        self._least, self._most = min(self._least, slots), max(self._most, slots)
         if self._log is not None:
             self._log.add(result)
 
@@ -222,6 +224,8 @@ class _Tally:
             merged = int(torch.stack(joined).sum()) / heads - m
             return merged, sources - m - merged
 
+        least, most = state.head_share
+        state.head_share = min(least, self._least / m), max(most, self._most / m)
         state.uncounted.append(count)  # the answer asks: here it would wait for the compression
         if self._log is not None:
             self._log.write()

@@ -65,7 +65,7 @@ class KeepKVConfig:
         f"{', '.join(SCORERS)}, the name of an installed plugin's scorer, or a path package.module:function.",
     )
     heads: str = option(
-        "uniform",
+        "all",
         parse=values.text(lambda value: registry.check(registry.HEADS, value)),
         bound=bounds.one_of(registry.HEADS.names),
         help="How a span's cells, one K and V per slot, layer and kv head, are shared out: uniform, the same number for"

@@ -81,6 +81,7 @@ class RequestState:
     protected_tokens: int = 0
     merged: float = 0.0
     dropped: float = 0.0
+    head_share: tuple[float, float] = (1.0, 1.0)  # least and most slots of a head in a compression, over the mean
     # (merged, dropped) of compressions that the device has not been asked for yet: asking waits for it
     uncounted: list[Callable[[], tuple[float, float]]] = field(default_factory=list)
     compressions: int = 0

@@ -26,13 +26,14 @@ BIND = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1|1"}
 BOUND = 1e-3  # 8e-6 was measured; the fit with references can amplify rounding (docs/log.md)
 
 
-def conversation(server: Any, text: list[int]) -> list[Answer]:
-    """Three turns behind a system prompt; tokens of the replies are not fed back, so both servers see the same."""
+def conversation(server: Any, text: list[int], heads: str = "uniform") -> list[Answer]:
+    """Three turns behind a system prompt; tokens of the replies are not fed back, so both servers see the same. Of the
+    sharings of heads uniform alone is the same on ranks that have one head each."""
     system = [*text[:120], BORDER]
     prompt = system + text[200:700]
     answers = []
     for turn in range(3):
-        answers.append(generate(server, prompt, 70 if turn == 1 else 16))
+        answers.append(generate(server, prompt, 70 if turn == 1 else 16, {"heads": heads}))
         prompt = prompt + text[800 + 100 * turn : 800 + 100 * turn + 150]
     return answers
 
@@ -85,6 +86,21 @@ def test_ranks_agree_on_what_is_kept(alone, together):
             same = (event["kept"][:, 0] == one["kept"][:, rank]).float().mean()
             print(f"rank {rank}, m {one['m']}: {100 * same:.2f} % of the kept tokens agree")
             assert same > 0.99, (rank, float(same))
+
+
+def test_ranks_whose_heads_share_cells_agree_on_slots(together, text_tokens):
+    """Each rank shares out the cells of its own heads: the layers of one head here."""
+    server, _, _, folder = together
+    before = [len(events(folder, rank)) for rank in range(RANKS)]
+    answers = conversation(server, text_tokens, "all")
+    assert answers[1].keepkv["compressions"] == 2 and answers[1].keepkv["head_share"][1] > 1.2
+    found = [events(folder, rank)[skip:] for rank, skip in enumerate(before)]
+    for of_ranks in zip(*found, strict=True):
+        assert len({tuple(event[key] for key in ("start", "slots", "end", "m")) for event in of_ranks}) == 1
+        kept = [(event["kept"] >= 0).sum(-1) for event in of_ranks]
+        assert all(int(slots.sum()) == of_ranks[0]["m"] * slots.numel() for slots in kept)
+        assert not torch.equal(kept[0], kept[1]), "another head wants others"
+    numbers(server)
 
 
 def test_agents_that_do_not_fit_keep_the_ranks_together(together):
