@@ -25,10 +25,14 @@ inline int64_t packed_cells(const Packed* p, int64_t request, int heads, int hea
   return total;
 }
 
+template <class T> INL void prefetch_row(const T* p, int bytes) {
+  const char* c = reinterpret_cast<const char*>(p);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(c + i, 0, 2);
+}
+
 // Where entry i of a head finds its key, value and vote: a slot of the row, ...
 template <class T> struct Slots {
-  static constexpr int kAhead = 1;  // tiles of keys that are fetched before they are needed
-  static constexpr bool kVotesScattered = true;
+  static constexpr bool kScattered = true;  // keys, values and votes are fetched ahead, slot by slot
   const T *k, *v;
   const float* votes;
   int64_t k_stride, v_stride, votes_stride;
@@ -40,8 +44,7 @@ template <class T> struct Slots {
 
 // ... or a cell. Votes are read when the list is made, and lie beside each other.
 template <class T> struct Cells {
-  static constexpr int kAhead = 4;  // a slot of several heads is several cells
-  static constexpr bool kVotesScattered = false;
+  static constexpr bool kScattered = false;
   std::vector<const T*> keys, values;
   std::vector<float> votes;
   INL const T* key(int i) const { return keys[i]; }
@@ -68,6 +71,8 @@ template <class T> struct Cells {
           const int64_t at = slots[slot];
           const T *key = k + at * p.k_stride, *value = v + at * p.v_stride;
           const float* own = vote + at * p.votes_stride;
+          const int bytes = int((end - made < heads - h ? end - made : heads - h) * p.dim * sizeof(T));
+          prefetch_row(key + h * p.dim, bytes), prefetch_row(value + h * p.dim, bytes);
           for (; h < heads && made < end; ++h, ++made) {
             keys[made] = key + h * p.dim, values[made] = value + h * p.dim, votes[made] = own[h];
           }

@@ -25,11 +25,6 @@ INL bool slots_valid(const int32_t* slots, int n, int64_t limit) {
   return ok;
 }
 
-template <class T> INL void prefetch_row(const T* p, int bytes) {
-  const char* c = reinterpret_cast<const char*>(p);
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(c + i, 0, 2);
-}
-
 // out[g][j] = q[g] . k[j] for KT keys and GC heads that share each key load.
 template <class T, int W, int KT, int GC>
 INL void dot_tile(const T* const* keys, int64_t offset, const float* q, int dim, float* out) {
@@ -91,10 +86,10 @@ void decode_block(const Pool<T>& p, const float* q, const E& entries, int n, int
       keys[j] = entries.key(i);
     }
     for (int j = 0; j < KT; ++j) {
-      int i = i0 + j + KT * E::kAhead;
-      if (i < n) prefetch_row(entries.key(i) + h0 * dim, row_bytes);
+      int i = i0 + j + KT;
+      if (E::kScattered && i < n) prefetch_row(entries.key(i) + h0 * dim, row_bytes);
     }
-    if (p.votes && E::kVotesScattered)  // like the keys, read behind the products
+    if (p.votes && E::kScattered)  // like the keys, read behind the products
       for (int j = 0; j < KT && i0 + j < n; ++j) __builtin_prefetch(entries.vote(i0 + j) + h0, 0, 2);
     for (int h = h0; h < h1; ++h)
       for (int g = 0; g < G;) {
@@ -139,8 +134,8 @@ void decode_block(const Pool<T>& p, const float* q, const E& entries, int n, int
     int count = n - i0 < KT ? n - i0 : KT;
     for (int j = 0; j < count; ++j) rows[j] = entries.value(i0 + j);
     for (int j = 0; j < KT; ++j) {
-      int i = i0 + j + KT * E::kAhead;
-      if (i < n) prefetch_row(entries.value(i) + h0 * dim, row_bytes);
+      int i = i0 + j + KT;
+      if (E::kScattered && i < n) prefetch_row(entries.value(i) + h0 * dim, row_bytes);
     }
     for (int h = h0; h < h1; ++h)
       for (int g = 0; g < G;) {
