@@ -6,7 +6,8 @@ from typing import Any
 
 from keepkv_sglang.faults import guard
 from keepkv_sglang.faults.guard import guarded
-from keepkv_sglang.observe.answer import info
+from keepkv_sglang.hooks import metrics
+from keepkv_sglang.observe.answer import count, info
 from keepkv_sglang.observe.snapshot import snapshot
 from keepkv_sglang.runtime import process
 from keepkv_sglang.runtime.requests import REQUEST_KEY
@@ -35,6 +36,7 @@ def after_get_output_streamer_class(cls: Any, self: Any) -> Any:
             found = dict(super().build_additional_customized_info(reqs))
             if any(req.finished() for req in reqs):
                 found[REQUEST_KEY] = [[_info(req)] if req.finished() else [] for req in reqs]
+                metrics.answered(process.current())
             return found
 
     return KeepKVOutputStreamer
@@ -42,4 +44,7 @@ def after_get_output_streamer_class(cls: Any, self: Any) -> Any:
 
 @guarded(lambda error, *_: {"enabled": False, "reason": f"unknown: {type(error).__name__}"})
 def _info(req: Any) -> dict[str, Any]:
-    return info(process.current(), req)
+    rt = process.current()
+    said = info(rt, req)
+    count(rt, req, said)
+    return said
