@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from keepkv_sglang.runtime.process import Runtime
+if TYPE_CHECKING:  # it brings torch, and `keepkv top` reads the names
+    from keepkv_sglang.runtime.process import Runtime
 
-Read = Callable[[Runtime], float]
+Read = Callable[["Runtime"], float]
 PREFIX = "keepkv:"
 ERRORS = f"{PREFIX}errors_total"
 SECONDS = f"{PREFIX}compression_seconds"

@@ -63,9 +63,7 @@ class Metrics:
             [*names, "gt", "le"],
         )
         bounds = ["0", *(f"{bound:g}" for bound in Watched.bounds), "+Inf"]
-        self._votes = [
-            votes.labels(**self._labels, gt=gt, le=le) for gt, le in pairwise(bounds)
-        ]
+        self._votes = [votes.labels(**self._labels, gt=gt, le=le) for gt, le in pairwise(bounds)]
 
     def look(self, rt: Runtime, errors: Mapping[str, int]) -> None:
         """Between steps, as often as you like: once in LOOK_EVERY_S everything is brought up to date."""

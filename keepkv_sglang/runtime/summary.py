@@ -31,7 +31,7 @@ class Summary:
         if spent < EVERY_S:
             return None
         self._said, self._began = replace(counters), None
-        return f"in {spent:.0f} s: {'; '.join(_parts(counters, said))}"
+        return f"KeepKV in {spent:.0f} s: {'; '.join(_parts(counters, said))}"
 
 
 def _parts(now: Counters, before: Counters) -> list[str]:
