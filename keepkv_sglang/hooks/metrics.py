@@ -32,20 +32,20 @@ def start(rt: Runtime, scheduler: Any) -> None:
         theirs._histogram_cls or prometheus_client.Histogram,
     )
     rt.watched, rt.metrics = Watched(), Metrics(kinds, theirs.labels)
-    rt.metrics.update(rt, guard.errors)
+    rt.metrics.update(rt, guard.errors.total())
 
 
 @guarded()
 def answered(rt: Runtime) -> None:
     """Answers are about to leave: whoever has one finds it in /metrics."""
     if rt.metrics is not None:
-        rt.metrics.update(rt, guard.errors)
+        rt.metrics.update(rt, guard.errors.total())
 
 
 @guarded()
 def between_steps(rt: Runtime) -> None:
     """Call it often, also while nothing runs."""
     if rt.metrics is not None:
-        rt.metrics.look(rt, guard.errors)
+        rt.metrics.look(rt, guard.errors.total())
     if rt.rank == 0 and (said := rt.summary.look(rt.counters)) is not None:
         logger.info(said)

@@ -78,8 +78,6 @@ TOTALS = (
     ),
     _one("deferred_total", "Compressions put off to the next step.", lambda rt: rt.counters.deferred),
     _one("parked_total", "Rounds in which a prompt's chunk found no slots.", lambda rt: rt.counters.parked),
-    _one("freed_slots_total", "Slots that compressions freed.", lambda rt: rt.counters.slots_freed),
-    _one("published_total", "Spans given to the prefix cache.", lambda rt: rt.counters.published),
     _one("mispublished_total", "Spans withheld: counts disagreed.", lambda rt: rt.counters.mispublished),
     _one("retractions_total", "Retracted and published requests.", lambda rt: rt.counters.retractions_published),
     _one("pressure_tokens_total", "Cold tokens merged under pressure.", lambda rt: rt.counters.pressure_tokens),

@@ -1,4 +1,4 @@
-"""Keeps /metrics up to date: the families, histograms of single compressions, and errors of ours by hook.
+"""Keeps /metrics up to date: the families, histograms of single compressions, and errors of ours.
 
 prometheus_client's classes and the labels are handed in: they are those of SGLang's own collector (hooks/metrics.py).
 """
@@ -31,11 +31,15 @@ class Kinds:
 
 @dataclass
 class _Total:
-    """said: how much of it `child` has been told."""
+    """A series that only grows. said: what it shows."""
 
-    read: Read
     child: Any
     said: float = 0
+
+    def show(self, now: float) -> None:
+        if now != self.said:
+            self.child.inc(now - self.said)
+            self.said = now
 
 
 class Metrics:
@@ -49,10 +53,10 @@ class Metrics:
             (family, kinds.gauge(family.full_name, family.help, self._names(family), multiprocess_mode="mostrecent"))
             for family in GAUGES
         ]
-        self._totals = [_Total(*pair) for pair in self._children(totals)]
+        self._totals = [(read, _Total(child)) for read, child in self._children(totals)]
         self._gauges = [*self._children(gauges)]
-        self._errors = kinds.counter(ERRORS, "Errors of ours, by hook.", [*names, "hook"])
-        self._said_errors: dict[str, int] = {}
+        errors = kinds.counter(ERRORS, "Errors of ours; /server_info and the log say where.", names)
+        self._errors = _Total(errors.labels(**self._labels))
         seconds = kinds.histogram(
             SECONDS, "Seconds that one compression held the scheduler.", [*names, "kind"], buckets=BUCKETS
         )
@@ -65,26 +69,21 @@ class Metrics:
         bounds = ["0", *(f"{bound:g}" for bound in Watched.bounds), "+Inf"]
         self._votes = [votes.labels(**self._labels, gt=gt, le=le) for gt, le in pairwise(bounds)]
 
-    def look(self, rt: Runtime, errors: Mapping[str, int]) -> None:
+    def look(self, rt: Runtime, errors: int) -> None:
         """Between steps, as often as you like: once in LOOK_EVERY_S everything is brought up to date."""
         if self._clock() >= self._next:
             self.update(rt, errors)
 
-    def update(self, rt: Runtime, errors: Mapping[str, int]) -> None:
-        """Brings everything up to date now. errors: how many by hook."""
+    def update(self, rt: Runtime, errors: int) -> None:
+        """Brings everything up to date now. errors: how many of ours there were."""
         self._next = self._clock() + LOOK_EVERY_S
-        for total in self._totals:
-            if (now := total.read(rt)) != total.said:
-                total.child.inc(now - total.said)
-                total.said = now
+        for read, total in self._totals:
+            total.show(read(rt))
+        self._errors.show(errors)
         for read, gauge in self._gauges:
             gauge.set(read(rt))
         if rt.watched is not None:
             self._take(rt.watched)
-        for hook, count in errors.items():
-            if new := count - self._said_errors.get(hook, 0):
-                self._errors.labels(**self._labels, hook=hook).inc(new)
-                self._said_errors[hook] = count
 
     def _take(self, watched: Watched) -> None:
         for kind, seconds in watched.seconds:

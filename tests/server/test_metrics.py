@@ -55,8 +55,6 @@ def test_every_metric_is_there_with_sglangs_labels(server):
     scrape = Scrape(server.base_url)
     theirs = scrape.labels("sglang:num_running_reqs")[0]
     for name in NAMES:
-        if name == "keepkv:errors_total":
-            continue  # has a series for each hook that failed
         sample = f"{name}_count" if name.endswith("seconds") else name
         assert scrape.labels(sample), name
         for labels in scrape.labels(sample):
@@ -93,8 +91,6 @@ def test_the_rest_agrees_with_server_info(server, answers):
     state, scrape = numbers(server), Scrape(server.base_url)
     counters = state["counters"]
     assert scrape["keepkv:archived_tokens_total"] == counters["archived_tokens"] > 0
-    assert scrape["keepkv:freed_slots_total"] == counters["slots_freed"] > 0
-    assert scrape["keepkv:published_total"] == counters["published"]
     assert scrape["keepkv:compression_seconds_sum"] == pytest.approx(counters["seconds"])
     assert sum(scrape.by("keepkv:skipped_total", "reason").values()) == sum(
         counters[key] for key in ("skipped_no_room", "skipped_no_window", "skipped_reply_window")
