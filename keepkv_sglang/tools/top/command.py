@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 0, UNREACHABLE or OFF."""
-    # Start-up cost: every `keepkv` command makes this parser.
+    # Start-up cost: every `keepkv` command makes the parser of this one.
     from rich.console import Console
 
-    from keepkv_sglang.tools.top import live, reading, screen
+    from keepkv_sglang.tools.top import live, reading, screen  # the same
 
     if args.every <= 0:
         raise ValueError("--every must be above 0")
