@@ -1,4 +1,4 @@
-"""The list of what /metrics says about KeepKV; docs/usage.md has it with the reason to look at each."""
+"""The list of what /metrics says about KeepKV; docs/usage.md explains each."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ TOTALS = (
         "result",
     ),
     _one("logical_tokens_total", "Tokens of the rows of ended requests.", lambda rt: rt.counters.logical_tokens),
-    _one("saved_slots_total", "Slots that these rows did not need.", lambda rt: rt.counters.saved_slots),
+    _one("saved_slots_total", "Slots that rows of ended requests did not need.", lambda rt: rt.counters.saved_slots),
     _one("merged_tokens_total", "Tokens that joined another's slot.", lambda rt: rt.counters.merged_tokens),
     _one("dropped_tokens_total", "Tokens that lost their slot and are gone.", lambda rt: rt.counters.dropped_tokens),
     _one("prompt_tokens_total", "Prompt tokens of ended requests.", lambda rt: rt.counters.prompt_tokens),
-    _one("cached_tokens_total", "Of these, found in the prefix cache.", lambda rt: rt.counters.cached_tokens),
-    _one("hit_tokens_total", "Of these, found in compressed spans.", lambda rt: rt.counters.hit_tokens),
+    _one("cached_tokens_total", "Prompt tokens found in the prefix cache.", lambda rt: rt.counters.cached_tokens),
+    _one("hit_tokens_total", "Prompt tokens found in compressed spans.", lambda rt: rt.counters.hit_tokens),
     Family(
         "unpacked_tokens_total",
         "Tokens of histories that were read as originals: brought back into slots, or streamed from host memory.",
@@ -64,8 +64,16 @@ TOTALS = (
         {"no_room": lambda rt: rt.counters.unpack_no_room, "incomplete": lambda rt: rt.counters.unpack_incomplete},
         "reason",
     ),
-    _one("archived_tokens_total", "Originals written to host memory.", lambda rt: rt.counters.archived_tokens),
-    _one("archive_full_tokens_total", "Originals that found it full.", lambda rt: rt.counters.archive_full_tokens),
+    _one(
+        "archived_tokens_total",
+        "Tokens whose originals were written to host memory.",
+        lambda rt: rt.counters.archived_tokens,
+    ),
+    _one(
+        "archive_full_tokens_total",
+        "Tokens whose originals found host memory full.",
+        lambda rt: rt.counters.archive_full_tokens,
+    ),
     Family(
         "skipped_total",
         "Compressions that were due and found no slots, or no arena rows for a prompt's or a reply's queries.",
@@ -79,7 +87,11 @@ TOTALS = (
     _one("deferred_total", "Compressions put off to the next step.", lambda rt: rt.counters.deferred),
     _one("parked_total", "Rounds in which a prompt's chunk found no slots.", lambda rt: rt.counters.parked),
     _one("mispublished_total", "Spans withheld: counts disagreed.", lambda rt: rt.counters.mispublished),
-    _one("retractions_total", "Retracted and published requests.", lambda rt: rt.counters.retractions_published),
+    _one(
+        "retractions_total",
+        "Retracted requests whose rows went into the cache.",
+        lambda rt: rt.counters.retractions_published,
+    ),
     _one("pressure_tokens_total", "Cold tokens merged under pressure.", lambda rt: rt.counters.pressure_tokens),
     _one("step_seconds_total", "Time of ours between the scheduler's steps.", lambda rt: rt.counters.hook_seconds),
 )
@@ -95,10 +107,10 @@ def _host_bytes(rt: Runtime, free: bool) -> float:
 
 
 GAUGES = (
-    _one("entries", "Compressed spans in the prefix cache.", lambda rt: len(rt.tree.spans)),
+    _one("entries", "Spans in the prefix cache, beside SGLang's tree.", lambda rt: len(rt.tree.spans)),
     _one(
         "entry_slots",
-        "Slots of these spans.",
+        "Slots of the prefix cache's spans.",
         lambda rt: rt.tree.spans.evictable_slots + rt.tree.spans.protected_slots,
     ),
     Family(

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     except (reading.Unreachable, reading.KeepKVOff) as error:
         print(f"keepkv top: {error}", file=sys.stderr)
         return OFF if isinstance(error, reading.KeepKVOff) else UNREACHABLE
-    if args.once or not console.is_terminal:
+    if args.once or not console.is_terminal or console.is_dumb_terminal:
         console.print(screen.view(first))
     else:
         with contextlib.suppress(KeyboardInterrupt):
