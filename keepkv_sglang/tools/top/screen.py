@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
+from math import inf
 
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
@@ -141,12 +142,16 @@ def _host(now: Reading) -> tuple[float | None, str]:
 
 
 def _votes(votes: Mapping[float, float]) -> str:
-    """The bounds that half and nine tenths of the slots stay below."""
+    """How many tokens a slot that a compression wrote stands for."""
     if not votes:
         return "only with --enable-metrics"
     total = sum(votes.values())
     if not total:
         return "none yet"
     sums = list(zip(votes, accumulate(votes.values()), strict=True))
-    half, most = (next(bound for bound, below in sums if below >= share * total) for share in (0.5, 0.9))
-    return f"half of the slots have at most {half:g}, nine tenths {most:g}"
+
+    def up_to(share: float) -> str:
+        bound = next(bound for bound, below in sums if below >= share * total)
+        return f"at most {bound:g}" if bound < inf else f"over {max(set(votes) - {inf}):g}"
+
+    return f"median {up_to(0.5)}, 90th percentile {up_to(0.9)}"

@@ -66,7 +66,9 @@ def test_the_numbers_are_those_of_the_answers():
     share = 100 * 4 / (4 + c["compressions"])
     assert text_of(now, "Skipped") == f"{share:.0f} % of what was due: arena full of prompts 4"
     assert "1 parked" in text_of(now, "Pressure") and text_of(now, "Errors") == "none"
-    assert text_of(now, "Votes") == "half of the slots have at most 1, nine tenths 4"
+    assert text_of(now, "Votes") == "median at most 1, 90th percentile at most 4"
+    many = replace(now, votes={1.0: 80.0, 128.0: 9.0, float("inf"): 11.0})
+    assert text_of(many, "Votes") == "median at most 1, 90th percentile over 128"
     used = state["total_slots"] - state["available_slots"] - state["evictable_slots"]
     assert text_of(now, "Pool").startswith(f"{used:,} of {state['total_slots']:,} in use")
 
