@@ -100,13 +100,13 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
     state.compressions += 1
     rt.counters.compressions += 1
     rt.counters.slots_freed += span.slots - span.m
-    seconds = time.perf_counter() - began
+    seconds, kind = time.perf_counter() - began, PROMPT if span.is_prompt else REPLY
     rt.counters.seconds += seconds
     if rt.watched is not None:
-        rt.watched.seconds.append((PROMPT if span.is_prompt else REPLY, seconds))
+        rt.watched.seconds.append((kind, seconds))
     logger.debug(
         "request %s: tokens %d to %d had %d slots and have %d, %s, in %.1f ms",
-        req.rid, span.first, span.end, span.slots, span.m, "prompt" if span.is_prompt else "reply", 1e3 * seconds,
+        req.rid, span.first, span.end, span.slots, span.m, kind, 1e3 * seconds,
     )  # fmt: skip
     return True
 
