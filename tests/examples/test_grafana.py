@@ -10,7 +10,9 @@ import pytest
 import yaml
 from sglang.srt.observability import metrics_collector
 
+from keepkv_sglang.memory.votes import VOTE_BOUNDS
 from keepkv_sglang.observe.families import GAUGES, NAMES, SECONDS, TOTALS, VOTES
+from keepkv_sglang.runtime.watched import KINDS
 from keepkv_sglang.tools.places import REPO
 from tests.support.scrape import SGLANG
 
@@ -72,11 +74,17 @@ def test_panels_have_a_place_of_their_own_and_the_variables():
 
 
 def test_label_values_in_queries_exist():
-    values = {family.full_name: set(family.reads) for family in (*TOTALS, *GAUGES)}
+    values = {(family.full_name, family.label): set(family.reads) for family in (*TOTALS, *GAUGES)}
+    values[SECONDS, "kind"] = set(KINDS)
+    values[VOTES, "le"] = {*(f"{bound:g}" for bound in VOTE_BOUNDS), "+Inf"}
+    asked = set()
     for expression in EXPRESSIONS:
-        for name, label, value in re.findall(r"(keepkv:\w+)\{(\w+)=\"(\w+)\"", expression):
-            if label != "kind":
-                assert value in values[name]
+        for name, selector in re.findall(r"(keepkv:\w+)\{([^}]*)\}", expression):
+            asked |= {
+                (*metrics_in(name), label, value) for label, value in re.findall(r"(\w+)!?=\"([^\"]*)\"", selector)
+            }
+    assert all(value in values[name, label] for name, label, value in asked)
+    assert {value for name, _, value in asked if name == VOTES} == values[VOTES, "le"], "every bucket is shown"
 
 
 def test_every_alert_says_what_it_is_and_what_to_do():
