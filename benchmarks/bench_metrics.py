@@ -99,7 +99,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=".cache/models/SmolLM2-135M-Instruct")
     args = parser.parse_args()
-    found, step = parts(), decode_step(args.model)
+    step = decode_step(args.model)  # before parts(), whose PROMETHEUS_MULTIPROC_DIR would be the server's too
+    found = parts()
     often = {  # how many of each in one step
         "look": 1.0,
         "update": step / LOOK_EVERY_S,
