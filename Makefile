@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-tree bench-span-quality bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-tree bench-span-quality bench-metrics bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -68,6 +68,9 @@ bench-kernels: env model ## attention kernels against SGLang's torch_native, vot
 	$(BIN)/python benchmarks/bench_attention.py --threads 2 $(ARGS)
 	$(BIN)/python benchmarks/bench_compression.py
 	$(BIN)/python benchmarks/bench_codec.py
+
+bench-metrics: env model ## what --enable-metrics costs, against a decode step
+	$(BIN)/python benchmarks/bench_metrics.py $(ARGS)
 
 bench-budget1: env model ## stock SGLang against KeepKV at budget 1, side by side
 	$(BIN)/python benchmarks/bench_budget1.py

@@ -17,7 +17,7 @@ from typing import Any
 
 from keepkv_sglang.faults import guard
 from keepkv_sglang.faults.guard import guarded, guarded_around
-from keepkv_sglang.hooks import failing
+from keepkv_sglang.hooks import failing, metrics
 from keepkv_sglang.runtime import pressure, process, step
 from keepkv_sglang.settings.config import ConfigError
 from keepkv_sglang.turn.capacity import peak_slots
@@ -32,6 +32,7 @@ def around_get_new_batch_prefill(original: Any, self: Any, running_batch: Any) -
     if rt is None:
         return original(self, running_batch)
     before_admission(rt, running_batch)
+    metrics.between_steps(rt)  # a long prompt's chunks have no decode steps between them
     rt.adder = None
     try:
         return original(self, running_batch)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from keepkv_sglang.faults.guard import guarded, guarded_around
-from keepkv_sglang.hooks import failing
+from keepkv_sglang.hooks import failing, metrics
 from keepkv_sglang.observe.snapshot import memory
 from keepkv_sglang.runtime import attach, process, step
 from keepkv_sglang.runtime.process import Runtime
@@ -29,6 +29,7 @@ def around_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         refuse.check_model(self.model_config)
         attach.scheduler(rt, self)
         raise_limits(rt, self)
+        metrics.start(rt, self)
         _log_start(rt)
 
 
@@ -71,6 +72,7 @@ def before_prepare_for_decode(self: Any) -> None:
     """BEFORE ScheduleBatch.prepare_for_decode: mixed chunks decode without update_running_batch."""
     if (rt := process.active()) is not None:
         step.compress_batch(rt, self, partial(failing.fail, rt.scheduler))
+        metrics.between_steps(rt)
 
 
 def _fail_chunked(error: Exception, _result: Any, self: Any, req: Any) -> None:
@@ -112,8 +114,11 @@ def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool
 
 
 def after_on_idle(_result: Any, self: Any) -> None:
-    """AFTER Scheduler.on_idle: with KEEPKV_CHECK=1, every invariant of the cache, each time something has changed."""
+    """AFTER Scheduler.on_idle: what watchers see is brought up to date. With KEEPKV_CHECK=1, every invariant of the
+    cache, each time something has changed."""
     rt = process.active()
+    if rt is not None:
+        metrics.between_steps(rt)
     if rt is None or not rt.check_at_idle or not self.is_fully_idle() or rt.checked_at == rt.tree.spans.now:
         return
     rt.checked_at = rt.tree.spans.now

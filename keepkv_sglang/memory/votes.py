@@ -11,7 +11,11 @@ from collections.abc import Sequence
 
 import torch
 
+from keepkv_sglang.kernels.host import on_device
+
 VOTE_BYTES = 4  # of one log vote
+VOTE_BOUNDS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+"""Where `spread` cuts. Fitted votes are no whole numbers, and may be below 1."""
 
 
 class VoteStore:
@@ -23,6 +27,14 @@ class VoteStore:
     def reset(self, layer: int, slots: torch.Tensor) -> None:
         """A slot that is rewritten by a forward pass stands for one token again. Mutates the store."""
         self.log_votes[layer].index_fill_(0, slots, 0.0)
+
+    def spread(self, slots: torch.Tensor) -> torch.Tensor:
+        """How many of `slots` [m] have votes up to each of VOTE_BOUNDS, above the bound before it, and above the last:
+        float32 [len(VOTE_BOUNDS) + 1], means over layers and kv heads. On a GPU nobody waits for it."""
+        found = torch.stack([votes[slots] for votes in self.log_votes])
+        bounds = on_device(torch.log(torch.tensor((0, *VOTE_BOUNDS, torch.inf))), found.device)
+        up_to = (found.flatten()[None] <= bounds[:, None]).sum(1, dtype=torch.float32)
+        return torch.diff(up_to) / (found.shape[0] * found.shape[2])
 
     @property
     def nbytes(self) -> int:

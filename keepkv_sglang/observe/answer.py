@@ -24,6 +24,21 @@ def info(rt: Runtime, req: Any) -> dict[str, Any]:
     return {**_info(False, off.budget, counts), "reason": off.reason}
 
 
+def count(rt: Runtime, req: Any, said: dict[str, Any]) -> None:
+    """Adds what an answer says (`info`) to the counters. Once per answer."""
+    counters, saved = rt.counters, said["logical_tokens"] - said["slots_held"]
+    counters.answers += 1
+    counters.answers_compressed += saved > 0
+    counters.answers_off += not said["enabled"]
+    counters.prompt_tokens += len(req.origin_input_ids)
+    counters.cached_tokens += req.cached_tokens
+    counters.hit_tokens += said["cached_compressed_tokens"]
+    counters.logical_tokens += said["logical_tokens"]
+    counters.saved_slots += saved
+    counters.merged_tokens += said["merged"]
+    counters.dropped_tokens += said["dropped"]
+
+
 def _info(enabled: bool, budget: float | int, state: RequestState) -> dict[str, Any]:
     return {
         "enabled": enabled,

@@ -8,6 +8,7 @@ only ever read.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,10 +28,13 @@ from keepkv_sglang.faults import guard
 from keepkv_sglang.runtime import record, stream
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.streams import on_forward_stream
+from keepkv_sglang.runtime.watched import PROMPT, REPLY
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.settings.span_policy import span_policy
 from keepkv_sglang.turn.spans import DueSpan
 from keepkv_sglang.turn.state import RequestState
+
+logger = logging.getLogger("keepkv")
 
 
 def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool | None:
@@ -72,11 +76,13 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
             with on_forward_stream(rt.scheduler), exact_float32():
                 for result in _compress(rt, where, queries, span.policy, span.left):
                     tally.add(result)
-            tally.finish(state)
+                tally.finish(state, target)
     except Exception as error:
         with on_forward_stream(rt.scheduler):
             for pool, content in before:
                 pool[target] = content
+        if rt.cells is not None:
+            rt.cells.reset(target)
         if len(taken):
             rt.allocator.free(taken)
         if rt.requests.too_long(req):
@@ -98,7 +104,14 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
     state.compressions += 1
     rt.counters.compressions += 1
     rt.counters.slots_freed += span.slots - span.m
-    rt.counters.seconds += time.perf_counter() - began
+    seconds, kind = time.perf_counter() - began, PROMPT if span.is_prompt else REPLY
+    rt.counters.seconds += seconds
+    if rt.watched is not None:
+        rt.watched.seconds.append((kind, seconds))
+    logger.debug(
+        "request %s: tokens %d to %d had %d slots and have %d, %s, in %.1f ms",
+        req.rid, span.first, span.end, span.slots, span.m, kind, 1e3 * seconds,
+    )  # fmt: skip
     return True
 
 
@@ -205,6 +218,7 @@ class _Tally:
     def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
         self._span = span
         self._log = record.begin(req, state, span, rt.kv_pool.layer_num, rt.rank)
+        self._watched, self._votes = rt.watched, rt.votes
         self._joined: list[torch.Tensor] = []  # per result
         self._heads, self._least, self._most = 0, span.m, span.m
 
@@ -217,10 +231,15 @@ class _Tally:
         if self._log is not None:
             self._log.add(result)
 
-    def finish(self, state: RequestState) -> None:
+    def finish(self, state: RequestState, target: torch.Tensor) -> None:
+        """target: int64 [m], the slots that it has written."""
         joined, heads, m, sources = self._joined, self._heads, self._span.m, self._span.sources
+        watched = self._watched
+        votes = self._votes.spread(target) if watched is not None else None
 
         def count() -> tuple[float, float]:
+            if watched is not None and votes is not None:
+                watched.votes.append(votes.tolist())
             merged = int(torch.stack(joined).sum()) / heads - m
             return merged, sources - m - merged
 

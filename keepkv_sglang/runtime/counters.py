@@ -35,3 +35,14 @@ class Counters(Skips):
     unpack_no_room: int = 0  # histories that were read compressed: for want of slots, or of some of their originals
     unpack_incomplete: int = 0
     originals_seconds: float = 0.0
+    # What answers said (observe/answer.py), once per answer
+    answers: int = 0
+    answers_compressed: int = 0  # their row held fewer slots than tokens
+    answers_off: int = 0  # of requests that nothing is ever compressed of
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these, found in the prefix cache
+    hit_tokens: int = 0  # and of those, found in compressed spans
+    logical_tokens: int = 0  # of their rows
+    saved_slots: int = 0  # that these rows did not need
+    merged_tokens: float = 0.0
+    dropped_tokens: float = 0.0

@@ -10,6 +10,7 @@ No request runs over such a prefix, so it has no queries: those of a fixed text 
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from itertools import islice
@@ -21,6 +22,9 @@ from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime.compressor import merge_unused
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.unpack import archive_unused
+from keepkv_sglang.runtime.watched import PRESSURE
+
+logger = logging.getLogger("keepkv")
 
 MOST_LOOKED_AT = 16  # nodes per step that turn out not to be merged
 
@@ -135,7 +139,7 @@ def _merge_node(rt: Runtime, node_id: int, node: Node, most: int) -> int | None:
     archive_unused(rt, namespace, tree.cold.prompt_of(node_id), path)
     _merge_into(rt, path, cut, end, target)
     tree.cold.replace_node(node_id, namespace, target)
-    _count(rt, n, began)
+    _count(rt, n, m, began)
     return n
 
 
@@ -175,7 +179,7 @@ def _merge_raw_span(rt: Runtime, span: Span, most: int) -> int:
     _archive_raw_span(rt, span, path)
     _merge_into(rt, path, len(path) - n, span.path_tokens, target)
     rt.allocator.free(tree.spans.replace(span, target, m))
-    _count(rt, n, began)
+    _count(rt, n, m, began)
     return n
 
 
@@ -204,10 +208,14 @@ def _merge_into(rt: Runtime, path: Any, start: int, end: int, target: Any) -> No
         raise
 
 
-def _count(rt: Runtime, tokens: int, began: float) -> None:
+def _count(rt: Runtime, tokens: int, slots: int, began: float) -> None:
+    seconds = time.perf_counter() - began
     rt.counters.pressure_merges += 1
     rt.counters.pressure_tokens += tokens
-    rt.counters.pressure_seconds += time.perf_counter() - began
+    rt.counters.pressure_seconds += seconds
+    if rt.watched is not None:
+        rt.watched.seconds.append((PRESSURE, seconds))
+    logger.debug("pressure: %d cold tokens have %d slots, in %.1f ms", tokens, slots, 1e3 * seconds)
 
 
 def _slots_beside(rt: Runtime, node: int | Span, count: int) -> Any:

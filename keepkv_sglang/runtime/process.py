@@ -21,6 +21,8 @@ from keepkv_sglang.runtime.counters import Counters
 from keepkv_sglang.runtime.originals import Originals
 from keepkv_sglang.runtime.requests import STATE, Requests
 from keepkv_sglang.runtime.skips import SkipWatch
+from keepkv_sglang.runtime.summary import Summary
+from keepkv_sglang.runtime.watched import Watched
 from keepkv_sglang.settings.config import KeepKVConfig
 from keepkv_sglang.turn.limits import Limits
 from keepkv_sglang.turn.queries import drop_plan
@@ -69,6 +71,9 @@ class Runtime:
         self.adder: Any = None  # SGLang's prefill adder of this round
         self.counters = Counters()
         self.skips = SkipWatch()
+        self.summary = Summary()
+        self.watched: Watched | None = None  # None: metrics are off
+        self.metrics: Any = None  # observe/metrics.py, where they are on
 
     # -- rows ---------------------------------------------------------------------------------------------------------
 

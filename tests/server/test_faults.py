@@ -43,6 +43,8 @@ OUTCOMES = {
     "_total": FAILS,
     "_waits": LIVES,
     "_info": LIVES,
+    "answered": LIVES,
+    "between_steps": LIVES,
     "_match_spans": LIVES,
     "_touch_spans": LIVES,
     "_note_checkpoint": LIVES,

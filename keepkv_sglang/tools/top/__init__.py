@@ -1,0 +1,1 @@
+"""`keepkv top`: what a running server does, in a terminal."""
