@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from keepkv_sglang import cli
 from tests.support.client import Answer, body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
@@ -25,6 +26,7 @@ def stock(launch, prompts) -> list[Answer]:
     assert status == 200 and info["attention_backend"] == "torch_native" and "keepkv" not in info["internal_states"][0]
     status, answer = server.post_json("/generate", body(prompts[0], 2, {"budget": 0.5}))
     assert status == 400 and "--enable-keepkv" in answer["error"]["message"]
+    assert cli.main(["verify", server.base_url]) == 2, "nothing of KeepKV to verify"
     return [generate(server, prompt, 32) for prompt in prompts]
 
 

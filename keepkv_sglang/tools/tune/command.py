@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = 60 * args.minutes
     bought = _buys(args, work, budgets, seconds / 2)
     costs = _costs(args, probe, items, budgets, seconds - (time.monotonic() - began)) if items else {}
-    _print(args, bought, costs)
+    _print(args, bought, len(work.requests), costs)
     choices = [
         advice.Choice(budget, result.hit_rate, costs[budget].top1.mean if costs else None)
         for budget, result in bought.keepkv.items()
@@ -118,20 +118,17 @@ def _costs(args: argparse.Namespace, probe: Any, items: list[Item], budgets: lis
         return costs.measure(probe, chosen, budgets, originals, seconds, bar.update)
 
 
-def _print(args: argparse.Namespace, bought: Bought, costs: dict[float, Cost]) -> None:
-    print(f"{bought.requests:,} requests with {bought.ideal.prompt_tokens:,} prompt tokens, a pool of {bought.pool:,}"
-          f" KV slots; {_conversations(costs)}\n")  # fmt: skip
+def _print(args: argparse.Namespace, bought: Bought, requests: int, costs: dict[float, Cost]) -> None:
+    simulated = f"{requests:,}" if bought.requests == requests else f"the first {bought.requests:,} of {requests:,}"
+    evaluated = next((cost.conversations for cost in costs.values()), 0)
+    print(f"simulated: {simulated} requests, {bought.ideal.prompt_tokens:,} prompt tokens, a pool of {bought.pool:,}"
+          f" KV slots; evaluated: {evaluated} conversations\n")  # fmt: skip
     columns = ("", "hit rate", "rejected", "waited", "peak slots", "slots per token", "KL [95 %]", "top-1 % [95 %]")
     rows = [_row("stock, any pool", bought.ideal, None), _row("stock", bought.stock, None)]
     rows += [_row(f"budget {budget:g}", result, costs.get(budget)) for budget, result in bought.keepkv.items()]
     print(tables.plain(columns, rows))
     if not costs:
         print(f"\nNo KL and no top-1: {args.trace} has no conversation of text, or none that is short enough.")
-
-
-def _conversations(costs: dict[float, Cost]) -> str:
-    count = next((cost.conversations for cost in costs.values()), 0)
-    return f"{count} conversations evaluated" if count else "nothing evaluated"
 
 
 def _row(name: str, result: Any, cost: Cost | None) -> list[object]:

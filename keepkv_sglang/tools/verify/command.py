@@ -7,13 +7,13 @@ import sys
 import time
 
 from keepkv_sglang.settings.values import budget_from_text
-from keepkv_sglang.tools.verify.checks import FAILED, SHOWN, SKIPPED, Checks, Row
-from keepkv_sglang.tools.verify.server import RefusedError, Server, UnreachableError
+from keepkv_sglang.tools.verify.checks import FAILED, OK, SHOWN, SKIPPED, Checks, Row
+from keepkv_sglang.tools.verify.server import RefusedError, Server, UnreachableError, WrongError
 from keepkv_sglang.tools.verify.talk import Talk
 
 UNREACHABLE = 2
 TOLERANCES = {"float32": 1e-3}
-OTHER_TOLERANCE = 0.2
+OTHER_TOLERANCE = 0.5
 """Of 16-bit models: a logit of 20 in bfloat16 is rounded by up to 0.06, and kernels sum in another order."""
 
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--budget", default="0.2", help="of the compressed ways (default: 0.2)")
     add("--flush", action="store_true", help="ask for the cold ways a second time behind /flush_cache, which empties"
         " the prefix cache for everybody; without it in a namespace that nobody has used")  # fmt: skip
-    add("--tolerance", type=float, metavar="NATS", help="most mean difference in log-probability of ways that must"
+    add("--tolerance", type=float, metavar="NATS", help="most difference in log-probability of ways that must"
         f" agree (default: {TOLERANCES['float32']} for float32, else {OTHER_TOLERANCE})")  # fmt: skip
     add("--api-key", help="of the server, where it has one")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="for one answer (default: 600)")
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     except UnreachableError as error:
         print(f"keepkv verify: {error}", file=sys.stderr)
         return UNREACHABLE
-    except RefusedError as error:
+    except (RefusedError, WrongError) as error:  # before anything could be compared
         raise ValueError(str(error)) from error
 
 
@@ -47,21 +47,21 @@ def _verify(server: Server, args: argparse.Namespace) -> int:
     if budget == 1:
         raise ValueError("budget 1 compresses nothing; give a smaller --budget")
     dtype = str(server.info.get("dtype"))
-    tolerance = args.tolerance or TOLERANCES.get(dtype, OTHER_TOLERANCE)
+    tolerance = TOLERANCES.get(dtype, OTHER_TOLERANCE) if args.tolerance is None else args.tolerance
     began, talk = time.monotonic(), Talk(server)
     print(f"{server.info.get('model_path')}, {dtype}, {server.keepkv['total_slots']:,} KV slots")
     print(f"a prompt of {len(talk.prompt)} tokens and a next turn of {len(talk.next)}, budget {budget}, greedy")
     print(f"in namespaces keepkv-verify-{talk.run}-* of the prefix cache; "
           + ("the cache is flushed twice, for everybody" if args.flush else "nothing is flushed"))  # fmt: skip
     print(f"\n{'':8} {'way':36} {'against':10} {'tokens':>6} {'parts at':>8} {'mean':>9} {'worst':>9}")
+    _ = talk.full  # what all others are compared with: where the server refuses it, that is the answer
     rows = []
     for row in Checks(talk, budget, tolerance, args.flush).rows():
         rows.append(row)
         print(_line(row), flush=True)
-    bad, left = (sum(row.verdict == verdict for row in rows) for verdict in (FAILED, SKIPPED))
-    seconds = f"{time.monotonic() - began:.0f} s"
-    skipped = f", {left} skipped" if left else ""
-    print(f"\n{'well' if not bad else f'not well: {bad} of {len(rows)} failed'}{skipped}, after {seconds}")
+    good, bad, left = (sum(row.verdict == verdict for row in rows) for verdict in (OK, FAILED, SKIPPED))
+    seconds = time.monotonic() - began
+    print(f"\n{'not well' if bad else 'well'}: {good} ok, {bad} failed, {left} skipped, after {seconds:.0f} s")
     return 1 if bad else 0
 
 

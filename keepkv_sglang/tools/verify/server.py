@@ -17,7 +17,11 @@ class UnreachableError(Exception):
 
 
 class RefusedError(Exception):
-    """The server refuses this one request; the message is its own."""
+    """The server does not allow this one request; the message is its own."""
+
+
+class WrongError(Exception):
+    """The server failed on a request, or did not answer it in the way that was asked for; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Server:
         self, ids: Sequence[int], new: int, settings: Mapping[str, Any], namespace: str, given: int = 0
     ) -> Answer:
         """Greedy, exactly `new` tokens. settings: the request's own. namespace: of the prefix cache. given: of so many
-        tokens at the prompt's end the log-probabilities are asked for. Raises RefusedError."""
+        tokens at the prompt's end the log-probabilities are asked for. Raises RefusedError, WrongError."""
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
         body = {
             "input_ids": list(ids),
@@ -94,8 +98,9 @@ class Server:
             answer = self._http.post(path, json=body)
         except httpx.HTTPError as error:
             raise UnreachableError(f"the server does not answer {path} any more: {error!r}") from error
-        if answer.status_code >= 300:
-            raise RefusedError(f"HTTP {answer.status_code} on {path}: {_message(answer)}")
+        if not answer.is_success:
+            kind = WrongError if answer.is_server_error else RefusedError
+            raise kind(f"HTTP {answer.status_code} on {path}: {_message(answer)}")
         return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
 
 
