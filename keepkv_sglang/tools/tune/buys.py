@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +36,7 @@ def head(work: Workload, count: int) -> Workload:
 def affordable(work: Workload, replays: int, seconds: float, config: KeepKVConfig) -> Workload:
     """As many of the first requests as so many replays can take in `seconds`, at least FIRST: timed on these."""
     first = head(work, FIRST)
-    began = time.perf_counter()
-    search.ceiling(first, config)
-    rate = sum(map(len, first.prompts)) / (time.perf_counter() - began)
+    rate = sum(map(len, first.prompts)) / search.ceiling(first, config).seconds
     until = list(itertools.accumulate(map(len, work.prompts)))
     return head(work, max(FIRST, bisect.bisect(until, rate * seconds / replays)))
 

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     stock, ideal = bought.stock.hit_rate, bought.ideal.hit_rate
     print(f"\n{advice.advice(choices, stock, ideal, args.least_top1, originals=args.host_ratio > 0)}")
     if plots.available():
-        print(f"\nplot: {_plot(args.plot, choices, stock, ideal)}")
+        print(f"\nplot: {_plot(args.plot, args.trace, choices, stock, ideal)}")
     else:
         print("\nno plot: it needs matplotlib (pip install matplotlib)")
     return 0
@@ -140,7 +140,7 @@ def _row(name: str, result: Any, cost: Cost | None) -> list[object]:
     return [name, *simulated, f"{cost.held:.2f}", cost.kl.text(3), percent]
 
 
-def _plot(path: Path, choices: list[Any], stock: float, ideal: float) -> Path:
+def _plot(path: Path, title: str, choices: list[Any], stock: float, ideal: float) -> Path:
     budgets = [choice.budget for choice in choices]
     lines = {
         "hit rate, KeepKV": {choice.budget: 100 * choice.hit_rate for choice in choices},
@@ -150,4 +150,4 @@ def _plot(path: Path, choices: list[Any], stock: float, ideal: float) -> Path:
     agreement = {choice.budget: 100 * choice.top1 for choice in choices if choice.top1 is not None}
     if agreement:
         lines["top-1 agreement with the full cache"] = agreement
-    return plots.curves(lines, path, "budget (slots kept of a turn's tokens)", "%", log=False, log_x=True, bottom=0)
+    return plots.curves(lines, path, "budget (slots kept of a turn's tokens)", "%", log=False, bottom=0, title=title)

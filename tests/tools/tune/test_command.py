@@ -116,7 +116,9 @@ def test_messages_from_the_command_line(trace, tmp_path, capsys):
     assert cli.main([*argv, "--plot", str(plot)]) == 0
     text = capsys.readouterr().out
     assert re.search(
-        r"^simulated: 16 requests, [\d,]+ prompt tokens, a pool of 1,000 KV slots; evaluated: \d conversations$", text, re.M
+        r"^simulated: 16 requests, [\d,]+ prompt tokens, a pool of 1,000 KV slots; evaluated: \d conversations$",
+        text,
+        re.M,
     )
     rows = {row[0]: row[1:] for row in (re.split(" {2,}", line) for line in text.splitlines()) if len(row) > 4}
     hits = {name: float(row[0].rstrip("%")) for name, row in rows.items() if name.startswith(("stock", "budget"))}
