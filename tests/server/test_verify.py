@@ -34,7 +34,7 @@ def verify(server, capsys, *options: str) -> tuple[int, dict[str, tuple[str, str
     """Exit code, {way: (verdict, rest of its line)}, all that was printed."""
     code = cli.main(["verify", server.base_url, *options])
     text = capsys.readouterr().out
-    rows = re.findall(r"^(ok|FAILED|skipped|) +([a-z][^|]*?) {2,}(.*)$", text.partition("parts at")[2], re.M)
+    rows = re.findall(r"^(ok|FAILED|skipped|) +([a-z][^|]*?) {2,}(.*)$", text.partition(" worst\n")[2], re.M)
     return code, {way: (verdict, rest) for verdict, way, rest in rows}, text
 
 
@@ -68,7 +68,7 @@ def test_what_the_server_lacks_is_skipped_and_said(launch, capsys):
     assert {way: verdict for way, (verdict, _) in rows.items() if verdict == "skipped"} == {
         "on, next turn, unpacked": "skipped"
     }
-    assert "the server keeps no originals (--keepkv-host-ratio)" in text and "a prompt of 8" in text
+    assert "the server keeps no originals (--keepkv-host-ratio)" in text and "a prompt of 9" in text
     numbers(server)
     server = launch(*flags, "--max-total-tokens", "4000", "--keepkv-configurations", "2")
     code, rows, text = verify(server, capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,3 +45,19 @@ def _at(first: LogProbs, second: LogProbs, token: int) -> float:
     """A token that is not among the most probable of one answer is at most as probable as the last of these."""
     one, other = (values.get(token, min(values.values())) for values in (first, second))
     return abs(one - other)
+
+
+def divergence(full: Answer, other: Answer) -> float:
+    """Mean KL(full || other) over the given tokens' places, in nats.
+
+    Of each place both answers name their most probable tokens. Those that both name count one by one, all others as
+    one: a lower bound of the KL over all tokens.
+    """
+    return float(np.mean([_kl(p, q) for p, q in zip(full.given_top, other.given_top, strict=True)]))
+
+
+def _kl(p: LogProbs, q: LogProbs) -> float:
+    both = p.keys() & q.keys()
+    rest = [max(1e-9, 1 - math.fsum(math.exp(x[token]) for token in both)) for x in (p, q)]
+    named = math.fsum(math.exp(p[token]) * (p[token] - q[token]) for token in both)
+    return named + rest[0] * math.log(rest[0] / rest[1])

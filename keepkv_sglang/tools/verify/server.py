@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-TOP = 5  # so many of the most probable tokens come with each generated one
+TOP = 20  # so many of the most probable tokens come with each place
 LogProbs = dict[int, float]
 
 
@@ -26,13 +26,14 @@ class WrongError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """ids: generated tokens. top: for each the log-probabilities of the TOP most probable ones and of itself. given:
-    log-probabilities of the prompt's tokens from where they were asked for. cached: prompt tokens found in the prefix
-    cache. keepkv: meta_info["keepkv"]."""
+    """ids: generated tokens. top: in the place of each the log-probabilities of the TOP most probable ones and of
+    itself. given: log-probabilities of the prompt's tokens from where they were asked for; given_top: in the place of
+    each those of the TOP. cached: prompt tokens found in the prefix cache. keepkv: meta_info["keepkv"]."""
 
     ids: list[int]
     top: list[LogProbs]
     given: list[float]
+    given_top: list[LogProbs]
     cached: int
     keepkv: Mapping[str, Any]
 
@@ -107,11 +108,16 @@ class Server:
 def _answer(data: Mapping[str, Any]) -> Answer:
     meta = data["meta_info"]
     top = [
-        {own[1]: own[0], **{token: value for value, token, _ in best}}
+        {own[1]: own[0], **_log_probs(best)}
         for own, best in zip(meta["output_token_logprobs"], meta["output_top_logprobs"], strict=True)
     ]
     given = [entry[0] for entry in meta.get("input_token_logprobs") or () if entry[0] is not None]
-    return Answer(data["output_ids"], top, given, meta["cached_tokens"], meta["keepkv"])
+    given_top = [_log_probs(best) for best in meta.get("input_top_logprobs") or () if best]
+    return Answer(data["output_ids"], top, given, given_top, meta["cached_tokens"], meta["keepkv"])
+
+
+def _log_probs(entries: Sequence[Sequence[Any]]) -> LogProbs:
+    return {token: value for value, token, _ in entries}
 
 
 def _message(answer: httpx.Response) -> str:

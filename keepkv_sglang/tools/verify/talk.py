@@ -1,7 +1,7 @@
 """One small conversation: a prompt, its reply, and a next turn behind both, asked for under different settings.
 
-The user's message says the same thing many times. There votes matter most: what is merged are copies, so a slot can
-stand for all of them, and without votes what was said twenty times weighs as much as what was said once.
+The user's message says the same sentence many times. There votes matter most: what is merged are copies, so one slot
+can stand for all of them, and without votes what was said fifty times weighs as much as what was said once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from typing import Any
 from keepkv_sglang.tools.verify.server import Answer, RefusedError, Server
 
 SYSTEM = "You keep the log of a harbour. Answer in one short sentence, from what the user has told you."
-SAID = (
-    "The tide comes in twice a day. The fog comes when it likes. The keeper lights the lamp at dusk and puts it out at"
-    " dawn.\n"
-)
-TIMES = 20  # SAID is said so often, more where the server leaves prompts of that length whole
-TIMES_AGAIN = 4  # in the next turn
+SAID = "The keeper lights the lamp at dusk.\n"
+TIMES = 50  # SAID is said so often, more where the server leaves prompts of that length whole
+TIMES_AGAIN = 10  # in the next turn
 REPLY = 8  # tokens
 FULL: Mapping[str, Any] = {"enabled": False}
 

@@ -24,7 +24,7 @@ def conversation(place: str, turns: int) -> list[dict[str, str]]:
     """A system message, then turns that say something of their own."""
     said = [{"role": "system", "content": "You are the keeper of a town's records. " * 4}]
     for turn in range(turns):
-        lines = [f"Record {turn}-{line}: the {place} counted {line * 7 + turn} visitors." for line in range(8)]
+        lines = [f"Record {turn}-{line}: the {place} counted {line * 7 + turn} visitors." for line in range(5)]
         said.append({"role": "user", "content": " ".join(lines)})
         said.append(
             {"role": "assistant", "content": f"The {place} counted {49 + turn} visitors at most in list {turn}."}
@@ -112,19 +112,19 @@ def test_a_long_conversation_is_cut_and_an_empty_reply_ends_it():
 
 def test_messages_from_the_command_line(trace, tmp_path, capsys):
     plot = tmp_path / "plot.png"
-    argv = ["tune", str(trace), "--budget", "0.2", "--budget", "0.5", "--minutes", "0.05", "--pool", "1000"]
+    argv = ["tune", str(trace), "--budget", "0.2", "--budget", "0.5", "--minutes", "0.05", "--pool", "500"]
     assert cli.main([*argv, "--plot", str(plot)]) == 0
     text = capsys.readouterr().out
     assert re.search(
-        r"^simulated: 16 requests, [\d,]+ prompt tokens, a pool of 1,000 KV slots; evaluated: \d conversations$",
+        r"^simulated: 16 requests, [\d,]+ prompt tokens, a pool of 500 KV slots; evaluated: \d conversations$",
         text,
         re.M,
     )
     rows = {row[0]: row[1:] for row in (re.split(" {2,}", line) for line in text.splitlines()) if len(row) > 4}
     hits = {name: float(row[0].rstrip("%")) for name, row in rows.items() if name.startswith(("stock", "budget"))}
-    assert hits["stock"] + 10 < hits["budget 0.5"] == hits["budget 0.2"] <= hits["stock, any pool"]
+    assert hits["stock"] + 10 < hits["budget 0.5"] < hits["budget 0.2"] <= hits["stock, any pool"]
     kl, top1 = ({b: float(rows[f"budget {b}"][at].split()[0]) for b in (0.2, 0.5)} for at in (5, 6))
-    assert 0 < kl[0.5] < kl[0.2] and 50 < top1[0.2] <= top1[0.5] <= 100
+    assert 0 < kl[0.5] < kl[0.2] and 0 < top1[0.2] <= top1[0.5] <= 100
     assert re.search(r"^(Use --keepkv-budget|Leave KeepKV off)", text, re.M)
     assert plot.stat().st_size > 5000 or not plots.available()
 

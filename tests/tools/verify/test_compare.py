@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from keepkv_sglang import cli
-from keepkv_sglang.tools.verify.compare import Difference, difference
+from keepkv_sglang.tools.verify.compare import Difference, difference, divergence
 from keepkv_sglang.tools.verify.server import Answer
 
 
 def answer(ids: list[int], top: list[dict[int, float]], given: tuple[float, ...] = ()) -> Answer:
-    return Answer(ids, top, list(given), 0, {})
+    return Answer(ids, top, list(given), [], 0, {})
 
 
 def test_same_tokens():
@@ -38,6 +39,15 @@ def test_a_token_that_is_not_among_the_most_probable():
     one = answer([7], [{7: -0.1, 3: -2.0}])
     other = answer([4], [{4: -0.2, 5: -2.5}])
     assert difference([(one, other)]).worst == pytest.approx(2.4), "token 7 has at most -2.5 there, 4 at most -2 here"
+
+
+def test_divergence_lumps_what_not_both_name():
+    half, quarter, eighth = (math.log(x) for x in (0.5, 0.25, 0.125))
+    one = Answer([], [], [], [{1: half, 2: quarter}, {1: half}], 0, {})
+    other = Answer([], [], [], [{1: quarter, 3: eighth}, {1: half}], 0, {})
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # token 1, and all others
+    assert divergence(one, other) == pytest.approx((first + 0) / 2)
+    assert divergence(one, one) == 0
 
 
 def test_no_server_is_exit_2(capsys):
