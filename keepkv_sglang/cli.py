@@ -126,14 +126,26 @@ def _bench(args: argparse.Namespace) -> int:
     return command.run(args)
 
 
-def _top_arguments(parser: argparse.ArgumentParser) -> None:
-    from keepkv_sglang.tools.top import command
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    from keepkv_sglang.tools.verify import command
 
     command.add_arguments(parser)
 
 
-def _top(args: argparse.Namespace) -> int:
-    from keepkv_sglang.tools.top import command
+def _verify(args: argparse.Namespace) -> int:
+    from keepkv_sglang.tools.verify import command
+
+    return command.run(args)
+
+
+def _tune_arguments(parser: argparse.ArgumentParser) -> None:
+    from keepkv_sglang.tools.tune import command
+
+    command.add_arguments(parser)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from keepkv_sglang.tools.tune import command
 
     return command.run(args)
 
@@ -147,7 +159,8 @@ COMMANDS = [
     ),
     Command("eval", "Quality of compression methods on real text, offline.", _eval, _eval_arguments),
     Command("bench", "Agents over HTTP: stock SGLang beside KeepKV, in little memory.", _bench, _bench_arguments),
-    Command("top", "Watch a running server: slots against tokens, hits, what was skipped.", _top, _top_arguments),
+    Command("verify", "Ask a running server the same in several ways and compare.", _verify, _verify_arguments),
+    Command("tune", "What budgets buy and cost on a trace of yours, and which to take.", _tune, _tune_arguments),
     Command("version", "Print the version of keepkv-sglang.", _version),
 ]
 

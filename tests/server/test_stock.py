@@ -28,6 +28,7 @@ def stock(launch, prompts) -> list[Answer]:
     status, answer = server.post_json("/generate", body(prompts[0], 2, {"budget": 0.5}))
     assert status == 400 and "--enable-keepkv" in answer["error"]["message"]
     assert cli.main(["top", server.base_url, "--once"]) == OFF
+    assert cli.main(["verify", server.base_url]) == 2, "nothing of KeepKV to verify"
     return [generate(server, prompt, 32) for prompt in prompts]
 
 

@@ -24,7 +24,7 @@ from keepkv_sglang.tools.evaluate.conversation import Message, message, pieces
 from keepkv_sglang.tools.evaluate.conversation_row import ConversationRow
 from keepkv_sglang.tools.evaluate.documents import HALVES, lines
 from keepkv_sglang.tools.evaluate.methods import DEFAULT, RELEASED, SNAPKV, Method, Ours, compress_tail
-from keepkv_sglang.tools.evaluate.probe import Row, agreement
+from keepkv_sglang.tools.evaluate.probe import Probe, Row, agreement
 from keepkv_sglang.tools.evaluate.results import OFF, ORIGINALS, grouped, variants
 from keepkv_sglang.tools.evaluate.task import Setup, ours_only
 from keepkv_sglang.tools.report import plots, tables
@@ -169,9 +169,12 @@ def make_item(setup: Setup, number: int, source: str, messages: Sequence[Message
     if len(parts) < 2 * TURNS or any(not said for said, _ in parts[: 2 * TURNS]):
         return None
     cut = pieces(setup.probe, parts[: 2 * TURNS])
-    if sum(map(len, cut)) > MOST_TOKENS:
-        return None
-    border = message_border(setup.probe.tokenizer)
+    return item_of(setup.probe, number, source, cut) if sum(map(len, cut)) <= MOST_TOKENS else None
+
+
+def item_of(probe: Probe, number: int, source: str, cut: Sequence[list[int]]) -> Item:
+    """cut: token pieces (conversation.pieces): what comes before a reply, the reply, and so on."""
+    border = message_border(probe.tokenizer)
     turns: list[tuple[list[int], list[int]]] = []
     left: list[int] = []
     for prompt, reply in zip(cut[::2], cut[1::2], strict=True):

@@ -1,0 +1,1 @@
+"""`keepkv tune`: what budgets buy and cost on a trace of one's own, by the simulator and the evaluator."""

@@ -1,0 +1,1 @@
+"""`keepkv verify`: does a running server answer as it should, with and without compression?"""
