@@ -2,7 +2,7 @@
 
 Off unless KEEPKV_RECORD names a folder. One file per compression, `<sequence>-<rid>.pt`
 (`rank<r>-...` on tensor-parallel ranks above 0), a dict that torch.load reads.
-It holds token positions and cluster numbers, no token ids and no text.
+It holds token positions and cluster numbers, no token ids and no text. Only its owner may read it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import tempfile
 from typing import Any
 
 import torch
@@ -39,8 +40,10 @@ class Recorder:
 
     def write(self) -> None:
         data = {name: torch.stack(getattr(self, name)) for name in ("kept", "assign", "lv")} | self.facts
-        torch.save(data, self.path + ".tmp")
-        os.replace(self.path + ".tmp", self.path)
+        # A file that only its owner reads, under a name that nobody can take first.
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(self.path), suffix=".tmp", delete=False) as file:
+            torch.save(data, file)
+        os.replace(file.name, self.path)
 
 
 def _in_file_name(rid: str) -> str:

@@ -108,7 +108,7 @@ def test_custom_params_drawn_at_random(server):
 
 @pytest.mark.soak
 def test_custom_params_drawn_at_random_for_five_minutes(server):
-    statuses, grown = fuzz.run(server, 9000)
+    statuses, grown = fuzz.run(server, 6000)
     print(statuses, f"{grown / 2**20:.1f} MiB")
     assert grown < 24 << 20, f"{grown / 2**20:.0f} MiB"
 

@@ -88,11 +88,12 @@ def run(server: ServerProcess, examples: int) -> tuple[dict[int, int], int]:
             flush(server)
         statuses[status] = statuses.get(status, 0) + 1
         sent += 1
-        if sent in (examples // 2, examples):
+        if sent == examples // 2:
             sizes.append(resident_bytes(server))
 
     send()
+    grown = resident_bytes(server) - sizes[0]
     flush(server)
     after = generate(server, ids, 4)
     assert (after.ids, after.logprobs, after.cached) == (before.ids, before.logprobs, before.cached)
-    return statuses, sizes[-1] - sizes[0]
+    return statuses, grown
