@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-tree bench-span-quality bench-metrics bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-stranger bench-tree bench-span-quality bench-metrics bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -80,6 +80,9 @@ bench-agents: env model ## six agents, a tight and an ample pool: stock SGLang, 
 
 bench-short: env model ## what KeepKV costs requests that it never compresses: two servers that take turns
 	$(BIN)/python benchmarks/bench_short.py $(ARGS)
+
+bench-stranger: env model ## what one client can cost another: the worst requests beside a neighbour's stream (8 min)
+	$(BIN)/python benchmarks/bench_stranger.py $(ARGS)
 
 bench-originals: env model ## what reading a history over its originals costs and saves: first token, twenty turns
 	$(BIN)/python benchmarks/bench_originals.py $(ARGS)

@@ -65,10 +65,14 @@ def _model(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(_: argparse.Namespace) -> int:
-    from keepkv_sglang.tools import check
+def _check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sglang", metavar="VERSION", help="which names are different in that SGLang (asks PyPI)")
 
-    return check.run()
+
+def _check(args: argparse.Namespace) -> int:
+    from keepkv_sglang.tools import check, drift
+
+    return drift.run(args.sglang) if args.sglang else check.run()
 
 
 def _version(_: argparse.Namespace) -> int:
@@ -152,7 +156,9 @@ def _tune(args: argparse.Namespace) -> int:
 
 COMMANDS = [
     Command("model", "Make a model ready; the last line printed is its folder.", _model, _model_arguments),
-    Command("check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check),
+    Command(
+        "check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check, _check_arguments
+    ),
     Command("demo", "An agent on a real server, KeepKV beside full cache.", _demo, _demo_arguments),
     Command(
         "simulate", "Replay request traces through the prefix caches, without a model.", _simulate, _simulate_arguments

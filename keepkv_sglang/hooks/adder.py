@@ -17,6 +17,7 @@ from keepkv_sglang.hooks.admission import refuse_length
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.runtime import process, stream, unpack
 from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.settings.values import shown
 from keepkv_sglang.turn.capacity import peak_slots
 from keepkv_sglang.turn.state import RequestState
 
@@ -177,7 +178,7 @@ class KeepKVAdder:
             # Alone in the server: what it may generate is cut by the pool anyway.
             total = peak + 1
             if total >= room:
-                logger.warning("request %s can never be admitted: a cached prefix leaves no room", req.rid)
+                logger.warning("request %s can never be admitted: a cached prefix leaves no room", shown(str(req.rid)))
                 refuse_length(rt, req, state)
         return total
 

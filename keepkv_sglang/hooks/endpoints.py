@@ -110,6 +110,10 @@ def before_run_http_server(server_args: Any, *_args: Any, **_kwargs: Any) -> Non
     if not flags.config_of(server_args).enabled:
         return
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import AuthLevel, auth_level
 
     http_server.app.add_middleware(CustomParams)
     http_server.app.add_api_route("/keepkv/requests/{rid}", request_report, methods=["GET"])
+    # Our counters tell the sizes of others' prompts: with --admin-api-key they are the operator's (docs/security.md).
+    for endpoint in (http_server.server_info, http_server.get_server_info):
+        auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint)

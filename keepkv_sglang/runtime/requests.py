@@ -118,5 +118,5 @@ class Requests:
     def mispublished(self, req: Any, why: str) -> bool:
         """False, counted and logged: what would have been published does not agree with what SGLang says."""
         self.counters.mispublished += 1
-        logger.error("nothing of request %s is published: %s", req.rid, why)
+        logger.error("nothing of request %s is published: %s", shown(str(req.rid)), why)  # a client may choose it
         return False

@@ -278,7 +278,8 @@ class KeepKVConfig:
             raise ConfigError(f"keepkv: unknown key {values.names(unknown)}; known keys: {', '.join(REQUEST_KEYS)}")
         barred = sorted(key for key in params if OPTIONS[key].server)
         if barred:
-            raise ConfigError(f"keepkv: {', '.join(barred)} is a setting of the server; start it with the flag instead")
+            flags = ", ".join(f"--keepkv-{key.replace('_', '-')}" for key in barred)
+            raise ConfigError(f"keepkv: {', '.join(barred)}: a setting of the server; start it with {flags} instead")
         wanted = {key: self._of_request(key, value) for key, value in params.items()}
         if not self.enabled:
             wanted["enabled"] = False

@@ -58,8 +58,8 @@ def _read(name: str, value: Any) -> tuple[list[str], list[Range]]:
         start, end = int(found[1]), int(found[2])
         if start >= end or end > MAX_POSITION:
             raise ValueError(
-                f"{name}: {part} is empty or too far out; the end is the first token that is not in the range, "
-                f"so it is larger than the start, and at most {MAX_POSITION}"
+                f"{name}: {part} is empty or too far out; use an end that is larger than the start (it is the first "
+                f"token that is not in the range) and at most {MAX_POSITION}"
             )
         ranges.append((start, end))
     ranges.sort()

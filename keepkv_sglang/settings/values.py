@@ -36,8 +36,8 @@ def shown(value: Any) -> str:
 
 
 def names(values: list[str]) -> str:
-    """Up to five names for a message, each cut; then how many more there are."""
-    cut = ", ".join(name if len(name) <= SHOWN else name[: SHOWN - 3] + "..." for name in values[:5])
+    """Up to five names for a message, each cut, in quotes where it is no word; then how many more there are."""
+    cut = ", ".join(name if name.isidentifier() and len(name) <= SHOWN else shown(name) for name in values[:5])
     return cut if len(values) <= 5 else f"{cut} and {len(values) - 5} more"
 
 

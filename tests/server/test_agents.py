@@ -1,7 +1,8 @@
-"""Long runs on a live server (`make soak`): agents whose contexts do not fit, a prompt four times the pool."""
+"""Long runs on a live server (`make soak`): agents that do not fit, salts, priorities, a prompt four times the pool."""
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -10,6 +11,7 @@ from keepkv_sglang.tools.agent_load import AgentLoad
 from keepkv_sglang.tools.bench.measure import summarise
 from keepkv_sglang.tools.bench.workloads import Agents
 from tests.support.client import flush, generate, numbers, tokens
+from tests.support.memory import resident_bytes
 
 pytestmark = [pytest.mark.server, pytest.mark.soak]
 
@@ -27,6 +29,57 @@ def test_six_agents_in_a_third_of_their_memory(launch):
     assert report["compressed_share"] > 0.5
     counters = numbers(server)["counters"]
     assert counters["retractions_published"] <= 1 and counters["most_running"] >= 4
+
+
+def test_a_higher_priority_preempts(launch):
+    """The request that is preempted gives its row back in mid-reply, and goes on as if nothing had happened."""
+    server = launch(
+        *("--enable-keepkv", "--keepkv-budget", "0.2", "--max-total-tokens", "2000", "--max-running-requests", "1"),
+        *("--enable-priority-scheduling", "--priority-scheduling-preemption-threshold", "5"),
+    )
+    answers, order = {}, []
+
+    def run(name: str, seed: int, new: int, priority: int) -> None:
+        answers[name] = generate(server, tokens(600, seed), new, priority=priority)
+        order.append(name)
+
+    low = threading.Thread(target=run, args=("low", 1, 300, 0))
+    low.start()
+    while not numbers_while_busy(server)["active_rows"]:
+        time.sleep(0.05)
+    time.sleep(1)
+    run("high", 2, 8, 100)
+    low.join()
+    assert order == ["high", "low"] and answers["low"].meta["retraction_count"] >= 1
+    assert len(answers["low"].ids) == 300 and answers["low"].keepkv["slots_held"] < 0.5 * 900
+    flush(server)
+
+
+def numbers_while_busy(server) -> dict:
+    return server.get_json("/server_info")[1]["internal_states"][0]["keepkv"]
+
+
+SALTED, WARM, SHORT, LONG, TOGETHER = 20_000, 2_000, 2, 70, 100
+
+
+def test_twenty_thousand_salts_leave_nothing_behind(launch):
+    """Short requests, each behind a salt of its own; every hundredth is long enough to be compressed."""
+    server = launch("--enable-keepkv", "--max-total-tokens", "2000")
+    sizes = {}
+    for start in range(0, SALTED, TOGETHER):
+        numbers_ = range(start, start + TOGETHER)
+        asked = {
+            "input_ids": [tokens(LONG if n % 100 == 0 else SHORT, n) for n in numbers_],
+            "cache_salt": [f"salt {n}" for n in numbers_],
+            "sampling_params": {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True},
+        }
+        status, answer = server.post_json("/generate", asked)
+        assert status == 200, answer
+        sizes[start + TOGETHER] = resident_bytes(server, "scheduler")
+    print({n: f"{size / 2**20:.1f} MiB" for n, size in sizes.items() if n % WARM == 0})
+    assert numbers(server)["counters"]["compressions"] >= 0.9 * SALTED / 100
+    assert sizes[SALTED] <= 1.02 * sizes[WARM]
+    flush(server)
 
 
 def test_a_prompt_four_times_the_pool(launch):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import urllib.error
 import urllib.request
 
 import pytest
 
 from keepkv_sglang.hooks.endpoints import ENDPOINTS
+from tests.support import fuzz
+from tests.support.bad_input import REQUESTS
 from tests.support.client import body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
@@ -58,10 +61,6 @@ def stream(server, path, request):
 
 
 BAD_CUSTOM = ["keepkv", ["x"], 5, True]
-BAD_KEEPKV = [
-    5, ["x"], {"bugdet": 1}, {"window": "9" * 5000}, {"budget": "0.2"}, {"budget": " 0.2 "}, {"budget": "1_0"},
-    {"budget": "\u0660.\u0662"}, {"window": "32"}, {"min_tokens": 10**300}, {"merge": "x"}, {"window": 256},
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("bad", BAD_CUSTOM, ids=str)
@@ -78,16 +77,40 @@ def test_custom_params_that_are_no_object(server, bad):
         refused(server, path, {**request, "custom_params": bad}, "custom_params must be an object")
 
 
-@pytest.mark.parametrize("bad", BAD_KEEPKV, ids=range(len(BAD_KEEPKV)))
-def test_bad_keepkv_values(server, bad):
-    custom = {"custom_params": {"keepkv": bad}}
-    request = {"text": "Hello", "sampling_params": {"max_new_tokens": 2, **custom}}
-    refused(server, "/generate", request, "")
-    assert stream(server, "/generate", request)[0] == 400
-    chat = {"model": "m", "messages": HELLO, "max_tokens": 2, **custom}
-    refused(server, "/v1/chat/completions", chat, "")
-    assert stream(server, "/v1/chat/completions", chat)[0] == 400
-    refused(server, "/v1/completions", {"model": "m", "prompt": "Hello", "max_tokens": 2, **custom}, "")
+GENERATE = {"text": "Hello", "sampling_params": {"max_new_tokens": 2}}
+CHAT = {"model": "m", "messages": HELLO, "max_tokens": 2}
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("path", "request_"),
+    [("/generate", GENERATE), ("/v1/chat/completions", CHAT), ("/v1/completions", {**CHAT, "prompt": "Hello"})],
+    ids=["generate", "chat", "completions"],
+)
+def test_every_bad_value_is_refused_with_what_to_do(server, path, request_, streams):
+    """The whole table of tests/support/bad_input.py: an HTTP 400 for that request, before a stream begins."""
+    for bad, said in REQUESTS:
+        custom = {"custom_params": {"keepkv": bad}}
+        sampling = {"sampling_params": {**GENERATE["sampling_params"], **custom}} if path == "/generate" else custom
+        status, answer = server.post_json(path, {**request_, **sampling, "stream": streams})
+        assert status == 400, (bad, answer)
+        assert len(str(answer)) < 1000
+        if not isinstance(bad, dict) or not {repr(value) for value in bad.values()} & {"nan", "inf"}:  # no JSON
+            message = answer.get("error", answer)["message"]
+            assert re.search(said, message), (bad, message)
+
+
+def test_custom_params_drawn_at_random(server):
+    statuses, grown = fuzz.run(server, 220)
+    assert statuses[200] > 10 and statuses[400] > 80, statuses
+    assert grown < 24 << 20, f"{grown / 2**20:.0f} MiB"
+
+
+@pytest.mark.soak
+def test_custom_params_drawn_at_random_for_five_minutes(server):
+    statuses, grown = fuzz.run(server, 6000)
+    print(statuses, f"{grown / 2**20:.1f} MiB")
+    assert grown < 24 << 20, f"{grown / 2**20:.0f} MiB"
 
 
 OTHERS = [
@@ -213,3 +236,17 @@ def test_request_ids_are_no_paths(server, record, rid):
     assert generate(server, tokens(150, 5), 2, rid=rid + "0" * 20).keepkv["compressions"] == 1
     (name,) = {path.name for path in record.iterdir()} - before
     assert name.endswith(".pt") and not set(name) & {"/", "\0", ".."}
+    assert (record / name).stat().st_mode & 0o777 == 0o600, "others can read it"
+
+
+def test_the_log_says_nothing_of_what_was_sent(server):
+    """Neither a good prompt nor a bad value, an id, or tokens. SGLang's own --log-requests is off."""
+    secret = "xylophonic marmalade"
+    ids = [31337, 31338, 31339] * 40
+    custom = {"custom_params": {"keepkv": {"protect": secret}}}
+    server.post_json("/generate", {"text": secret * 40, "sampling_params": {"max_new_tokens": 2}})
+    server.post_json("/generate", {"text": secret, "sampling_params": {"max_new_tokens": 2, **custom}})
+    generate(server, ids, 2, rid=f"{secret}\n[forged] a line")
+    log = server.log_path.read_text(errors="replace")
+    assert "KeepKV is on" in log
+    assert not {part for part in (secret, "[forged]", "31337") if part in log}

@@ -9,6 +9,7 @@ import pytest
 
 from keepkv_sglang.tools.agent_load import AgentLoad
 from keepkv_sglang.tools.bench.workloads import Agents
+from tests.support import isolation
 from tests.support.client import body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
@@ -66,6 +67,23 @@ def test_samples_and_clients_that_leave(server, unpack):
     flush(server)
     state = numbers(server)["originals"]
     assert state["free_blocks"] == state["blocks"] and state["tokens"] == 0
+
+
+QUICK = {"window": 8, "references": 8}  # histories of short prompts are worth unpacking then
+
+
+@pytest.mark.parametrize("unpack", [0.5, 0.001], ids=["unpacked", "streamed"])
+def test_a_neighbours_originals_are_never_seen(server, unpack):
+    before = numbers(server)["counters"]
+    isolation.check(server, 3, {**QUICK, "unpack": unpack})
+    counters, read = numbers(server)["counters"], "unpacked" if unpack == 0.5 else "streamed"
+    assert counters[read] > before[read]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("unpack", [0.5, 0.001], ids=["unpacked", "streamed"])
+def test_a_neighbours_originals_are_never_seen_in_many_examples(server, unpack):
+    isolation.check(server, 100, {**QUICK, "unpack": unpack})
 
 
 def test_a_request_may_not_ask_for_more_than_the_server_allows(server):

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from keepkv_sglang.settings.config import KeepKVConfig
+from tests.support import isolation
 from tests.support.client import BORDER, body, flush, generate, numbers, tokens
 
 pytestmark = pytest.mark.server
@@ -28,6 +29,15 @@ def clean(server):
     flush(server)
     yield
     numbers(server)
+
+
+def wait_until_idle(server):
+    """After a client went away: its request holds nothing any more."""
+    deadline = time.monotonic() + 60
+    while server.get_json("/server_info")[1]["internal_states"][0]["keepkv"]["active_rows"]:
+        assert time.monotonic() < deadline, "the aborted request still holds its row"
+        time.sleep(0.2)
+    time.sleep(0.5)
 
 
 def test_right_after_prefill_a_tenth_and_the_last_prompt_token(server):
@@ -136,6 +146,32 @@ def test_entries_are_invisible_to_other_configurations_and_namespaces(server):
     assert generate(server, prompt, 4).cached == 299
 
 
+def test_a_neighbours_own_tokens_are_never_seen(server):
+    isolation.check(server, 4, {})
+
+
+@pytest.mark.soak
+def test_a_neighbours_own_tokens_are_never_seen_in_many_examples(server):
+    isolation.check(server, 150, {})
+
+
+def test_a_neighbour_that_runs_at_the_same_time_changes_nothing(server):
+    """Prompts are computed alone, so behind another's salt the answer is that of a quiet server, bit for bit."""
+    turns = [tokens(200, 71), tokens(290, 71), tokens(380, 71)]
+    quiet = [isolation.seen(generate(server, ids, 1)) for ids in turns]
+    flush(server)
+    salted = body(tokens(380, 71), 400, cache_salt="neighbour", stream=True)
+    call = urllib.request.Request(
+        f"{server.base_url}/generate", json.dumps(salted).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(call, timeout=120) as answer:
+        answer.readline()  # it decodes
+        beside = [isolation.seen(generate(server, ids, 1)) for ids in turns]
+        assert answer.readline(), "it ended before"
+    assert beside == quiet
+    wait_until_idle(server)
+
+
 def test_parallel_samples_share_the_compressed_prompt(server):
     request = body(tokens(500, 50), 8)
     request["sampling_params"] |= {"n": 3, "temperature": 0.9}
@@ -179,35 +215,6 @@ def test_short_turns_stay_whole_until_they_add_up(server):
     assert held[0][2] == 0 and held[0][0] == held[0][1]
     assert any(compressions for _, _, compressions in held), held
     assert held[-1][0] < held[-1][1]
-
-
-BAD = [
-    ({"budget": 0}, "budget"),
-    ({"budget": 2.5}, "budget"),
-    ({"budget": "x"}, "budget"),
-    ({"merge": "nope"}, "merge"),
-    ({"window": 0}, "window"),
-    ({"enabled": "yes"}, "enabled"),
-    ({"colour": 1}, "unknown key"),
-    (7, "object"),
-    ({"threshold": 3}, "threshold"),
-    ({"interval": 1}, "interval"),
-    ({"protect": "9-5"}, "larger than the start"),
-    ({"protect": "0-9,5-12"}, "overlap"),
-    ({"protect": ["0-9"]}, "not text"),
-    ({"fair": "first"}, "start-end"),
-    ({"fair": "0-9", "budget": 50}, "budget that is a fraction"),
-]
-
-
-@pytest.mark.parametrize(("keepkv", "message"), BAD, ids=str)
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_bad_values_are_refused_for_that_request_alone(server, keepkv, message, stream):
-    status, answer = server.post_json("/generate", body(tokens(20, 70), 2, keepkv, stream=stream))
-    assert status == 400 and message in json.dumps(answer), answer
-    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": stream}
-    status, answer = server.post_json("/v1/chat/completions", chat | {"custom_params": {"keepkv": keepkv}})
-    assert status == 400 and message in json.dumps(answer), answer
 
 
 def test_stream_reports_in_its_last_chunk(server):
@@ -258,6 +265,88 @@ def test_openai_client_multi_turn(server):
         )
 
 
+def test_nothing_behind_a_stop_is_cached(server):
+    """A stop string and a stop token: the answer ends there, and so does what a next turn finds."""
+    prompt = tokens(300, 100)
+    whole = server.post_json("/generate", body(prompt, 40))[1]
+    word = whole["text"][len(whole["text"]) // 2 :][:4]
+    flush(server)
+    stopped = server.post_json("/generate", with_sampling(body(prompt, 40), stop=[word]))[1]
+    assert word not in stopped["text"] and whole["text"].startswith(stopped["text"])
+    assert stopped["meta_info"]["finish_reason"]["matched"] == word
+    flush(server)
+    ids = whole["output_ids"]
+    at = next(index for index in range(1, 40) if ids[index] not in ids[:index])
+    stop = with_sampling(body(prompt, 40), stop_token_ids=[ids[at]], ignore_eos=False)  # which would ignore these too
+    ids = server.post_json("/generate", stop)[1]["output_ids"]
+    assert ids == whole["output_ids"][: at + 1]
+    assert generate(server, prompt + ids + tokens(40, 101), 2).cached <= 300 + len(ids)
+
+
+def with_sampling(request, **more):
+    request["sampling_params"] |= more
+    return request
+
+
+def test_logprobs_of_the_prompt_over_a_compressed_prefix(server):
+    """SGLang computes the tokens whose logprobs are asked for, so they are those of an uncompressed prompt."""
+    prompt = tokens(400, 110)
+    generate(server, prompt, 2)
+    assert generate(server, prompt, 2).cached == 399, "there is a compressed prefix"
+    seen = []
+    for keepkv in (None, {"enabled": False}):
+        answer = generate(server, prompt, 2, keepkv, logprob_start_len=0)
+        assert answer.cached == 0
+        seen.append([entry[:2] for entry in answer.meta["input_token_logprobs"]])
+        flush(server)
+    assert len(seen[0]) == 400 and seen[0] == seen[1]
+
+
+def test_structured_output(server):
+    """xgrammar's masks over a compressed prompt and a compressed reply."""
+    schema = {
+        "type": "object",
+        "properties": {"lines": {"type": "array", "items": {"type": "integer"}, "minItems": 50, "maxItems": 50}},
+        "required": ["lines"],
+    }
+    chat = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "List the numbers of the lines. " + "line 7 is fine; " * 60}],
+        "max_tokens": 600,
+        "temperature": 0,
+        "return_meta_info": True,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "lines", "schema": schema}},
+    }
+    status, data = server.post_json("/v1/chat/completions", chat)
+    assert status == 200, data
+    assert len(json.loads(data["choices"][0]["message"]["content"])["lines"]) == 50
+    assert data["choices"][0]["meta_info"]["keepkv"]["compressions"] >= 2
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_paused_while_it_decodes_and_the_weights_are_loaded_again(server, model_path, mode):
+    """Every token comes, and what was cached under the old weights is gone once they are replaced."""
+    prompt, ids = tokens(200, 120), []
+    request = json.dumps(body(prompt, 60, stream=True)).encode()
+    call = urllib.request.Request(f"{server.base_url}/generate", request, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(call, timeout=120) as answer:
+        for _ in range(6):
+            answer.readline()
+        assert server.post_json("/pause_generation", {"mode": mode})[0] == 200
+        if mode == "retract":
+            status, said = server.post_json("/update_weights_from_disk", {"model_path": str(model_path)})
+            assert status == 200 and said["success"], said
+        assert server.post_json("/continue_generation", {})[0] == 200
+        for line in answer:
+            if line.startswith(b"data: {"):
+                ids = json.loads(line[6:])["output_ids"]
+    assert len(ids) == 60
+    if mode == "in_place":
+        status, said = server.post_json("/update_weights_from_disk", {"model_path": str(model_path)})
+        assert status == 200 and said["success"], said
+        assert generate(server, prompt, 2).cached == 0
+
+
 def test_aborted_stream_leaks_nothing(server):
     for read in (1, 3):
         request = json.dumps(body(tokens(600, 90 + read), 400, stream=True)).encode()
@@ -266,11 +355,7 @@ def test_aborted_stream_leaks_nothing(server):
         for _ in range(2 * read):
             answer.readline()
         answer.close()  # the client goes away in mid-decode
-    deadline = time.monotonic() + 60
-    while server.get_json("/server_info")[1]["internal_states"][0]["keepkv"]["active_rows"]:
-        assert time.monotonic() < deadline, "the aborted request still holds its row"
-        time.sleep(0.2)
-    time.sleep(0.5)
+    wait_until_idle(server)
 
 
 def test_memory_is_reported_and_small(server):

@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from keepkv_sglang.settings.config import OPTIONS, ConfigError, KeepKVConfig, from_text
+from keepkv_sglang.settings.config import OPTIONS, REQUEST_KEYS, ConfigError, KeepKVConfig, from_text
 from keepkv_sglang.settings.values import SHOWN, budget
 from keepkv_sglang.start import flags, refuse
-
-CASES = [
-    (("--page-size", "16"), "--page-size 1"),
-    (("--enable-hierarchical-cache",), "--enable-hierarchical-cache"),
-    (("--disaggregation-mode", "decode"), "--disaggregation-mode"),
-    (("--enable-streaming-session",), "--enable-streaming-session"),
-    (("--attention-backend", "triton"), "--attention-backend triton"),
-    (("--keepkv-budget", "1.5"), "budget"),
-    (("--keepkv-merge", "sum"), "use one of least_squares"),
-    (("--keepkv-window", "0"), "window"),
-    (("--keepkv-fair", "0-10", "--keepkv-budget", "100"), "fair needs a budget that is a fraction"),
-    (("--keepkv-span-tokens", "100", "--keepkv-min-tokens", "200"), "below min_tokens"),
-    (("--enable-deterministic-inference",), "leave out --enable-deterministic-inference"),
-    (("--enable-torch-compile",), "leave out --enable-torch-compile"),
-    (("--cuda-graph-backend-prefill", "full"), "--cuda-graph-backend-prefill breakable"),
-    (("--kv-canary", "log"), "leave out --kv-canary"),
-    (("--tokenizer-worker-num", "2"), "--tokenizer-worker-num 1"),
-    (("--keepkv-request-keys", "budget"), "request_keys"),
-    (("--preferred-sampling-params", '{"custom_params": {"keepkv": {"bugdet": 0.05}}}'), "unknown key bugdet"),
-    (("--preferred-sampling-params", '{"custom_params": "keepkv"}'), "custom_params must be an object"),
-    (("--enable-keepkv=true",), "write --enable-keepkv alone"),
-    (("--json-model-override-args", '{"layer_types": ["linear_attention"]}'), "linear_attention layers"),
-]
+from tests.support.bad_input import COMMAND_LINES, CONFIGURATIONS, PYTHON_REQUESTS, REQUESTS, SAYS_WHAT_TO_DO
 
 
 @pytest.mark.server
@@ -60,13 +39,13 @@ print(json.dumps(out))
 """
     import json
 
-    cases = [list(case) for case, _ in CASES] + [[]]
+    cases = [list(case) for case, _ in COMMAND_LINES] + [[]]
     done = subprocess.run(
         [sys.executable, "-c", script, str(model_path), json.dumps(cases)], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.strip().splitlines()[-1])
-    for (case, expected), (code, lines) in zip(CASES, results, strict=False):
+    for (case, expected), (code, lines) in zip(COMMAND_LINES, results, strict=False):
         assert code == 2 and expected in lines[0], (case, code, lines)
     assert results[-1][0] == 0, results[-1]
 
@@ -121,6 +100,33 @@ def test_models_that_cannot_work(model):
     refuse.check_model(Args(attention_arch=Args(name="MHA"), hf_text_config=Args(layer_types=["full_attention"])))
 
 
+@pytest.mark.parametrize("field", [rule[0] for rule in refuse.CPU_RULES])
+def test_what_a_cpu_cannot_run(field):
+    with pytest.raises(ConfigError, match="leave out --"):
+        refuse.check_cpu(Args(**{field: True}))
+    refuse.check_cpu(Args(enable_lora=False, lora_paths=None))
+
+
+PLAIN_LAYER = {
+    "layer_id": 3, "logit_cap": 0, "sliding_window_size": -1, "is_cross_attention": False, "qk_head_dim": 64,
+    "v_head_dim": 64, "xai_temperature_len": -1, "attn_type": Args(name="DECODER"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"logit_cap": 30.0}, {"sliding_window_size": 4096}, {"is_cross_attention": True}, {"v_head_dim": 32},
+        {"xai_temperature_len": 1024}, {"attn_type": Args(name="ENCODER_ONLY")},
+    ],
+    ids=lambda odd: next(iter(odd)),
+)  # fmt: skip
+def test_layers_that_our_kernels_do_not_compute(odd):
+    with pytest.raises(ConfigError, match=r"attention layer 3 uses .*; start the server without --enable-keepkv"):
+        refuse.check_layer(Args(**PLAIN_LAYER | odd))
+    refuse.check_layer(Args(**PLAIN_LAYER))
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("0.2", 0.2), ("1", 1.0), ("1.0", 1.0), ("2", 2), ("150", 150), ("1e-3", 1e-3)]
 )
@@ -168,45 +174,39 @@ def test_kept_slots_adds_up(budget):
         assert math.ceil(budget * n - 1e-9) <= sum(pieces) <= math.ceil(budget * n - 1e-9) + len(pieces)
 
 
-HUGE = 10**5000
-BAD_REQUESTS = [
-    ("keepkv", "must be an object"),
-    (["x"], "must be an object"),
-    (5, "must be an object"),
-    ({"bugdet": 0.1}, "unknown key bugdet; known keys: enabled, budget"),
-    ({f"k{i}": 1 for i in range(100_000)}, "and 99995 more"),
-    ({"x" * 10_000: 1}, "unknown key x"),
-    ({"window": "9" * 5000}, "not a whole number"),
-    ({"window": "32"}, "not a whole number"),
-    ({"window": 32.0}, "not a whole number"),
-    ({"min_tokens": HUGE}, "out of range"),
-    ({"budget": "0.2"}, "not a number"),
-    ({"budget": HUGE}, "out of range"),
-    ({"budget": {"a": HUGE}}, "an object is not a number"),
-    ({"threshold": "0.5"}, "not a number"),
-    ({"threshold": True}, "not a number"),
-    ({"enabled": 1}, "not a boolean"),
-    ({"protect": HUGE}, "not text"),
-    ({"protect": "x" * 100_000}, "not a range"),
-    ({"merge": "a.b:c"}, "must not import code"),
-    ({"merge": "sum"}, "unknown merge rule 'sum'; use one of least_squares"),
-    ({"scorer": ["snapkv"]}, "not a name"),
-    ({"step_tokens": 5}, "setting of the server"),
-    ({"window": 33}, "use at most 32"),
-    ({"references": 257}, "use at most 256"),
-    ({"interval": 2}, "use at least 128"),
-    ({"min_tokens": 2}, "use at least 64"),
-    ({"span_tokens": 64}, "use 0"),
-    ({"chunk": 3}, "use one of 1, 2, 4"),
-]
+def check_message(error, said):
+    """What the table wants, short, and what to do instead."""
+    text = str(error)
+    assert re.search(said, text), text
+    assert SAYS_WHAT_TO_DO.search(text), text
+    assert len(text) < 300 + SHOWN
 
 
-@pytest.mark.parametrize(("wanted", "said"), BAD_REQUESTS, ids=range(len(BAD_REQUESTS)))
-def test_a_bad_request_value_is_a_short_message(wanted, said):
-    with pytest.raises(ConfigError, match=said) as found:
+ALL_REQUESTS = REQUESTS + PYTHON_REQUESTS
+
+
+@pytest.mark.parametrize(("wanted", "said"), ALL_REQUESTS, ids=range(len(ALL_REQUESTS)))
+def test_a_bad_request_value_is_a_short_message_that_says_what_to_do(wanted, said):
+    with pytest.raises(ConfigError) as found:
         KeepKVConfig(enabled=True).with_request(wanted)
-    assert len(str(found.value)) < 300 + SHOWN
+    check_message(found.value, said)
     assert "package.module" not in str(found.value), "requests may not name paths"
+
+
+@pytest.mark.parametrize(("wanted", "said"), CONFIGURATIONS, ids=range(len(CONFIGURATIONS)))
+def test_a_bad_configuration_is_a_short_message_that_says_what_to_do(wanted, said):
+    with pytest.raises(ConfigError) as found:
+        KeepKVConfig(**{"enabled": True, **wanted})
+    check_message(found.value, said)
+
+
+def test_the_matrix_is_wide():
+    """Every key that a request may name has a bad value, and so has every option of the server."""
+    assert {key for wanted, _ in REQUESTS if isinstance(wanted, dict) for key in wanted} >= set(REQUEST_KEYS)
+    flags_ = {flags.flag_name(name): name for name in OPTIONS}
+    named = {arg[2:].replace("-", "_") for case, _ in COMMAND_LINES for arg in case}
+    configured = {key for wanted, _ in CONFIGURATIONS for key in wanted} | {flags_.get(name) for name in named}
+    assert configured >= {name for name, item in OPTIONS.items() if item.server}
 
 
 def test_what_the_server_was_started_with_bounds_a_request():
