@@ -126,6 +126,18 @@ def _bench(args: argparse.Namespace) -> int:
     return command.run(args)
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    from keepkv_sglang.tools.inspect import command
+
+    command.add_arguments(parser)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from keepkv_sglang.tools.inspect import command
+
+    return command.run(args)
+
+
 COMMANDS = [
     Command("model", "Make a model ready; the last line printed is its folder.", _model, _model_arguments),
     Command("check", "Print versions, platform and SGLang seams; exit 1 when one does not match.", _check),
@@ -135,6 +147,7 @@ COMMANDS = [
     ),
     Command("eval", "Quality of compression methods on real text, offline.", _eval, _eval_arguments),
     Command("bench", "Agents over HTTP: stock SGLang beside KeepKV, in little memory.", _bench, _bench_arguments),
+    Command("inspect", "One request as a page: which tokens kept a slot.", _inspect, _inspect_arguments),
     Command("version", "Print the version of keepkv-sglang.", _version),
 ]
 

@@ -8,7 +8,7 @@ from keepkv_sglang.faults import guard
 from keepkv_sglang.faults.guard import guarded
 from keepkv_sglang.observe.answer import info
 from keepkv_sglang.observe.snapshot import snapshot
-from keepkv_sglang.runtime import process
+from keepkv_sglang.runtime import process, record
 from keepkv_sglang.runtime.requests import REQUEST_KEY
 
 
@@ -42,4 +42,7 @@ def after_get_output_streamer_class(cls: Any, self: Any) -> Any:
 
 @guarded(lambda error, *_: {"enabled": False, "reason": f"unknown: {type(error).__name__}"})
 def _info(req: Any) -> dict[str, Any]:
-    return info(process.current(), req)
+    rt = process.current()
+    answer = info(rt, req)
+    record.finish(rt, req, answer)
+    return answer

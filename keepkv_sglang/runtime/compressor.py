@@ -66,7 +66,7 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
                 before = _contents(rt, target)
             reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
             where = Rows(row[: span.start], row[span.start : stop], target, reading)
-            queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
+            queries, tally = _queries(rt, span), _Tally(rt, req, state, span, where)
             with on_forward_stream(rt.scheduler), exact_float32():
                 for result in compress_rows(_storage(rt), where, *queries, span.policy, scratch_bytes(row.device)):
                     tally.layer(result)
@@ -173,11 +173,11 @@ def _queries(rt: Runtime, span: DueSpan) -> tuple[Callable[[int], torch.Tensor],
 
 
 class _Tally:
-    """What a compression did, over all layers: merged and dropped tokens, and what KEEPKV_RECORD asks for."""
+    """What a compression did, over all layers: merged and dropped tokens, and what --keepkv-record asks for."""
 
-    def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
+    def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan, where: Rows) -> None:
         self._span = span
-        self._log = record.begin(req, state, span, rt.rank)
+        self._log = record.begin(rt, req, state, span, where)
         self._joined: list[torch.Tensor] = []  # per layer
         self._heads = 0
 
