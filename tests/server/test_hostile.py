@@ -235,7 +235,7 @@ def test_keepkv_inspect_of_a_prompt_that_is_markup(server, model_path, tmp_path,
     text = "</script><script>alert(1)</script><!-- &lt; 你好 🦊\n" * 20
     (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
     page = tmp_path / "page.html"
-    asked = ["--prompt", str(tmp_path / "prompt.txt"), "--max-tokens", "132", "--keepkv", '{"protect": "40-60"}']
+    asked = ["--prompt", str(tmp_path / "prompt.txt"), "--max-tokens", "8", "--keepkv", '{"protect": "40-60"}']
     assert cli.main(["inspect", server.base_url, *asked, "-o", str(page)]) == 0, capsys.readouterr().err
     assert page.read_text(encoding="utf-8").count("</script>") == 2
     data, said = inspected(page, text)

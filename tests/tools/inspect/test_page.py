@@ -71,7 +71,7 @@ def test_nothing_is_loaded_from_elsewhere():
 
 
 def test_four_thousand_tokens_are_small():
-    """90 heads that choose by chance, which compresses worst: real ones, 0.32 MB (docs/inspect.md)."""
+    """90 heads that choose by chance, which compresses worst: real ones, 0.32 MB (docs/usage.md)."""
     html = page.html(a_request(tokens=4000, layers=30), ["token "] * 4000, "model")
     assert len(html.encode()) < 2e6
 
