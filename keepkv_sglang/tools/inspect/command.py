@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = "text for one user message, or .json: a list of messages, or the body of a chat completion"
     parser.add_argument("--prompt", type=Path, metavar="FILE", help=prompt)
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of the answer (default: 64)")
-    parser.add_argument("--keepkv", type=json.loads, default={}, metavar="JSON", help="such as '{\"budget\": 0.1}'")
+    parser.add_argument("--keepkv", type=_object, default={}, metavar="JSON", help="such as '{\"budget\": 0.1}'")
     parser.add_argument("--api-key", default="", help="where the server asks for one")
     record = "files of a record, or its folder, instead of a URL"
     parser.add_argument("--record", type=Path, nargs="+", metavar="PATH", help=record)
@@ -47,17 +47,31 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("name the model's folder with --model: the record holds token numbers, not their text")
     request = records.read(paths, rid)
     text = page.html(request, pieces.pieces(model, request.tokens), Path(model).name)
-    args.output.write_text(text, encoding="utf-8")
+    try:
+        args.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{args.output}: {error.strerror}; name another file with -o") from None
     print(f"{args.output}: {len(request.tokens):,} tokens, {len(text.encode()) / 1e6:.2f} MB")
     return 0
 
 
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return value
+
+
 def body(prompt: Path) -> dict[str, Any]:
-    """A chat completion's body from a file. ValueError for JSON that is none."""
-    text = prompt.read_text(encoding="utf-8")
-    if prompt.suffix != ".json":
-        return {"messages": [{"role": "user", "content": text}]}
-    content = json.loads(text)
+    """A chat completion's body from a file. ValueError for a file or JSON that is none."""
+    try:
+        text = prompt.read_text(encoding="utf-8")
+        content = json.loads(text) if prompt.suffix == ".json" else [{"role": "user", "content": text}]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{prompt}: {error}") from None
     content = {"messages": content} if isinstance(content, list) else content
     if not isinstance(content, dict) or "messages" not in content:
         raise ValueError(f"{prompt} is neither a list of messages nor an object with messages")
@@ -68,21 +82,17 @@ def _ask(args: argparse.Namespace) -> tuple[list[Path], str, str]:
     """Sends the request: (the record's folder, the request's id, the tokenizer's place)."""
     import httpx  # start-up cost
 
+    content = body(args.prompt)
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     with httpx.Client(base_url=args.url.rstrip("/"), headers=headers, timeout=3600, trust_env=False) as client:
         try:
             info = _answer(client.get, "/server_info")
             folder = recording(info)
-            asked = {
-                "model": "default",
-                "max_tokens": args.max_tokens,
-                "temperature": 0,
-                **body(args.prompt),
-                "stream": False,
-                "return_meta_info": True,
-                "cache_salt": uuid.uuid4().hex,  # nothing of it is in the prefix cache
-                "custom_params": {"keepkv": args.keepkv},
-            }
+            asked = {"model": "default", "max_tokens": args.max_tokens, "temperature": 0, **content}
+            asked |= {"stream": False, "return_meta_info": True}
+            asked["cache_salt"] = uuid.uuid4().hex  # nothing of it is in the prefix cache
+            custom = asked.get("custom_params") or {}
+            asked["custom_params"] = {**custom, "keepkv": {**custom.get("keepkv", {}), **args.keepkv}}
             said = _answer(client.post, "/v1/chat/completions", json=asked)
         except httpx.HTTPError as error:
             raise ValueError(f"{args.url} does not answer: {error}") from None

@@ -102,13 +102,23 @@ def _compressions(files: Sequence[Path], rid: str) -> list[Compression]:
     """In order, the heads of all tensor-parallel ranks beside each other."""
     ranks: dict[int, list[dict[str, Any]]] = {}
     for path in files:
-        event = torch.load(path, weights_only=True)
+        event = _load(path)
         if event["rid"] == rid:
             event["sequence"] = int(path.name.removeprefix(f"rank{event['rank']}-").partition("-")[0])
             ranks.setdefault(event["rank"], []).append(event)
     if len({len(events) for events in ranks.values()}) > 1:
         raise ValueError(f"ranks {sorted(ranks)} recorded different numbers of compressions: name the files of all")
     return [_one(events) for events in zip(*(ranks[rank] for rank in sorted(ranks)), strict=True)]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        event: dict[str, Any] = torch.load(path, weights_only=True)
+    except Exception:  # half a file leads torch's reader to any of them
+        raise ValueError(f"{path} is no whole record of a compression: copy it again") from None
+    if "target" not in event:
+        raise ValueError(f"{path} was recorded by keepkv-sglang 0.1: record the request again")
+    return event
 
 
 def _one(ranks: Sequence[dict[str, Any]]) -> Compression:

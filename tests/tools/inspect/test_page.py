@@ -9,9 +9,10 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from keepkv_sglang import cli
-from keepkv_sglang.tools.inspect import command, page
+from keepkv_sglang.tools.inspect import command, page, records
 from keepkv_sglang.tools.inspect.pieces import pieces
 from keepkv_sglang.tools.places import REPO
 from tests.support.recorded import compression, page_data, request
@@ -114,11 +115,21 @@ def test_prompts(tmp_path):
         messages.write_text(json.dumps(content))
         assert command.body(messages)["messages"] == said
     messages.write_text("[")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"b\.json: Expecting value"):
         command.body(messages)
     messages.write_text('{"prompt": "Hi"}')
     with pytest.raises(ValueError, match="neither a list of messages nor an object with messages"):
         command.body(messages)
+
+
+def test_files_that_are_no_record(tmp_path):
+    (tmp_path / "00001-r.json").write_text(json.dumps({"rid": "r", "time": 0, "answer": {"compressions": 1}}))
+    (tmp_path / "00000-r.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="no whole record of a compression"):
+        records.read([tmp_path])
+    torch.save({"rid": "r", "rank": 0}, tmp_path / "00000-r.pt")
+    with pytest.raises(ValueError, match=r"recorded by keepkv-sglang 0\.1"):
+        records.read([tmp_path])
 
 
 @pytest.mark.parametrize(
@@ -128,11 +139,12 @@ def test_prompts(tmp_path):
         (("http://127.0.0.1:1", "--record", "x"), "use either a URL"),
         (("http://127.0.0.1:1",), "--prompt FILE"),
         (("http://127.0.0.1:1", "--prompt", __file__), "does not answer"),
+        (("http://127.0.0.1:1", "--prompt", "/nowhere"), "/nowhere"),
         (("--record", "/nowhere"), "--model"),
         (("--record", "/nowhere", "--model", "m"), "is not there"),
         (("--record", str(REPO / "docs"), "--model", "m"), "the answer of any request is not among these files"),
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_what_a_user_can_mend_is_one_line(arguments, said, capsys):
     assert cli.main(["inspect", *arguments]) == 1
