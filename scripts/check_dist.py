@@ -29,7 +29,8 @@ with ServerProcess(flags, say=print) as server:
 
 def run(*command: str | Path, cwd: Path, show: bool = True) -> str:
     """Runs a command, shows it, and returns what it printed. SystemExit with all of that when it fails."""
-    print("==", *(os.path.relpath(part, cwd) if isinstance(part, Path) else part.strip() for part in command[:6]))
+    shown = (part.name if isinstance(part, Path) else Path(part.strip().splitlines()[0]).name for part in command)
+    print("==", *shown, flush=True)
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:

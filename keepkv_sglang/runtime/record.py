@@ -13,11 +13,13 @@ Tensor-parallel ranks above 0 write `rank<r>-<sequence>-<rid>.pt`, each its own 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import IO, Any
 
@@ -128,13 +130,15 @@ def in_file_name(rid: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", rid[:16])
 
 
-def _write(path: str, fill: Any) -> None:
+def _write(path: str, fill: Callable[[IO[bytes]], Any]) -> None:
     """A file that is there whole or not at all. A disk that is full costs the record, not the request."""
     try:
         with _private(path + ".tmp") as file:
             fill(file)
         os.replace(path + ".tmp", path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter for a file that it cannot write
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
         guard.note("record", error)
 
 
