@@ -77,7 +77,6 @@ def begin(rt: Runtime, req: Any, state: RequestState, span: DueSpan, where: Rows
             "before": where.context.to(torch.int32).cpu(),
             "target": where.target.to(torch.int32).cpu(),
             "merged_tokens": state.merged_tokens,
-            "is_prompt": span.is_prompt,
             "row_tokens": req.kv.kv_committed_len + state.offset,
             "window": list(queries.positions[: queries.filled]),
             "references": queries.references,

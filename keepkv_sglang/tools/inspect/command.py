@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         if model is None:
             raise ValueError("name the model's folder with --model: the record holds token numbers, not their text")
     request = records.read(paths, rid)
-    text = page.html(request, pieces.pieces(model, request.tokens), Path(model).name)
+    text = page.render(request, pieces.pieces(model, request.tokens), Path(model).name)
     try:
         args.output.write_text(text, encoding="utf-8")
     except OSError as error:

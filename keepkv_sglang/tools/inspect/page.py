@@ -8,6 +8,7 @@ import json
 import time
 import zlib
 from collections.abc import Sequence
+from html import escape
 from importlib.resources import files
 from string import Template
 from typing import Any
@@ -23,14 +24,14 @@ COMPRESSED, PROTECTED = 1, 2
 VOTE_UNIT = 1000  # votes are thousandths of a log vote
 
 
-def html(request: Request, texts: Sequence[str], model: str) -> str:
+def render(request: Request, texts: Sequence[str], model: str) -> str:
     """The page. texts: one per token of the request. ValueError where the record contradicts the answer."""
     parts = {name: (files(__package__) / f"page.{name}").read_text() for name in ("html", "css", "js")}
     script = "\n" + parts["js"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return Template(parts["html"]).substitute(
         script_hash=f"sha256-{digest}",
-        title=f"KeepKV: {_escaped(request.rid[:40])}",
+        title=f"KeepKV: {escape(request.rid[:40])}",
         style=parts["css"],
         data=_script_json(data(request, texts, model)),
         script=parts["js"],
@@ -126,9 +127,3 @@ def _script_json(value: Any) -> str:
     for letter in "<>&\u2028\u2029":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     return text.encode("utf-8", "replace").decode()
-
-
-def _escaped(text: str) -> str:
-    from html import escape  # `html` is this file's own function
-
-    return escape(text)

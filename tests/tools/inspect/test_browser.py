@@ -24,7 +24,7 @@ def file(tmp_path_factory):
     asked = a_request(protected=[[100, 110]], rid="the request")
     texts = [HOSTILE[t % 10] if t % 20 == 0 else f"w{t} " for t in asked.tokens]
     path = tmp_path_factory.mktemp("page") / "page.html"
-    path.write_text(page.html(asked, texts, "model"), encoding="utf-8")
+    path.write_text(page.render(asked, texts, "model"), encoding="utf-8")
     return path
 
 
@@ -127,7 +127,7 @@ def test_four_thousand_tokens_open_within_two_seconds(chrome, tmp_path):
     """Random choices in 90 heads. Milliseconds from the start of the navigation to the drawn page; the best of three,
     since other tests run beside this one."""
     path = tmp_path / "page.html"
-    path.write_text(page.html(a_request(tokens=4000, layers=30), ["token "] * 4000, "model"), encoding="utf-8")
+    path.write_text(page.render(a_request(tokens=4000, layers=30), ["token "] * 4000, "model"), encoding="utf-8")
     times = []
     for _ in range(3):
         tab, complaints = opened(chrome, path)

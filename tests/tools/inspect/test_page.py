@@ -31,7 +31,7 @@ def a_request(tokens=400, heads=3, layers=4, **more):
 def test_every_token_once_and_the_sums_of_every_head():
     asked = a_request(protected=[[0, 10], [100, 110]])
     texts = [f"{t} " for t in asked.tokens]
-    data = page_data(page.html(asked, texts, "model"))
+    data = page_data(page.render(asked, texts, "model"))
     assert data["texts"] == texts and data["rows"] == 400 and (data["layers"], data["heads"]) == (4, 3)
     event = asked.compressions[0]
     for number, codes in enumerate(data["into"]):
@@ -54,14 +54,14 @@ def test_every_token_once_and_the_sums_of_every_head():
 def test_text_is_only_ever_data():
     asked = a_request(tokens=100, rid='"><script>x</script>')
     texts = HOSTILE * 10
-    html = page.html(asked, texts, "</title><b>")
+    html = page.render(asked, texts, "</title><b>")
     assert page_data(html)["texts"] == texts
     assert html.count("<script") == html.count("</script>") == 2 and "<!--" not in html and "alert(1)<" not in html
     assert html.count("<title>") == html.count("</title>") == 1 and "<b>" not in html
 
 
 def test_nothing_is_loaded_from_elsewhere():
-    html = page.html(a_request(tokens=100), ["x"] * 100, "model")
+    html = page.render(a_request(tokens=100), ["x"] * 100, "model")
     assert not re.findall(r"\bsrc=|@import|url\(|\bfetch\(|XMLHttpRequest|import\(", html)
     assert set(re.findall(r'href="([^"]*)"', html)) == {"data:,"}
     assert set(re.findall(r"https?://[^\"' ]+", html)) == {"http://www.w3.org/2000/svg"}, "a name, not an address"
@@ -73,13 +73,13 @@ def test_nothing_is_loaded_from_elsewhere():
 
 def test_four_thousand_tokens_are_small():
     """90 heads that choose by chance, which compresses worst: real ones, 0.32 MB (docs/usage.md)."""
-    html = page.html(a_request(tokens=4000, layers=30), ["token "] * 4000, "model")
+    html = page.render(a_request(tokens=4000, layers=30), ["token "] * 4000, "model")
     assert len(html.encode()) < 2e6
 
 
 def test_a_row_of_more_than_65_thousand_tokens():
     asked = a_request(tokens=70_000, layers=1, heads=1)
-    data = page_data(page.html(asked, [""] * 70_000, "model"))
+    data = page_data(page.render(asked, [""] * 70_000, "model"))
     assert data["wide"] and data["into"].max() > 1 << 16
 
 
