@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-stranger bench-tree bench-span-quality bench-metrics bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint dist kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-stranger bench-tree bench-span-quality bench-metrics bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -37,6 +37,9 @@ env: $(STAMP) ## .venv with SGLang (quick when it exists)
 
 model: env ## the demo model as a Hugging Face folder in .cache (quick when it exists)
 	@$(BIN)/keepkv model
+
+dist: env model ## sdist and wheel into dist/, and one request from the installed wheel
+	@$(BIN)/python scripts/check_dist.py
 
 # --no-deps: kvpress's metadata asks for an older transformers than SGLang pins, and it runs with that one (peers.py).
 # The other three are what it imports and we lack. Exact versions: parity is with this one release.

@@ -9,7 +9,7 @@ from keepkv_sglang.faults.guard import guarded
 from keepkv_sglang.hooks import metrics
 from keepkv_sglang.observe.answer import count, info
 from keepkv_sglang.observe.snapshot import snapshot
-from keepkv_sglang.runtime import process
+from keepkv_sglang.runtime import process, record
 from keepkv_sglang.runtime.requests import REQUEST_KEY
 
 
@@ -53,4 +53,5 @@ def _info(req: Any, probe: bool) -> dict[str, Any]:
     said = info(rt, req)
     if not probe:
         count(rt, req, said)
+        record.finish(rt, req, said)
     return said

@@ -72,11 +72,11 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
                 before = _contents(rt, target)
             reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
             where = _rows(rt, row[: span.start], row[span.start : stop], target, reading)
-            queries, tally = _queries(rt, span), _Tally(rt, req, state, span)
+            queries, tally = _queries(rt, span), _Tally(rt, req, state, span, row[: span.start], target)
             with on_forward_stream(rt.scheduler), exact_float32():
                 for result in _compress(rt, where, queries, span.policy, span.left):
                     tally.add(result)
-                tally.finish(state, target)
+                tally.finish(state)
     except Exception as error:
         with on_forward_stream(rt.scheduler):
             for pool, content in before:
@@ -213,11 +213,15 @@ def _queries(rt: Runtime, span: DueSpan) -> Queries:
 
 
 class _Tally:
-    """What a compression did, over all layers: merged and dropped tokens, and what KEEPKV_RECORD asks for."""
+    """What a compression did, over all layers: merged and dropped tokens, and what --keepkv-record asks for."""
 
-    def __init__(self, rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> None:
+    def __init__(
+        self, rt: Runtime, req: Any, state: RequestState, span: DueSpan, before: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """before: the row's slots in front of the span; target: int64 [m], those that are written."""
+        self._target = target
         self._span = span
-        self._log = record.begin(req, state, span, rt.kv_pool.layer_num, rt.rank)
+        self._log = record.begin(rt, req, state, span, before, target)
         self._watched, self._votes = rt.watched, rt.votes
         self._joined: list[torch.Tensor] = []  # per result
         self._heads, self._least, self._most = 0, span.m, span.m
@@ -231,11 +235,11 @@ class _Tally:
         if self._log is not None:
             self._log.add(result)
 
-    def finish(self, state: RequestState, target: torch.Tensor) -> None:
-        """target: int64 [m], the slots that it has written."""
+    def finish(self, state: RequestState) -> None:
+        """All is written."""
         joined, heads, m, sources = self._joined, self._heads, self._span.m, self._span.sources
         watched = self._watched
-        votes = self._votes.spread(target) if watched is not None else None
+        votes = self._votes.spread(self._target) if watched is not None else None
 
         def count() -> tuple[float, float]:
             if watched is not None and votes is not None:

@@ -1,21 +1,35 @@
-"""Writes down what every compression chose, for tests that replay a server run in float64.
+"""Writes down what a request said and what compression made of it: `keepkv inspect` makes a page of it, and tests
+replay it in float64.
 
-Off unless KEEPKV_RECORD names a folder. One file per compression, `<sequence>-<rid>.pt`
-(`rank<r>-...` on tensor-parallel ranks above 0), a dict that torch.load reads.
-It holds token positions and cluster numbers, no token ids and no text.
+Off unless --keepkv-record names a folder. Only the server's user can read the files.
+
+| file | what | when |
+|---|---|---|
+| `<sequence>-<rid>.pt` | one compression, a dict that torch.load reads: positions, clusters and votes | as it is done |
+| `<sequence>-<rid>.json` | the request's tokens and its answer's numbers | with its answer |
+
+Tensor-parallel ranks above 0 write `rank<r>-<sequence>-<rid>.pt`, each its own heads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import json
 import math
 import os
 import re
-from typing import Any
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import IO, Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from keepkv_sglang.faults import guard
+from keepkv_sglang.runtime.process import Runtime
+from keepkv_sglang.runtime.requests import known_state, logical_tokens
 from keepkv_sglang.turn.spans import DueSpan
 from keepkv_sglang.turn.state import RequestState
 
@@ -23,14 +37,11 @@ _sequence = itertools.count()
 
 
 class Recorder:
-    """Collects one compression: kept [layers, H, m], assign [layers, H, slots] and log votes lv [layers, m, H]. Where
+    """Collects one compression: kept [layers, H, m], assign [layers, H, sources] and log votes lv [layers, m, H]. Where
     heads keep different numbers of tokens m is the largest, and what a head does not have is -1 and -inf."""
 
-    def __init__(self, folder: str, facts: dict[str, Any]) -> None:
-        # Tensor-parallel ranks record the same compression, each its own heads: rank 0 under the plain name.
-        rank = f"rank{facts['rank']}-" if facts["rank"] else ""
-        self.path = os.path.join(folder, f"{rank}{next(_sequence):05d}-{_in_file_name(facts['rid'])}.pt")
-        self.facts = facts
+    def __init__(self, path: str, layers: int, facts: dict[str, Any]) -> None:
+        self.path, self.layers, self.facts = path, layers, facts
         self.kept: list[torch.Tensor] = []  # per head
         self.assign: list[torch.Tensor] = []
         self.lv: list[torch.Tensor] = []
@@ -43,42 +54,40 @@ class Recorder:
 
     def write(self) -> None:
         """The file."""
-        assign = torch.stack(self.assign)
-        data = {
-            "kept": pad_sequence(self.kept, True, -1),
-            "lv": pad_sequence(self.lv, True, -math.inf),
-            "assign": assign,
-        }
-        layers = self.facts["layers"]
-        data = {name: x.view(layers, -1, x.shape[1]) for name, x in data.items()}
-        torch.save({**data, "lv": data["lv"].transpose(1, 2), **self.facts}, self.path + ".tmp")
-        os.replace(self.path + ".tmp", self.path)
+        found = {"kept": pad_sequence(self.kept, True, -1), "assign": torch.stack(self.assign)}
+        found["lv"] = pad_sequence(self.lv, True, -math.inf)
+        data = {name: x.view(self.layers, -1, x.shape[1]) for name, x in found.items()} | self.facts
+        data["lv"] = data["lv"].mT
+        _write(self.path, lambda file: torch.save(data, file))
 
 
-def _in_file_name(rid: str) -> str:
-    """The beginning of a request id, which a client may choose, without what means something to a file system."""
-    return re.sub(r"[^A-Za-z0-9_-]", "_", rid[:16])
+def begin(
+    rt: Runtime, req: Any, state: RequestState, span: DueSpan, before: torch.Tensor, target: torch.Tensor
+) -> Recorder | None:
+    """A recorder for this compression, or None when nothing is recorded.
 
-
-def begin(req: Any, state: RequestState, span: DueSpan, layers: int, rank: int) -> Recorder | None:
-    """A recorder for this compression, or None when nothing is recorded. layers: that this process has. rank: of tensor
-    parallelism."""
-    folder = os.environ.get("KEEPKV_RECORD")
-    if not folder:
+    before: the row's slots in front of the span, target: those that it is merged into. By them a later turn's record
+    finds this one.
+    """
+    if not rt.config.record:
         return None
     queries, policy = span.queries, span.policy
     return Recorder(
-        folder,
+        _path(rt, req, "pt"),
+        rt.kv_pool.layer_num,
         {
             "rid": str(req.rid),
-            "rank": rank,
-            "layers": layers,
+            "rank": rt.rank,
             "start": span.start,
             "slots": span.slots,
             "tokens": span.tokens,
             "end": span.end,
             "m": span.m,
             "left": span.left,
+            "originals": span.originals,
+            "before": before.to(torch.int32).cpu(),
+            "target": target.to(torch.int32).cpu(),
+            "merged_tokens": state.merged_tokens,
             "row_tokens": req.kv.kv_committed_len + state.offset,
             "window": list(queries.positions[: queries.filled]),
             "references": queries.references,
@@ -96,3 +105,52 @@ def begin(req: Any, state: RequestState, span: DueSpan, layers: int, rank: int) 
             "retractions": req.retraction_count,
         },
     )
+
+
+def finish(rt: Runtime, req: Any, answer: dict[str, Any]) -> None:
+    """The request's tokens and `answer`, its meta_info["keepkv"]. Of a request that has nothing compressed, such as a
+    health check, nothing is written."""
+    state = known_state(req)
+    if not rt.config.record or rt.rank or state is None:
+        return
+    if not (state.compressions or state.cached_compressed_tokens):
+        return
+    tokens = list(logical_tokens(req))
+    data = {
+        "rid": str(req.rid),
+        "time": time.time(),
+        "tokens": tokens,
+        "prompt_tokens": len(req.origin_input_ids),
+        "anchor": state.anchor_len,
+        "protected": state.protection.whole_in(0, len(tokens)),
+        "config": asdict(state.config),
+        "answer": answer,
+    }
+    _write(_path(rt, req, "json"), lambda file: file.write(json.dumps(data).encode()))
+
+
+def _path(rt: Runtime, req: Any, kind: str) -> str:
+    """Tensor-parallel ranks record the same compression, each its own heads: rank 0 under the plain name."""
+    rank = f"rank{rt.rank}-" if rt.rank else ""
+    return os.path.join(rt.config.record, f"{rank}{next(_sequence):05d}-{in_file_name(str(req.rid))}.{kind}")
+
+
+def in_file_name(rid: str) -> str:
+    """The beginning of a request id, which a client may choose, without what means something to a file system."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", rid[:16])
+
+
+def _write(path: str, fill: Callable[[IO[bytes]], Any]) -> None:
+    """A file that is there whole or not at all. A disk that is full costs the record, not the request."""
+    try:
+        with _private(path + ".tmp") as file:
+            fill(file)
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter for a file that it cannot write
+        with contextlib.suppress(OSError):
+            os.unlink(path + ".tmp")
+        guard.note("record", error)
+
+
+def _private(path: str) -> IO[bytes]:
+    return open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))

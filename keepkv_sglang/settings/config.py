@@ -232,6 +232,15 @@ class KeepKVConfig:
         help="A history that finds no slots for its originals: stream, they are read from host memory, layer by layer,"
         " while the turn's prompt is computed, and again when it is compressed; view: it is read compressed.",
     )
+    record: str = option(
+        "",
+        parse=values.folder("record"),
+        unit="folder",
+        server=True,
+        shapes=False,
+        help="Folder for what requests say and what compression makes of it, readable by its owner only: keepkv inspect"
+        " makes a page of it. Costs time and disk; it is never emptied. Empty: nothing is recorded.",
+    )
     configurations: int = option(
         64,
         parse=values.whole("configurations", 1, 1 << 16),

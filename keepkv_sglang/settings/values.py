@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 Check = Callable[[Any], Any]
@@ -126,6 +127,17 @@ def text(parse: Callable[[Any], str]) -> Check:
             return parse(value)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    return check
+
+
+def folder(name: str) -> Check:
+    """A path, made absolute; empty: none."""
+
+    def check(value: Any) -> str:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} {shown(value)} is not a path; use the name of a folder")
+        return str(Path(value).expanduser().absolute()) if value else ""
 
     return check
 

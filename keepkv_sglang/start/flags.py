@@ -219,6 +219,7 @@ def attach(server_args: Any, config: KeepKVConfig) -> None:
         refuse.check_server_args(server_args)
         refuse.check_environment(envs)
         refuse.check_preferred(server_args, config)
+        refuse.check_record(config.record)
         _check_model(server_args)
     else:
         _warn_off(config)

@@ -7,6 +7,7 @@ the attachment point that would break, not a matter of taste.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,18 @@ def check_preferred(server_args: Any, config: Any) -> None:
         config.with_request(custom.get("keepkv"))
     except ConfigError as error:
         raise ConfigError(f"--preferred-sampling-params: {error}") from None
+
+
+def check_record(folder: str) -> None:
+    """Makes the folder of --keepkv-record, for its owner only. Raises ConfigError where nothing can be written."""
+    if not folder:
+        return
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--keepkv-record {shown(folder)}: {error.strerror}; name a folder that can be made") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"--keepkv-record {shown(folder)}: nothing can be written there; name another folder")
 
 
 def check_environment(envs: Any) -> None:

@@ -5,6 +5,7 @@ What may be missing or broken is imported where it is used, so that the others a
 
 from __future__ import annotations
 
+import argparse
 import logging
 import platform as host
 import sys
@@ -15,7 +16,21 @@ from typing import Any
 PACKAGES = ("keepkv-sglang", "sglang", "torch", "triton", "transformers", "openai")
 
 
-def run() -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of `keepkv check`."""
+    parser.add_argument("--sglang", metavar="VERSION", help="which names are different in that SGLang (asks PyPI)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Looks at what is installed, or at another SGLang."""
+    if args.sglang:
+        from keepkv_sglang.tools import drift  # it must import here; a broken SGLang is reported all the same
+
+        return drift.run(args.sglang)
+    return report()
+
+
+def report() -> int:
     """Print the report on stdout. Returns 0, or 1 with the reasons when something does not match."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing SGLang warns and logs pages about devices that are absent

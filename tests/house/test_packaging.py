@@ -55,6 +55,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def shipped(file: Path) -> bool:
+    return file.is_file() and "__pycache__" not in file.parts and file.suffix != ".so"
+
+
 def test_the_wheel_holds_everything_once(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -62,10 +66,12 @@ def test_the_wheel_holds_everything_once(wheel: Path) -> None:
         points = configparser.ConfigParser()
         points.read_string(archive.read(info).decode())
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"keepkv_sglang"}
-    for folder in LINKED:
-        for file in (REPO / folder).rglob("*"):
-            if file.suffix in (".py", ".cpp", ".h", ".cu") or file.name == "README.md":
-                assert f"keepkv_sglang/{file.relative_to(REPO)}" in names
+    ours = {str(file.relative_to(REPO)) for file in (REPO / "keepkv_sglang").rglob("*") if shipped(file)}
+    ours |= {
+        f"keepkv_sglang/{file.relative_to(REPO)}" for f in LINKED for file in (REPO / f).rglob("*") if shipped(file)
+    }
+    assert {name for name in names if ".dist-info/" not in name} == ours
+    assert {Path(name).suffix for name in ours} == {".py", ".cpp", ".h", ".json", ".md", ".html", ".css", ".js"}
     assert points["sglang.srt.plugins"]["keepkv"] == "keepkv_sglang.plugin:register"
     assert points["sglang.srt.platforms"]["keepkv_cpu"] == "keepkv_sglang.start.platform:activate"
     assert points["console_scripts"]["keepkv"] == "keepkv_sglang.cli:main"

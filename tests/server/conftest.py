@@ -40,7 +40,7 @@ def launch(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder for KEEPKV_RECORD of this module's servers."""
+    """Folder for --keepkv-record of this module's servers."""
     return tmp_path_factory.mktemp("record")
 
 

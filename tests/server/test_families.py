@@ -22,7 +22,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_two_turns_by_the_default_and_by_a_strict_rule(family, launch, record):
-    server = launch(*("--model-path", str(family), "--skip-tokenizer-init", *FLAGS), env={"KEEPKV_RECORD": str(record)})
+    server = launch(*("--model-path", str(family), "--skip-tokenizer-init", *FLAGS), "--keepkv-record", str(record))
     text = [token % VOCABULARY for token in tokens(700, 5)]
     prompt, row = text[:300], Replay.load(str(family))
     prefilled = row, row.feed(prompt)[-1]

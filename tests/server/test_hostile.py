@@ -9,10 +9,13 @@ import urllib.request
 
 import pytest
 
+from keepkv_sglang import cli
 from keepkv_sglang.hooks.endpoints import ENDPOINTS
+from keepkv_sglang.tools.inspect.page import CACHED, FIRST, GONE, SLOT
 from tests.support import fuzz
 from tests.support.bad_input import REQUESTS
 from tests.support.client import body, flush, generate, numbers, tokens
+from tests.support.recorded import page_data
 
 pytestmark = pytest.mark.server
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -28,7 +31,8 @@ def server(launch, record):
     return launch(
         *("--enable-keepkv", "--max-total-tokens", "1200", "--keepkv-configurations", "4", "--keepkv-references", "32"),
         *("--incremental-streaming-output", "--chunked-prefill-size", "256"),
-        env={"KEEPKV_RECORD": str(record)},
+        "--keepkv-record",
+        str(record),
     )
 
 
@@ -234,9 +238,9 @@ def test_settings_beyond_the_bound_are_refused_and_counted(server):
 def test_request_ids_are_no_paths(server, record, rid):
     before = {path.name for path in record.iterdir()}
     assert generate(server, tokens(150, 5), 2, rid=rid + "0" * 20).keepkv["compressions"] == 1
-    (name,) = {path.name for path in record.iterdir()} - before
-    assert name.endswith(".pt") and not set(name) & {"/", "\0", ".."}
-    assert (record / name).stat().st_mode & 0o777 == 0o600, "others can read it"
+    made = {path.name for path in record.iterdir()} - before
+    assert sorted(name.rpartition(".")[2] for name in made) == ["json", "pt"]
+    assert all((record / name).stat().st_mode & 0o777 == 0o600 for name in made)
 
 
 def test_the_log_says_nothing_of_what_was_sent(server):
@@ -250,3 +254,66 @@ def test_the_log_says_nothing_of_what_was_sent(server):
     log = server.log_path.read_text(errors="replace")
     assert "KeepKV is on" in log
     assert not {part for part in (secret, "[forged]", "31337") if part in log}
+
+
+def inspected(page, text):
+    """The data of a page; its text holds `text`, and the tokens of every head add up to the answer's numbers."""
+    data = page_data(page.read_text(encoding="utf-8"))
+    said = dict(data["numbers"])
+    held, tokens = (int(said[name].replace(",", "")) for name in ("slots held", "tokens"))
+    assert text in "".join(data["texts"]) and data["rows"] == tokens
+    assert set(data["slots"]) == {held}
+    return data, said
+
+
+def test_keepkv_inspect_of_a_prompt_that_is_markup(server, model_path, tmp_path, capsys):
+    """The server records, the command makes the page; meta_info's means are those of the page's heads."""
+    text = "</script><script>alert(1)</script><!-- &lt; 你好 🦊\n" * 20
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    page = tmp_path / "page.html"
+    asked = ["--prompt", str(tmp_path / "prompt.txt"), "--max-tokens", "8", "--keepkv", '{"protect": "40-60"}']
+    assert cli.main(["inspect", server.base_url, *asked, "-o", str(page)]) == 0, capsys.readouterr().err
+    assert page.read_text(encoding="utf-8").count("</script>") == 2
+    data, said = inspected(page, text)
+    assert float(said["merged"].replace(",", "")) == pytest.approx((data["into"] >= FIRST).sum(1).mean(), abs=0.01)
+    assert float(said["dropped"].replace(",", "")) == pytest.approx((data["into"] == GONE).sum(1).mean(), abs=0.01)
+    assert said["protected"] == "20" and (data["into"][:, 40:60] == SLOT).all()
+    assert int(said["compressions"]) == len(data["steps"]) // 2 - 1
+
+
+def test_keepkv_inspect_of_a_later_turn(server, record, model_path, tmp_path, capsys):
+    """What the cache had is found in the earlier turns' record; without that it is said to be the cache's."""
+    turn1 = generate(server, tokens(300, 31), 132)
+    turn2 = tokens(300, 31) + turn1.ids + tokens(150, 32)
+    rid = generate(server, turn2, 8).rid
+    page, model = tmp_path / "page.html", ["--model", str(model_path), "-o", str(tmp_path / "page.html")]
+    assert cli.main(["inspect", "--record", str(record), "--rid", rid, *model]) == 0
+    data, said = inspected(page, "")
+    cached = int(said["from the cache, compressed"])
+    assert cached > 300 and not (data["into"] == CACHED).any()
+    own = [str(path) for path in record.iterdir() if rid[:16] in path.name]
+    assert cli.main(["inspect", "--record", *own, *model]) == 0
+    part = page_data(page.read_text(encoding="utf-8"))
+    unknown = (part["into"] == CACHED).sum(1)
+    assert 0 < unknown[0] <= cached and (unknown == unknown[0]).all()
+    first = unknown[0]  # no anchor: the tokens are random, without a message border
+    assert (part["into"][:, first:] == data["into"][:, first:]).all()
+    # A budget in slots merges the cached history again: whose slots these were is not known.
+    again = generate(server, turn2, 2, {"budget": 60})
+    more = generate(server, turn2 + again.ids + tokens(80, 33), 2, {"budget": 60})
+    assert more.keepkv["cached_compressed_tokens"] > 400
+    assert cli.main(["inspect", "--record", str(record), "--rid", more.rid, *model]) == 0
+    merged_again = page_data(page.read_text(encoding="utf-8"))["into"]
+    assert (merged_again[:, -30:] == SLOT).all() and (merged_again[:, :300] == CACHED).all()
+    assert cli.main(["inspect", "--record", *(name for name in own if name.endswith(".json")), *model]) == 1
+    assert "name all files with" in capsys.readouterr().err
+
+
+def test_what_is_not_compressed_is_not_recorded(server, record, tmp_path, capsys):
+    before = set(record.iterdir())
+    (tmp_path / "prompt.txt").write_text("Hello")
+    asked = ["--prompt", str(tmp_path / "prompt.txt"), "--max-tokens", "2", "-o", str(tmp_path / "page.html")]
+    assert cli.main(["inspect", server.base_url, *asked]) == 1
+    assert "nothing of this request was compressed: it is shorter" in capsys.readouterr().err
+    assert cli.main(["inspect", server.base_url, *asked, "--keepkv", '{"budget": 7.5}']) == 1
+    assert "HTTP 400" in capsys.readouterr().err and set(record.iterdir()) == before

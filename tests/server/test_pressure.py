@@ -71,7 +71,7 @@ def check_last_computation(answer, prompt, events, row):
 @pytest.mark.parametrize("flags", [(), ("--disable-radix-cache",)], ids=["radix", "no_radix"])
 def test_forced_retraction_matches_float64(launch, record, oracle, text_tokens, flags):
     """Recompressed at the original borders; with the radix cache off even the prompt is computed again."""
-    server = launch(*FLAGS, *flags, env={"KEEPKV_RECORD": str(record), **RETRACT})
+    server = launch(*FLAGS, *flags, "--keepkv-record", str(record), env=RETRACT)
     prompts = [text_tokens[100:340], text_tokens[600:840]]
     again = 0
     for prompt, answer in zip(prompts, two_at_once(server, prompts), strict=True):

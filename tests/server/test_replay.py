@@ -39,7 +39,7 @@ MODES = {
 
 @pytest.fixture(scope="module", params=MODES, ids=str)
 def server(request, launch, record):
-    return launch(*FLAGS, *MODES[request.param], env={"KEEPKV_RECORD": str(record)})
+    return launch(*FLAGS, *MODES[request.param], "--keepkv-record", str(record))
 
 
 @pytest.fixture(scope="module")

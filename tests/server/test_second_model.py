@@ -58,7 +58,7 @@ def ranks(launch, qwen, text, stock):
 
 @pytest.fixture(scope="module")
 def server(launch, qwen, record, ranks):
-    return launch("--model-path", qwen, *FLAGS, "--enable-cache-report", env={"KEEPKV_RECORD": str(record)})
+    return launch("--model-path", qwen, *FLAGS, "--enable-cache-report", "--keepkv-record", str(record))
 
 
 def test_two_turns_in_float64(server, record, qwen, text):

@@ -48,7 +48,7 @@ def events(folder: Path, rank: int) -> list[dict[str, Any]]:
 def alone(launch, text_tokens, tmp_path_factory):
     """One process: answers and records."""
     folder = tmp_path_factory.mktemp("alone")
-    server = launch(*FLAGS, env={"KEEPKV_RECORD": str(folder)})
+    server = launch(*FLAGS, "--keepkv-record", str(folder))
     return conversation(server, text_tokens), events(folder, 0)
 
 
@@ -56,7 +56,7 @@ def alone(launch, text_tokens, tmp_path_factory):
 def together(launch, alone, text_tokens, tmp_path_factory):
     """Three ranks: the server, answers and the records of each rank."""
     folder = tmp_path_factory.mktemp("together")
-    server = launch(*FLAGS, "--tp-size", str(RANKS), env={"KEEPKV_RECORD": str(folder), **BIND})
+    server = launch(*FLAGS, "--tp-size", str(RANKS), "--keepkv-record", str(folder), env=BIND)
     answers = conversation(server, text_tokens)
     return server, answers, [events(folder, rank) for rank in range(RANKS)], folder
 

@@ -34,7 +34,7 @@ Span = tuple[int, int, int, int]  # first slot, slots, end token, slots it becom
 @pytest.fixture(scope="module")
 def server(launch, record):
     flags = [part for name in FLAGS for part in ("--keepkv-" + name.replace("_", "-"), str(getattr(CONFIG, name)))]
-    return launch("--enable-keepkv", *flags, "--max-total-tokens", str(POOL), env={"KEEPKV_RECORD": str(record)})
+    return launch("--enable-keepkv", *flags, "--max-total-tokens", str(POOL), "--keepkv-record", str(record))
 
 
 def turns_on_the_server(server, record: Path) -> tuple[list[tuple[list[int], list[int]]], list[Span], list[int]]:

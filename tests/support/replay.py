@@ -2,7 +2,7 @@
 
 A `Replay` holds one row as the server should: per layer the keys, values and log votes of its slots. Tokens run through
 the Hugging Face model with logical positions; an attention function of ours appends their K and V to the row and
-attends with log votes added to the logits (Eq. 6). A compression recorded by the server (KEEPKV_RECORD) is applied
+attends with log votes added to the logits (Eq. 6). A compression recorded by the server (--keepkv-record) is applied
 with the reference merge on float64 data. No code of keepkv_sglang is used but the reference equations.
 """
 

@@ -83,7 +83,7 @@ def test_check_names_the_seam_that_does_not_match(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _use_seams(monkeypatch, lambda: [Seam("A.b", True), Seam("C.d", False, "has no parameter `x`")])
-    assert check.run() == 1
+    assert check.report() == 1
     captured = capsys.readouterr()
     assert "1 of 2 match" in captured.out
     assert "seam C.d: has no parameter `x`" in captured.err
@@ -96,7 +96,7 @@ def test_check_survives_a_broken_seam_table(
         raise ImportError("no module named sglang.srt.somewhere")
 
     _use_seams(monkeypatch, check_all)
-    assert check.run() == 1
+    assert check.report() == 1
     assert "sglang.srt.somewhere" in capsys.readouterr().err
 
 
@@ -104,5 +104,5 @@ def test_check_refuses_another_sglang(monkeypatch: pytest.MonkeyPatch, capsys: p
     _use_seams(monkeypatch, list)
     real = check._version
     monkeypatch.setattr(check, "_version", lambda name: "0.5.22" if name == "sglang" else real(name))
-    assert check.run() == 1
+    assert check.report() == 1
     assert "pip install sglang==0.5.23" in capsys.readouterr().err
