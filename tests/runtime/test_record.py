@@ -52,7 +52,7 @@ def test_a_folder_is_absolute_and_no_request_chooses_it(monkeypatch, tmp_path):
     config = KeepKVConfig(enabled=True, record="here")
     assert config.record == os.path.join(tmp_path, "here")
     assert config.fingerprint() == KeepKVConfig(enabled=True).fingerprint(), "it changes no entry of the cache"
-    with pytest.raises(ConfigError, match="record is a setting of the server"):
+    with pytest.raises(ConfigError, match="record: a setting of the server"):
         config.with_request({"record": "/tmp/x"})
     with pytest.raises(ConfigError, match="record 5 is not a path"):
         KeepKVConfig(record=5)

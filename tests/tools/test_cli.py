@@ -57,7 +57,9 @@ def test_a_user_error_is_one_line_and_exit_1(
     def run(_: object) -> int:
         raise ValueError("say what to do")
 
-    monkeypatch.setattr(cli, "COMMANDS", [cli.Command("try", "", run)])
+    module = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "keepkv_sglang.tools.try_it", module)  # type: ignore[arg-type]
+    monkeypatch.setattr(cli, "COMMANDS", [cli.Command("try", "", "try_it")])
     assert cli.main(["try"]) == 1
     assert capsys.readouterr().err == "keepkv try: say what to do\n"
 

@@ -128,6 +128,9 @@ def _one(ranks: Sequence[dict[str, Any]]) -> Compression:
     def by_head(name: str) -> list[list[np.ndarray]]:
         return [[row.numpy() for part in ranks for row in part[name][layer]] for layer in layers]
 
+    kept = [[head[head >= 0] for head in heads] for heads in by_head("kept")]  # heads with less are filled up
+    votes = [[column.numpy() for part in ranks for column in part["lv"][layer].T] for layer in layers]
+
     return Compression(
         rid=event["rid"],
         sequence=event["sequence"],
@@ -139,9 +142,9 @@ def _one(ranks: Sequence[dict[str, Any]]) -> Compression:
         originals=event["originals"],
         merged_end=event["merged_tokens"],
         computed=event["row_tokens"],
-        kept=by_head("kept"),
+        kept=kept,
         assign=by_head("assign"),
-        log_votes=[[column.numpy() for part in ranks for column in part["lv"][layer].T] for layer in layers],
+        log_votes=[[lv[: len(own)] for lv, own in zip(*pair, strict=True)] for pair in zip(votes, kept, strict=True)],
         before=event["before"].numpy(),
         target=event["target"][: event["m"] - event["left"]].numpy(),
     )

@@ -32,11 +32,11 @@ class Head:
         """A slot for each token."""
         return Head(np.arange(tokens), np.arange(tokens), np.zeros(tokens, np.float32))
 
-    def merge(self, event: Compression, layer: int, head: int, anchor: int) -> None:
-        """One compression of this head. anchor: first tokens of the row that are never compressed."""
-        self._begin(event, anchor)
+    def merge(self, event: Compression, layer: int, head: int) -> None:
+        """One compression of this head. Its row begins as it was found (_found)."""
         kept, assign = event.kept[layer][head].astype(np.int64), event.assign[layer][head].astype(np.int64)
-        start, stop = event.start, event.start + len(assign)
+        start = self.slots_before(event.first)
+        stop = start + len(assign)
         inside, behind = (self.into >= start) & (self.into < stop), self.into >= stop
         joined = assign[self.into[inside] - start]
         self.into[behind] += len(kept) - len(assign)
@@ -47,36 +47,45 @@ class Head:
 
     def assume(self, first: int, end: int, slots: int | None) -> None:
         """Tokens [first, end) are in `slots` slots that are not known, None: in a slot each."""
-        low, high = self._slots_before(first), self._slots_before(end)
+        low, high = self.slots_before(first), self.slots_before(end)
         new = np.full(slots, UNKNOWN) if slots is not None else np.arange(first, end)
         self.into[self.into >= high] += len(new) - (high - low)
         self.into[first:end] = UNKNOWN if slots is not None else low + np.arange(end - first)
         self.token = np.concatenate((self.token[:low], new, self.token[high:]))
         self.log_votes = np.concatenate((self.log_votes[:low], np.zeros(len(new), np.float32), self.log_votes[high:]))
 
-    def _begin(self, event: Compression, anchor: int) -> None:
-        """The row as this compression found it. It need not go on from the last one: its beginning may come from the
-        prefix cache, and a request that was retracted is computed again."""
-        if self._slots_before(event.first) != event.start:
-            fresh = Head.raw(len(self.into))
-            self.into, self.token, self.log_votes = fresh.into, fresh.token, fresh.log_votes
-            if event.start < event.first:
-                self.assume(anchor, event.first, event.start - anchor)
-        as_expected = self._slots_before(event.end) - event.start == event.slots
-        if event.originals or not as_expected:
-            self.assume(event.first, event.end, None)
-        if not event.originals and not as_expected and event.slots < event.end - event.first:
-            # A budget in slots: what the cache had is compressed again, with the raw slots behind it.
-            merged = max(event.first, event.merged_end)
-            self.assume(event.first, merged, event.slots - (event.end - merged))
-
-    def _slots_before(self, position: int) -> int:
+    def slots_before(self, position: int) -> int:
         """Slots of the tokens before a logical position; it is no position inside a merged part of the row."""
         behind = self.into[position:]
         first = [int(behind[behind >= 0].min())] if (behind >= 0).any() else []
         if (behind == UNKNOWN).any():
             first.append(int(np.argmax(self.token == UNKNOWN)))
         return min(first, default=len(self.token))
+
+
+def _found(heads: list[Head], event: Compression, anchor: int) -> None:
+    """The row as this compression found it. It need not go on from the last one: its beginning may come from the prefix
+    cache, and a request that was retracted is computed again. What a row has is a mean over heads. anchor: first tokens
+    of the row that are never compressed."""
+
+    def slots_before(position: int) -> float:
+        return float(np.mean([head.slots_before(position) for head in heads]))
+
+    if abs(slots_before(event.first) - event.start) > 0.5:
+        for head in heads:
+            fresh = Head.raw(len(head.into))
+            head.into, head.token, head.log_votes = fresh.into, fresh.token, fresh.log_votes
+            if event.start < event.first:
+                head.assume(anchor, event.first, event.start - anchor)
+    as_expected = abs(slots_before(event.end) - event.start - event.slots) <= 0.5
+    if event.originals or not as_expected:
+        for head in heads:
+            head.assume(event.first, event.end, None)
+    if not event.originals and not as_expected and event.slots < event.end - event.first:
+        # A budget in slots: what the cache had is compressed again, with the raw slots behind it.
+        merged = max(event.first, event.merged_end)
+        for head in heads:
+            head.assume(event.first, merged, event.slots - (event.end - merged))
 
 
 def follow(request: Request) -> list[list[Head]]:
@@ -92,9 +101,10 @@ def follow(request: Request) -> list[list[Head]]:
         cached = answer["cached_compressed_tokens"]
         heads[0][0].assume(request.anchor, request.anchor + cached, held - (tokens - cached))
     for event in (*request.earlier, *request.compressions):
+        _found([head for row in heads for head in row], event, request.anchor)
         for layer, row in enumerate(heads):
             for number, head in enumerate(row):
-                head.merge(event, layer, number, request.anchor)
+                head.merge(event, layer, number)
     mean = np.mean([len(head.token) for row in heads for head in row])
     if abs(mean - held) > 0.5:
         raise ValueError(f"the record makes {mean:.1f} slots of request {request.rid}, its answer says {held}")

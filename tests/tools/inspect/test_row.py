@@ -21,12 +21,13 @@ def plainly(tokens, events, layer, head):
     row = [(t, {t}) for t in range(tokens)]
     for event in events:
         kept, assign = event.kept[layer][head], event.assign[layer][head]
-        sources = row[event.start : event.start + event.slots]
+        start = next(slot for slot, (owner, _) in enumerate(row) if owner >= event.first)
+        sources = row[start : start + event.slots]
         merged = [(sources[k][0], set()) for k in kept]
         for (_, members), number in zip(sources, assign, strict=True):
             if number >= 0:
                 merged[number][1].update(members)
-        row[event.start : event.start + event.slots] = merged
+        row[start : start + event.slots] = merged
     return row
 
 
@@ -46,13 +47,16 @@ EVENTS = {
         compression(rng, 10, 100, 20, start=10),
         compression(rng, 10, 140, 20, start=10, slots=60, merged_end=100),
     ],
-    "heads that keep different numbers": lambda rng: [ragged(rng)],
+    "heads that keep different numbers, and what follows": lambda rng: [
+        ragged(rng),
+        compression(rng, 100, 140, 9, start=10 + (5 + 41) // 2),
+    ],
 }
 
 
 def ragged(rng):
     """What every head keeps is its own."""
-    small, large = compression(rng, 10, 100, 5, start=10), compression(rng, 10, 100, 40, start=10)
+    small, large = compression(rng, 10, 100, 5, start=10), compression(rng, 10, 100, 41, start=10)
     mixed = {
         name: [[getattr(small, name)[layer][0], getattr(large, name)[layer][1]] for layer in range(2)]
         for name in ("kept", "assign", "log_votes")
