@@ -13,24 +13,31 @@ import torch
 
 from keepkv_sglang.faults import guard
 from keepkv_sglang.runtime import compressor
-from tests.runtime.test_originals_contents import FIRST, LAYERS, give_contents
+from tests.runtime.test_originals_contents import FIRST, KV_HEADS, LAYERS, give_contents
 from tests.support.served import serving, text
 
 ROOMY, TIGHT = 600, len(FIRST) + 24  # with the second a result finds no slots beside the span
 
 
 class Failing:
-    """compress_rows that raises once, when `layers` layers are written."""
+    """compress_rows, or compress_packed, that raises once, when `layers` layers are written; of all of them: behind the
+    last one."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers, self.fails, self.real = layers, True, compressor.compress_rows
+    def __init__(self, layers: int, kind: str = "compress_rows") -> None:
+        self.layers, self.fails, self.real = layers, True, getattr(compressor, kind)
+        self.each = KV_HEADS if kind == "compress_packed" else 1
 
     def __call__(self, *args: Any) -> Iterator[Any]:
         for index, result in enumerate(self.real(*args)):
-            if self.fails and index == self.layers:
-                self.fails = False
-                raise torch.OutOfMemoryError("injected")
+            if self.fails and index == self.layers * self.each:
+                self._fail()
             yield result
+        if self.fails and self.layers == LAYERS:
+            self._fail()
+
+    def _fail(self) -> None:
+        self.fails = False
+        raise torch.OutOfMemoryError("injected")
 
 
 def seen(server: Any, req: Any, pools: Any) -> tuple[Any, ...]:
@@ -38,6 +45,7 @@ def seen(server: Any, req: Any, pools: Any) -> tuple[Any, ...]:
     rt, kv = server.rt, req.kv
     row = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, : kv.kv_committed_len].long()
     contents = [pool[:, row].clone() for pool in pools] + [votes[row].clone() for votes in rt.votes.log_votes]
+    contents.append(rt.cells.span_of[row].clone())
     state = rt.requests.state_of(req)
     counters = {key: value for key, value in asdict(rt.counters).items() if not key.endswith("seconds")}
     counts = (
@@ -52,11 +60,13 @@ def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
 
 
+@pytest.mark.parametrize("heads", ["uniform", "all"])
 @pytest.mark.parametrize("slots", [ROOMY, TIGHT])
-@pytest.mark.parametrize("layer", range(LAYERS))
-def test_a_prompt_goes_on_uncompressed(monkeypatch: pytest.MonkeyPatch, slots: int, layer: int):
+@pytest.mark.parametrize("layer", range(LAYERS + 1))
+def test_a_prompt_goes_on_uncompressed(monkeypatch: pytest.MonkeyPatch, slots: int, layer: int, heads: str):
+    kind = "compress_rows" if heads == "uniform" else "compress_packed"
     monkeypatch.setattr(guard, "errors", guard.Counter())
-    with serving(slots=slots, references=4) as server:
+    with serving(slots=slots, references=4, heads=heads) as server:
         pools = give_contents(server, "native")
         server.rt.originals = None
         server.tree.host = None
@@ -65,7 +75,7 @@ def test_a_prompt_goes_on_uncompressed(monkeypatch: pytest.MonkeyPatch, slots: i
         server.tree.publish_anchor(req, server.rt.requests.state_of(req).anchor_len)  # comes before, and stays
         before = seen(server, req, pools)
         room = server.rt.allocator.available_size()
-        monkeypatch.setattr(compressor, "compress_rows", Failing(layer))
+        monkeypatch.setattr(compressor, kind, Failing(layer, kind))
         server.world._compress(req)
         assert guard.errors["compression"] == 1
         assert_same(seen(server, req, pools), before)
@@ -114,7 +124,7 @@ def test_a_reply_goes_on_uncompressed(monkeypatch: pytest.MonkeyPatch, layer: in
         server.world.prefilled(req)
         done = server.rt.counters.compressions
         assert done > 0
-        monkeypatch.setattr(compressor, "compress_rows", Failing(layer))
+        monkeypatch.setattr(compressor, "compress_packed", Failing(layer, "compress_packed"))
         server.world.finish(req, array("q", text(9000, 60)))
         assert guard.errors["compression"] == 1 and server.rt.counters.compressions == done
         assert server.rt.requests.state_of(req).broken
@@ -128,7 +138,7 @@ def test_a_prompt_that_cannot_stay_uncompressed_fails(monkeypatch: pytest.Monkey
         server.tree.host = None
         req = server.admit([*FIRST, *text(5000, 100)])
         assert server.rt.requests.too_long(req)
-        monkeypatch.setattr(compressor, "compress_rows", Failing(0))
+        monkeypatch.setattr(compressor, "compress_packed", Failing(0, "compress_packed"))
         with pytest.raises(torch.OutOfMemoryError):
             server.world.prefill(req)
         server.rt.requests.state_of(req).broken = True

@@ -11,6 +11,7 @@ import torch
 
 from keepkv_sglang.compress.queries.rotary import Rotary
 from keepkv_sglang.memory.arena import QueryArena
+from keepkv_sglang.memory.cells import PackedCells
 from keepkv_sglang.memory.originals import BlockLayout, BlockStore, Staging
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.runtime.originals import Originals
@@ -32,6 +33,7 @@ def give_contents(server, codec):
         layer_num=LAYERS, start_layer=0, get_key_buffer=keys.__getitem__, get_value_buffer=values.__getitem__
     )
     rt.votes, rt.scales = VoteStore(LAYERS, SLOTS + 1, KV_HEADS, "cpu"), dict.fromkeys(range(LAYERS), DIM**-0.5)
+    rt.cells = PackedCells.of(list(keys), list(values), rt.votes.log_votes)
     rt.rotary = Rotary(table(2000, DIM).float())
     arena = QueryArena(LAYERS, rt.arena.rows, Q_HEADS, DIM, torch.float32, "cpu")
     arena.queries.normal_()
