@@ -8,6 +8,7 @@ where a sharing decides each layer alone, then every head is merged into its own
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -40,22 +41,29 @@ def compress_packed(
     cells of each head.
 
     The target may be slots of the span: a layer is written when it has been read. Memory beside that of compress_rows:
-    what the queries found in each layer, Q (D + 2) + 4 n float32 numbers per head, unless the sharing goes by layer.
+    what the queries found in each layer, Q (D + 2) + 4 n float32 numbers per head, unless the sharing goes by layer;
+    and as many K and V as fit scratch_bytes.
     """
     groups = layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes)
     heads, writer, kept = storage.keys[0].shape[1], _Writer(storage, rows, policy, left), []
     by_layer = getattr(get_sharing(policy.heads), "by_layer", False)
     for together in [[group] for group in groups] if by_layer else [groups]:
         scored: list[list[Scored]] = []
+        inputs, room = [], scratch_bytes  # inputs that need not be gathered again
         for layers in together:
             x = layer_input(storage, rows, layers, queries, q_index)
             scored.append(score_heads(x, policy, scratch_bytes))
+            if all(part.sums is not None for part in scored[-1]):
+                x = replace(x, k_ctx=x.k[:0], lv_ctx=x.lv[:0])
+            room -= x.k.nbytes + x.v.nbytes + x.k_ctx.nbytes
+            inputs.append(x if room >= 0 or len(together) == 1 else None)
         scores = torch.cat([part.scores for group in scored for part in group])
         counts = slots_of_heads(scores.view(-1, heads, rows.n), policy, policy.heads)
         kept += counts
-        for layers, group in zip(together, scored, strict=True):
+        for layers, group, held in zip(together, scored, inputs, strict=True):
             own, counts = [count for layer in counts[: len(layers)] for count in layer], counts[len(layers) :]
-            x = layer_input(storage, rows, layers, queries, q_index, context=any(part.sums is None for part in group))
+            again = any(part.sums is None for part in group)
+            x = held or layer_input(storage, rows, layers, queries, q_index, context=again)
             results = merge_scored(x, policy, group, own, scratch_bytes)
             for at in range(len(layers)):
                 writer.add(results[at * heads : (at + 1) * heads])
