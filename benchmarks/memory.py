@@ -21,6 +21,7 @@ import torch
 
 from keepkv_sglang.memory.arena import ARENA_MAX_BYTES, QueryArena
 from keepkv_sglang.memory.calibration import QUERIES
+from keepkv_sglang.memory.cells import FIRST_ROOM, PackedCells
 from keepkv_sglang.memory.votes import VoteStore
 from keepkv_sglang.radix.tree import SpanTree
 from keepkv_sglang.runtime.attach import arena_most, arena_rows
@@ -48,6 +49,11 @@ class Shape:
     def votes(self) -> int:
         """Bytes of log votes per slot: float32."""
         return 4 * self.layers * self.kv_heads
+
+    @property
+    def packed(self) -> int:
+        """Bytes of one packed span beside its slots: where the run of each head begins, int64."""
+        return 8 * (self.layers * self.kv_heads + 1)
 
     @property
     def query(self) -> int:
@@ -148,12 +154,22 @@ def rows() -> list[tuple[str, float, float]]:
     shape, config = DEMO, KeepKVConfig(enabled=True)
     slots, count, n, m = 1000, 400, 1000, 100
     votes = VoteStore(shape.layers, slots, shape.kv_heads, "cpu")
+    keys = [torch.zeros(slots, shape.kv_heads, shape.head_dim)] * shape.layers
+    cells = PackedCells.of(keys, keys, votes.log_votes)
     arena = QueryArena(shape.layers, 288, shape.q_heads, shape.head_dim, torch.float32, "cpu")
     short = measured(lambda: spans(count, 64, 7)) / count
     long = measured(lambda: spans(count, n, m)) / count
     request = measured(lambda: requests(200, config)) / 200
     return [
         ("votes per slot", shape.votes, votes.nbytes / slots),
+        *(
+            [
+                ("which slots are packed, per slot", 4, cells.span_of.nbytes / slots),
+                ("one packed span", shape.packed, (cells.nbytes - cells.span_of.nbytes) / FIRST_ROOM),
+            ]
+            if cells is not None  # the C++ kernels run here
+            else []
+        ),
         ("queries per arena row", shape.query, arena.nbytes / arena.queries.shape[1]),
         ("host, per further token of a cached span", 8, (long - short) / (n - 64)),
         ("host, one span of 1,000 tokens (at most; slots aside)", span_host_bytes(n, 0), long),

@@ -49,7 +49,7 @@ class Planned:
     queries: QueryRows | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class RequestState:
     """One request between admission and release. Created by runtime/requests.py, reset by retraction."""
 
