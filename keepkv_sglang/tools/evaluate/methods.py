@@ -189,8 +189,10 @@ def _layer_inputs(
 
 
 def ours(name: str, **settings: object) -> Ours:
-    """`settings` are fields of KeepKVConfig; without reference queries, as the papers have it, unless asked for."""
-    return Ours(name, KeepKVConfig(enabled=True, **{"references": 0, **settings}))  # type: ignore[arg-type]
+    """`settings` are fields of KeepKVConfig; without reference queries and with the same number of tokens in every head,
+    as the papers have it, unless asked for."""
+    published = {"references": 0, "heads": "uniform"}
+    return Ours(name, KeepKVConfig(enabled=True, **{**published, **settings}))  # type: ignore[arg-type]
 
 
 SNAPKV = "snapkv evict"
@@ -222,6 +224,6 @@ OURS: dict[str, Ours] = {
         ours("streaming_llm evict", scorer="streaming_llm", merge="evict"),
         ours("chunkkv evict", scorer="snapkv", merge="evict", chunk=10),
         *(Ours(f"heads {name}", KeepKVConfig(enabled=True, heads=name)) for name in ("uniform", "layer", "all")),
-        Ours("h2o evict", KeepKVConfig(enabled=True, merge="evict", references=0), offline_scorer="h2o"),
+        replace(ours("h2o evict", merge="evict"), offline_scorer="h2o"),
     )
 }
