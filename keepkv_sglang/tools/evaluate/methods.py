@@ -189,8 +189,8 @@ def _layer_inputs(
 
 
 def ours(name: str, **settings: object) -> Ours:
-    """`settings` are fields of KeepKVConfig; without reference queries and with the same number of tokens in every head,
-    as the papers have it, unless asked for."""
+    """`settings` are fields of KeepKVConfig; without reference queries, and with the same number of tokens in every
+    head, as the papers have it, unless asked for."""
     published = {"references": 0, "heads": "uniform"}
     return Ours(name, KeepKVConfig(enabled=True, **{**published, **settings}))  # type: ignore[arg-type]
 
