@@ -70,8 +70,8 @@ class KeepKVConfig:
         bound=bounds.one_of(registry.HEADS.names),
         help="How a span's cells, one K and V per slot, layer and kv head, are shared out: uniform, the same number for"
         " all, as most papers have it; layer, the heads of a layer share theirs; all, all layers and heads do; or the"
-        " name of an installed plugin's sharing, or a path package.module:function. On a CPU, for fractional budgets and"
-        " scorers that can be compared; elsewhere uniform.",
+        " name of an installed plugin's sharing, or a path package.module:function. On a CPU, for fractional budgets"
+        " and scorers that can be compared; elsewhere uniform.",
     )
     chunk: int = option(
         1,
