@@ -138,7 +138,9 @@ def _run(jobs: Sequence[Callable[[], LayerResult]], on_cpu: bool) -> list[LayerR
         with torch.inference_mode(inference), torch.set_grad_enabled(False):
             return job()
 
-    return list(_pool(threads).map(alone, jobs))
+    done = list(_pool(threads).map(alone, jobs))
+    torch.set_num_threads(threads)  # a worker's 1 would be that of threads that begin later
+    return done
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.registry import HEADS
 from keepkv_sglang.compress.select import SpanPolicy, left_raw
 from tests.support.layers import random_layer
+from tests.support.threads import threads
 
 SHARED = ("layer", "all")
 
@@ -152,3 +154,19 @@ def test_scores_without_a_common_measure_are_shared_out_uniformly():
     x = layer_of_three()
     policy = replace(POLICY, scorer="keydiff", merge="evict")
     assert slots_of_heads(scores_by(x, policy)[None], policy, "all") == [[20] * x.k.shape[1]]
+
+
+def test_heads_on_threads_of_their_own_leave_the_number_of_threads():
+    x = layer_of_three()
+    with threads(2):
+        scored = score_heads(x, POLICY)
+        shared = merge_scored(x, POLICY, scored, [10, 20, 30])
+        found = []
+        begun = Thread(target=lambda: found.append(torch.get_num_threads()))
+        begun.start()
+        begun.join()
+        assert found == [torch.get_num_threads()] == [2]
+    with threads(1):
+        alone = merge_scored(x, POLICY, scored, [10, 20, 30])
+    for one, other in zip(shared, alone, strict=True):
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("kept", "assign", "k", "v", "lv"))
