@@ -102,7 +102,7 @@ def main() -> int:
     step = decode_step(args.model)  # before parts(), whose PROMETHEUS_MULTIPROC_DIR would be the server's too
     found = parts()
     often = {  # how many of each in one step
-        "look": 1.0,
+        "look": 2.0,  # before admission, and before the step
         "update": step / LOOK_EVERY_S,
         "compression": 1 / INTERVAL,
         "votes": 1 / INTERVAL,
