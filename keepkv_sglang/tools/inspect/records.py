@@ -153,13 +153,15 @@ def _one(ranks: Sequence[dict[str, Any]]) -> Compression:
 def _earlier(files: Sequence[Path], data: dict[str, Any], first: Compression) -> list[Compression]:
     """What the row began with, between its anchor and its first compression: compressions whose results lie in these
     very slots, for the same tokens, the latest of each. Empty where the files do not hold all of them."""
-    said = {answer["rid"]: answer["tokens"] for answer in map(_json, _of(files, "json", None))}
-    found: list[Compression] = []
+    if first.first == first.start:
+        return []
     slot = position = data["anchor"]
-    others = None
-    while position < first.first and first.first != first.start:
-        if others is None:  # read only where it is needed: all files of a folder
-            others = [event for rid in said for event in _compressions(_of(files, "pt", rid), rid)]
+    begin = data["tokens"][: position + 1]
+    said = {answer["rid"]: answer["tokens"] for answer in map(_json, _of(files, "json", None))}
+    alike = [rid for rid, tokens in said.items() if tokens[: position + 1] == begin]
+    others = [event for rid in alike for event in _compressions(_of(files, "pt", rid), rid)]
+    found: list[Compression] = []
+    while position < first.first:
         here = [
             event
             for event in others
