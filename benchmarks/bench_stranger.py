@@ -200,9 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="loads whose name matches this regular expression")
     parser.add_argument("--tokens", type=int, default=3000, help="of a long prompt")
-    parser.add_argument(
-        "--same-server", action="store_true", help="off: its requests with KeepKV off"
-    )
+    parser.add_argument("--same-server", action="store_true", help="off: its requests with KeepKV off")
     parser.add_argument("--flags", default="", help="further flags of the server with KeepKV")
     args = parser.parse_args()
     rows, worst = [], (0.0, "")
