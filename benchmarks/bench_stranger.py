@@ -1,12 +1,13 @@
 """What one client costs another: a stranger does the worst that a request may ask for, and a neighbour waits.
 
-    python benchmarks/bench_stranger.py [--only REGEX] [--flags FLAGS]        (make bench-stranger, under 8 minutes)
+    make bench-stranger ARGS="[--tokens N] [--only REGEX] [--same-server] [--flags FLAGS]"
 
 Two servers run at the same time and take turns: --enable-keepkv at its defaults, and our attention backend without it
 (`off`). The stranger sends the same tokens to both, its keepkv settings only to the first. The neighbour decodes one
 stream, KeepKV off for it, and meanwhile somebody asks for a first token every half second. Of each load: the median
-and the longest gap between two tokens of the stream, and the median time to a first token. A prompt that is longer
-than KeepKV's pool fits the larger pool of the other server.
+gap between two tokens of the stream; what the scheduler computed in a gap (all cores, interquartile mean, since the
+kernel counts in 10 ms: the better number on a machine that others use too); the longest gap; the median time to a first
+token. A prompt that is longer than KeepKV's pool fits the larger pool of the other server.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from itertools import pairwise
 from typing import Any
 
 import httpx
+import psutil
+from scipy.stats import trim_mean
 
 from keepkv_sglang.tools.bench.servers import Setup, warm_up
 from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.origin import commit
 from keepkv_sglang.tools.report import tables
 from keepkv_sglang.tools.report.statistics import median
+from keepkv_sglang.tools.server_process import ServerProcess, group_members
 
 POOLS = {"off": 16_000, "keepkv": 5_200}
 NAMES = {"off": "disabled", "keepkv": "keepkv"}  # as Setup calls them
@@ -67,7 +71,7 @@ class Load:
 
 
 def one(name: str, tokens: int, new: int, keepkv: dict[str, Any] | None = None, n: int = 1) -> Load:
-    return Load(name, lambda seed: [body(prompt(tokens, seed), new, keepkv, n)])
+    return Load(f"{tokens:,} tokens{name}", lambda seed: [body(prompt(tokens, seed), new, keepkv, n)])
 
 
 def chain(seed: int) -> list[dict[str, Any]]:
@@ -88,41 +92,54 @@ def settings(seed: int) -> list[dict[str, Any]]:
     return [body(prompt(100, seed + index), 1, {"budget": 0.2 + index / 100}) for index in range(60)]
 
 
-RANGES = ",".join(f"{40 * i}-{40 * i + 20}" for i in range(64))
-LOADS = (
-    Load("nobody", lambda seed: []),
-    one("2,000 tokens", 2000, 8),
-    one("2,000 tokens, 140 of reply", 2000, 140),
-    one("2,000 tokens, budget 0.9", 2000, 8, {"budget": 0.9}),
-    one("2,000 tokens, budget 2 slots", 2000, 8, {"budget": 2}),
-    one("2,000 tokens, protect: 64 ranges", 2000, 8, {"protect": RANGES}),
-    one("2,000 tokens, fair: 64 ranges", 2000, 8, {"fair": RANGES}),
-    one("2,000 tokens, recent and sinks of a million", 2000, 8, {"recent": 1 << 20, "sinks": 1 << 20}),
-    one("2,000 tokens, chunk 128, threshold -1", 2000, 8, {"chunk": 128, "threshold": -1}),
-    one("2,000 tokens, scorer keepkv, merge zip", 2000, 8, {"scorer": "keepkv", "merge": "zip"}),
-    one("2,000 tokens, merge least_squares", 2000, 8, {"merge": "least_squares"}),
-    one("5,600 tokens, longer than KeepKV's pool", 5600, 8),
-    one("100 tokens, n = 32, 132 of reply each", 100, 132, n=32),
-    Load("a chain of 25 turns of 80 tokens", chain),
-    Load("60 prompts that begin alike", alike, 8),
-    Load("300 salts", salted, 8),
-    Load("60 configurations", settings, 8),
-)
+def loads(tokens: int) -> list[Load]:
+    """tokens: of a long prompt that fits KeepKV's pool."""
+    wide = tokens // 64
+    ranges = ",".join(f"{wide * i}-{wide * i + wide // 2}" for i in range(64))
+    return [
+        Load("nobody", lambda seed: []),
+        one("", tokens, 8),
+        one(", 140 of reply", tokens, 140),
+        one(", budget 0.9", tokens, 8, {"budget": 0.9}),
+        one(", budget 2 slots", tokens, 8, {"budget": 2}),
+        one(", protect: 64 ranges", tokens, 8, {"protect": ranges}),
+        one(", fair: 64 ranges", tokens, 8, {"fair": ranges}),
+        one(", recent and sinks of a million", tokens, 8, {"recent": 1 << 20, "sinks": 1 << 20}),
+        one(", chunk 128, threshold -1", tokens, 8, {"chunk": 128, "threshold": -1}),
+        one(", scorer keepkv, merge zip", tokens, 8, {"scorer": "keepkv", "merge": "zip"}),
+        one(", merge least_squares", tokens, 8, {"merge": "least_squares"}),
+        one(", longer than KeepKV's pool", POOLS["keepkv"] + 400, 8),
+        one(", n = 32, 132 of reply each", 100, 132, n=32),
+        Load("a chain of 25 turns of 80 tokens", chain),
+        Load("60 prompts that begin alike", alike, 8),
+        Load("300 salts", salted, 8),
+        Load("60 configurations", settings, 8),
+    ]
+
+
+def scheduler_of(server: ServerProcess) -> psutil.Process:
+    processes = map(psutil.Process, group_members(server.process.pid))
+    return next(process for process in processes if "sglang::scheduler" in " ".join(process.cmdline()))
 
 
 class Neighbour:
-    """A stream that decodes until it is closed: when each of its tokens came."""
+    """A stream that decodes until it is closed. stamps: when each of its tokens came; spent: the seconds that the
+    scheduler had computed until then."""
 
-    def __init__(self, url: str, keepkv: dict[str, Any] | None, seed: int) -> None:
+    def __init__(self, server: ServerProcess, keepkv: dict[str, Any] | None, seed: int) -> None:
         self.stamps: list[float] = []
+        self.spent: list[float] = []
+        self._scheduler = scheduler_of(server)
         self._ask = body(prompt(200, seed), 2000, keepkv, stream=True)
-        self._url, self._stop, self.started = url, threading.Event(), threading.Event()
+        self._url, self._stop, self.started = server.base_url, threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._read)
 
     def _read(self) -> None:
         with httpx.stream("POST", f"{self._url}/generate", json=self._ask, timeout=600) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
+                    times = self._scheduler.cpu_times()
+                    self.spent.append(times.user + times.system)
                     self.stamps.append(time.perf_counter())
                 if len(self.stamps) == 15:
                     self.started.set()
@@ -150,20 +167,21 @@ def first_tokens(url: str, keepkv: dict[str, Any] | None, seed: int, done: threa
     return found
 
 
-def measure(server: Any, load: Load, seed: int, is_on: bool) -> dict[str, float]:
-    """Milliseconds. The stranger stops after MOST_S with what it has begun."""
-    url, own = server.base_url, OFF if is_on else None
+def measure(server: ServerProcess, load: Load, seed: int, is_on: bool, own: dict[str, Any] | None) -> dict[str, float]:
+    """Milliseconds. own: settings of whoever is not compressed: the neighbour, and the stranger where it is off. The
+    stranger stops after MOST_S with what it has begun."""
+    url = server.base_url
     # The last neighbour's row may still be given back.
     httpx.post(f"{url}/flush_cache", params={"timeout": 60}, timeout=90).raise_for_status()
     requests, done = load.requests(seed), threading.Event()
-    with Neighbour(url, own, seed + 900_000) as neighbour, ThreadPoolExecutor(load.at_once + 1) as pool:
+    with Neighbour(server, own, seed + 900_000) as neighbour, ThreadPoolExecutor(load.at_once + 1) as pool:
         probes = pool.submit(first_tokens, url, own, seed + 950_000, done)
         began = time.perf_counter()
 
         def send(request: dict[str, Any]) -> None:
             if time.perf_counter() - began < MOST_S:
                 if not is_on:
-                    request["sampling_params"].pop("custom_params", None)
+                    request["sampling_params"]["custom_params"] = own and {"keepkv": own}
                 httpx.post(f"{url}/generate", json=request, timeout=600).raise_for_status()
 
         list(pool.map(send, requests))
@@ -172,37 +190,43 @@ def measure(server: Any, load: Load, seed: int, is_on: bool) -> dict[str, float]
         ended = time.perf_counter()
         done.set()
         firsts = probes.result()
-    gaps = [b - a for a, b in pairwise(neighbour.stamps) if b > began and a < ended]
-    values = {"gap": median(gaps), "longest": max(gaps), "first": median(firsts), "slowest": max(firsts)}
+    pairs = [i for i, (a, b) in enumerate(pairwise(neighbour.stamps)) if b > began and a < ended]
+    gaps, spent = ([list_[i + 1] - list_[i] for i in pairs] for list_ in (neighbour.stamps, neighbour.spent))
+    values = {"gap": median(gaps), "cpu": trim_mean(spent, 0.25), "longest": max(gaps), "first": median(firsts)}
     return {**{name: 1000 * value for name, value in values.items()}, "busy": busy}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="loads whose name matches this regular expression")
+    parser.add_argument("--tokens", type=int, default=3000, help="of a long prompt")
+    parser.add_argument("--same-server", action="store_true", help="off: its requests with KeepKV off")
     parser.add_argument("--flags", default="", help="further flags of the server with KeepKV")
     args = parser.parse_args()
     rows, worst = [], (0.0, "")
     with ExitStack() as stack:
         setup = Setup(models.resolve(), "0.2", keepkv_flags=tuple(shlex.split(args.flags)))
-        servers = {name: stack.enter_context(setup.start(NAMES[name], pool)) for name, pool in POOLS.items()}
+        started = ["keepkv"] if args.same_server else list(POOLS)
+        servers = {name: stack.enter_context(setup.start(NAMES[name], POOLS[name])) for name in started}
         for server in servers.values():
             warm_up(server)
-        for index, load in enumerate(load for load in LOADS if re.search(args.only, load.name)):
+        stock = servers.setdefault("off", servers["keepkv"])
+        for index, load in enumerate(load for load in loads(args.tokens) if re.search(args.only, load.name)):
             found: dict[str, dict[str, float]] = {}
             for name in sorted(servers, reverse=index % 2 == 1):
-                found[name] = measure(servers[name], load, 10_000 * index, name == "keepkv")
+                own = None if servers[name] is stock and not args.same_server else OFF
+                found[name] = measure(servers[name], load, 10_000 * index, name == "keepkv", own)
             off, on = found["off"], found["keepkv"]
             row = [load.name, f"{off['busy']:.1f}", f"{on['busy']:.1f}"]
-            for key in ("gap", "longest", "first", "slowest"):
+            for key in ("gap", "cpu", "longest", "first"):
                 row += [f"{off[key]:.0f}", f"{on[key]:.0f}"]
             rows.append(row)
             print(*row, sep=" | ", flush=True)
             if load.single:
-                worst = max(worst, (on["gap"] / off["gap"], load.name))
-    columns = ["what the stranger sends", "s", "s", "gap, ms", "", "longest", "", "first token", "", "slowest", ""]
+                worst = max(worst, (on["cpu"] / off["cpu"], load.name))
+    columns = ["what the stranger sends", "s", "", "gap, ms", "", "computed", "", "longest", "", "first token", ""]
     print(f"\ncommit {commit()}; each column: off, then KeepKV\n\n{tables.markdown(columns, rows)}")
-    print(f"\nworst single request: {worst[0]:.2f} of what it does with KeepKV off ({worst[1]})")
+    print(f"\nworst single request, computed per gap: {worst[0]:.2f} of what it does with KeepKV off ({worst[1]})")
 
 
 if __name__ == "__main__":

@@ -31,10 +31,14 @@ def clean(server):
     numbers(server)
 
 
+def server_state(server):
+    return server.get_json("/server_info")[1]["internal_states"][0]["keepkv"]
+
+
 def wait_until_idle(server):
     """After a client went away: its request holds nothing any more."""
     deadline = time.monotonic() + 60
-    while server.get_json("/server_info")[1]["internal_states"][0]["keepkv"]["active_rows"]:
+    while server_state(server)["active_rows"]:
         assert time.monotonic() < deadline, "the aborted request still holds its row"
         time.sleep(0.2)
     time.sleep(0.5)
@@ -167,7 +171,7 @@ def test_a_neighbour_that_runs_at_the_same_time_changes_nothing(server):
     with urllib.request.urlopen(call, timeout=120) as answer:
         answer.readline()  # it decodes
         beside = [isolation.seen(generate(server, ids, 1)) for ids in turns]
-        assert answer.readline(), "it ended before"
+        assert server_state(server)["active_rows"], "it ended before"
     assert beside == quiet
     wait_until_idle(server)
 
