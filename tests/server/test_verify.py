@@ -56,23 +56,3 @@ def test_a_server_without_votes_is_not(server, capsys, votes_off):
     assert code == 1, text
     assert [way for way, (verdict, _) in rows.items() if verdict == "FAILED"] == ["votes: merged"], text
     assert "nothing is flushed" in text
-
-
-@pytest.mark.soak
-def test_what_the_server_lacks_is_skipped_and_said(launch, capsys):
-    """No originals, another merge rule, prompts that stay whole, few settings at once; a pool that is too small."""
-    flags = ("--enable-keepkv", "--keepkv-merge", "mean", "--keepkv-min-tokens", "400")
-    server = launch(*flags, "--max-total-tokens", "4000")
-    code, rows, text = verify(server, capsys, "--budget", "0.3")
-    assert code == 0, text
-    assert {way: verdict for way, (verdict, _) in rows.items() if verdict == "skipped"} == {
-        "on, next turn, unpacked": "skipped"
-    }
-    assert "the server keeps no originals (--keepkv-host-ratio)" in text and "a prompt of 9" in text
-    numbers(server)
-    server = launch(*flags, "--max-total-tokens", "4000", "--keepkv-configurations", "2")
-    code, rows, text = verify(server, capsys)
-    assert code == 0 and rows["votes: merged"][0] == "skipped" and "different settings are in use" in text
-    small = launch("--enable-keepkv", "--max-total-tokens", "600")
-    assert cli.main(["verify", small.base_url]) == 1
-    assert "a larger pool is needed" in capsys.readouterr().err

@@ -27,7 +27,7 @@ def advice(choices: Sequence[Choice], stock: float, ideal: float, least_top1: fl
     if stock >= ideal - SAME:
         return (
             f"Leave KeepKV off. Stock SGLang finds {stock:.1%} of the prompt tokens in this pool, and no pool gives"
-            f" more than {ideal:.1%}: there is nothing to win."
+            f" more than {ideal:.1%}: there are no hits to win. What waits or is rejected is in the table."
         )
     known = any(choice.top1 is not None for choice in choices)
     good = [choice for choice in choices if choice.top1 is None or choice.top1 >= least_top1]
@@ -56,5 +56,5 @@ def advice(choices: Sequence[Choice], stock: float, ideal: float, least_top1: fl
         agrees = f" and agrees in {smaller.top1:.1%}" if smaller.top1 is not None else ""
         parts.append(f"The next smaller one, {smaller.budget:g}, finds {smaller.hit_rate:.1%}{agrees}.")
     if not known:
-        parts.append("The trace has no texts: what this costs in quality is not known.")
+        parts.append("No text was evaluated: what this costs in quality is not known.")
     return " ".join(parts)

@@ -12,11 +12,11 @@ from typing import Any
 from keepkv_sglang.tools.evaluate.methods import DEFAULT, OURS
 from keepkv_sglang.tools.evaluate.probe import Probe
 from keepkv_sglang.tools.evaluate.task import Setup
-from keepkv_sglang.tools.evaluate.turns import Item, Turns
+from keepkv_sglang.tools.evaluate.turns import MOST_TOKENS, Item, Turns
 from keepkv_sglang.tools.report.statistics import Estimate, geometric_mean, weighted_mean
 
-MOST_TOKENS = 2048
-"""Of a conversation that is read: what comes behind costs more than another conversation tells."""
+ENOUGH_TOKENS = 1024
+"""Of a conversation that is read, but for its first turn: further turns cost more than another conversation tells."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,18 @@ class Cost:
 
 
 def sample(items: Iterable[Item]) -> list[Item]:
-    """In an order by chance, the same each time: each with the first turns that fit MOST_TOKENS."""
+    """In an order by chance, the same each time: of each the first turn, and those that end within ENOUGH_TOKENS. A
+    first turn of more than the evaluator's MOST_TOKENS is left out."""
     cut = [short for short in map(_short, items) if short.turns]
     return random.Random(0).sample(cut, len(cut))
 
 
 def _short(item: Item) -> Item:
-    turns, tokens = [], 0
+    turns: list[tuple[list[int], list[int]]] = []
+    tokens = 0
     for prompt, reply in item.turns:
         tokens += len(prompt) + len(reply)
-        if tokens > MOST_TOKENS or not reply:
+        if tokens > (ENOUGH_TOKENS if turns else MOST_TOKENS) or not reply:
             break
         turns.append((prompt, reply))
     return replace(item, turns=tuple(turns))

@@ -2,7 +2,8 @@
 
 A line is an object with `messages`, as chat endpoints take them. Where the last one is the assistant's, the line is a
 whole conversation, and each of the assistant's messages is the reply to a request. Else the line is one request, and
-its reply is `reply`, a text. `timestamp` says when the (first) request came, in seconds.
+its reply is `reply`, a text. `timestamp` says when the (first) request came, in seconds. Of a message its role and its
+text are read, so tool calls without a text are left out.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from keepkv_sglang.tools.verify.talk import Talk
 
 UNREACHABLE = 2
 TOLERANCES = {"float32": 1e-3}
-OTHER_TOLERANCE = 0.5
-"""Of 16-bit models: a logit of 20 in bfloat16 is rounded by up to 0.06, and kernels sum in another order."""
+OTHER_TOLERANCE = 0.2
+"""Of 16-bit models. In bfloat16 on a CPU 0.015 was seen (docs/log.md, 2026-11-27); a GPU's kernels sum in orders of
+their own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 TOP = 20  # so many of the most probable tokens come with each place
+LOCAL = ("127.0.0.1", "localhost", "::1")  # a proxy in the environment must not see these calls
 LogProbs = dict[int, float]
 
 
@@ -44,8 +45,9 @@ class Server:
     def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 600) -> None:
         """Raises UnreachableError."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout_s)
         try:
+            proxied = httpx.URL(url).host not in LOCAL
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=proxied)
             found = self._http.get("/server_info")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise UnreachableError(f"no server answers at {url}: {error}") from error

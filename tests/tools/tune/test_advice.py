@@ -28,7 +28,7 @@ def test_without_texts_only_memory_counts():
 
 
 def test_reasons_to_leave_it_off():
-    assert "nothing to win" in said(Choice(0.1, 0.9, 1.0), stock=0.895)
+    assert "no hits to win" in said(Choice(0.1, 0.9, 1.0), stock=0.895)
     few = said(Choice(0.1, 0.88, 0.7), Choice(0.2, 0.8, 0.8))
     assert few.startswith("Leave KeepKV off.") and "0.2 comes nearest, with 80.0%" in few and "--host-ratio 1" in few
     assert "--host-ratio" not in said(Choice(0.1, 0.88, 0.7), originals=True)

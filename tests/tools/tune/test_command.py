@@ -105,8 +105,11 @@ def test_as_many_requests_as_there_is_time_for(probe, trace):
 
 
 def test_a_long_conversation_is_cut_and_an_empty_reply_ends_it():
-    turns = (([1] * 1000, [1] * 500), ([1] * 500, [1] * 48), ([1], [1]))
+    turns = (([1] * 500, [1] * 200), ([1] * 300, [1] * 24), ([1], [1]))
     assert costs.sample([Item(0, "", 0, turns)])[0].turns == turns[:2]
+    first = (([1] * 5000, [1] * 120), *turns)
+    assert costs.sample([Item(0, "", 0, first)])[0].turns == first[:1]
+    assert costs.sample([Item(0, "", 0, (([1] * 5000, [1] * 121), *turns))]) == []
     assert costs.sample([Item(0, "", 0, (([1] * 9, []), *turns))]) == []
 
 
