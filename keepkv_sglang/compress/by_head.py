@@ -26,6 +26,7 @@ from keepkv_sglang.compress.layer import (
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, always_kept, match, own_cluster, select
 from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
+from keepkv_sglang.kernels import choose
 
 
 class Scored(NamedTuple):
@@ -60,7 +61,7 @@ def merge_scored(
         assert view.heads == group.heads
         for at, h in enumerate(range(view.heads.start, view.heads.stop)):
             jobs.append(_job(x, p, view, group, at, h, counts[h], scratch_bytes))
-    return _run(jobs, x.k.is_cpu)
+    return _run(jobs, x.k)
 
 
 def _job(
@@ -127,9 +128,11 @@ def _head(x: LayerInput, h: int) -> LayerInput:
     )
 
 
-def _run(jobs: Sequence[Callable[[], LayerResult]], on_cpu: bool) -> list[LayerResult]:
-    """On a CPU one head per thread, each of which computes alone: heads are too small to share."""
-    threads = torch.get_num_threads() if on_cpu else 1
+def _run(jobs: Sequence[Callable[[], LayerResult]], like: torch.Tensor) -> list[LayerResult]:
+    """On a CPU with the C++ kernels one head per thread, each of which computes alone: heads are too small to share."""
+    kernel = choose.implementation("merge", like) if like.is_cpu else None
+    compute_alone = getattr(kernel, "compute_alone", None)
+    threads = torch.get_num_threads() if compute_alone is not None else 1
     if threads == 1 or len(jobs) == 1:
         return [job() for job in jobs]
     inference = torch.is_inference_mode_enabled()  # of a thread, like the number of its threads
@@ -138,11 +141,9 @@ def _run(jobs: Sequence[Callable[[], LayerResult]], on_cpu: bool) -> list[LayerR
         with torch.inference_mode(inference), torch.set_grad_enabled(False):
             return job()
 
-    done = list(_pool(threads).map(alone, jobs))
-    torch.set_num_threads(threads)  # a worker's 1 would be that of threads that begin later
-    return done
+    return list(_pool(threads, compute_alone).map(alone, jobs))
 
 
 @cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "keepkv-heads", initializer=torch.set_num_threads, initargs=(1,))
+def _pool(threads: int, alone: Callable[[], None]) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "keepkv-heads", initializer=alone)

@@ -46,7 +46,8 @@ _library = cpu_build.build("merge")  # at import: the caller falls back to torch
 _nearest = cpu_build.load(_library, "keepkv_nearest")
 _segments = cpu_build.load(_library, "keepkv_segments")
 _fit = cpu_build.load(_library, "keepkv_fit")
-for _function in (_nearest, _segments, _fit):
+_alone = cpu_build.load(_library, "keepkv_alone")
+for _function in (_nearest, _segments, _fit, _alone):
     _function.argtypes = [ctypes.c_void_p]  # type: ignore[attr-defined]
 
 
@@ -145,6 +146,13 @@ def fit(
     args = _Fit(*(x.data_ptr() for x in (*given, votes, gram, rhs)), *sizes, *numbers)
     cpu_build.raise_for(_fit(ctypes.addressof(args)))
     return Fit(votes, gram, rhs)
+
+
+def compute_alone() -> None:
+    """From now on this thread's operations, torch's and ours, run on it alone. torch.set_num_threads(1) would reach
+    other threads: MKL is then wrong about theirs (reference.solve)."""
+    torch.get_num_threads()  # its first call sets the thread's number
+    _alone(None)
 
 
 def supports(k: torch.Tensor) -> bool:

@@ -312,6 +312,11 @@ extern "C" int keepkv_segments(const void* args) {
   return for_units(a.clusters, 64, a.threads, [&](int64_t c, Scratch& s) { merge_cluster(a, c, s); });
 }
 
+extern "C" int keepkv_alone(const void*) {
+  omp_set_num_threads(1);
+  return 0;
+}
+
 extern "C" int keepkv_fit(const void* args) {
   const FitArgs& a = *static_cast<const FitArgs*>(args);
   return for_units(a.heads, 1, a.threads, [&](int64_t h, Scratch& w) { fit(a, h, w); });

@@ -35,6 +35,12 @@ MATCHING_MIN_RIDGE = 1e-3
 MATCHING_MAX_LOG_MASS = 20.0
 
 
+def solve(system: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """system^-1 right, system symmetric and positive. By Cholesky: MKL's LU gives wrong numbers, or never ends, where
+    the process has other threads that computed and torch.set_num_threads was called (seen with torch 2.14.1)."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky(system))
+
+
 def snapkv_score(x: Any, pool_kernel: int, dtype: torch.dtype = torch.float64, power: int = 1) -> torch.Tensor:
     """[Hkv, n]: mean of p_i exp(l) / Z over the queries that see token i, then over the tokens around it.
 
@@ -166,7 +172,7 @@ def merge_cluster(a: Head, members: torch.Tensor, rule: str) -> tuple[torch.Tens
     gram = a.q @ a.q.T
     ridge = RIDGE * gram.diagonal().mean()
     system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    delta = a.q.T @ torch.linalg.solve(system, r) if float(ridge) > 0 else torch.zeros_like(k_bar)
+    delta = a.q.T @ solve(system, r[:, None])[:, 0] if float(ridge) > 0 else torch.zeros_like(k_bar)
     left = (attention * (r - a.q @ delta)).sum()
     left = left.clamp(-MAX_LOG_VOTE_CORRECTION, MAX_LOG_VOTE_CORRECTION)
     return k_bar + delta, v_bar, log_votes + left, True
@@ -221,7 +227,7 @@ def refit_values(a: Head, assign: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     gram = free.T @ free
     ridge = REFIT_RIDGE * gram.diagonal().mean() + REFIT_MIN_RIDGE
     out = v.clone()
-    out[merged] += free @ torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=v.dtype), residual)
+    out[merged] += free @ solve(gram + ridge * torch.eye(len(gram), dtype=v.dtype), residual)
     return out
 
 
@@ -254,7 +260,7 @@ def match_attention(
     gram = free @ free.T
     ridge = MATCHING_RIDGE * free.square().sum() / len(a.q) + MATCHING_MIN_RIDGE
     system = gram + ridge * torch.eye(len(gram), dtype=v.dtype, device=v.device)
-    return torch.cat((v[:fixed], v[fixed:] + torch.linalg.solve(system, free @ residual))), votes.log()
+    return torch.cat((v[:fixed], v[fixed:] + solve(system, free @ residual))), votes.log()
 
 
 def compress(x: Any, p: Any, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:

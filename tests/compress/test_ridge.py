@@ -16,6 +16,7 @@ from keepkv_sglang.compress.rules import ridge
 from keepkv_sglang.compress.select import SpanPolicy
 from keepkv_sglang.kernels.merge import cpp_impl
 from tests.support import layers
+from tests.support.exact import solve
 from tests.support.layers import F64, random_layer
 
 LAMBDA = 0.03, 1e-3
@@ -41,7 +42,7 @@ def shifted(gram: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 def optimum(a: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.solve(shifted(a @ a.transpose(1, 2), a), a @ r)
+    return solve(shifted(a @ a.transpose(1, 2), a), a @ r)
 
 
 def loss(a: torch.Tensor, r: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ def test_above_the_bounds_one_sweep_over_blocks(small, m, queries):
     wanted, left = torch.zeros(2, m, 8, dtype=F64), r.clone()
     for at in range(0, m, 16):
         b = a[:, at : at + 16]
-        wanted[:, at : at + 16] = torch.linalg.solve(shifted(b @ b.transpose(1, 2), a), b @ left)
+        wanted[:, at : at + 16] = solve(shifted(b @ b.transpose(1, 2), a), b @ left)
         left = left - b.transpose(1, 2) @ wanted[:, at : at + 16]
     delta, done = solved(a, r)
     assert done.all()
