@@ -105,4 +105,7 @@ def test_gpu_server_is_valid_shell_and_names_flags_that_exist(tmp_path: Path) ->
 
 def test_every_example_is_listed_in_the_readme() -> None:
     listed = set(re.findall(r"^\| `([^`]+)`", (EXAMPLES / "README.md").read_text(), re.MULTILINE))
-    assert listed == {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh")}
+    assert listed == files | {
+        f"{path.name}/" for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"
+    }

@@ -99,6 +99,7 @@ class World:
         self.first_layer, self.scales = 0, {0: 0.35, 1: 0.4}
         self.votes, self.arena = VoteStore(LAYERS, SLOTS, KV_HEADS, "cpu"), arena()
         self.scheduler = SimpleNamespace(enable_overlap=False)
+        self.cells = None  # every head keeps the same number
         self.calibration = Calibration(TOKENS, ROTARY)
         if calibrated:
             q = torch.randn(LAYERS, QUERIES, Q_HEADS, DIM)
