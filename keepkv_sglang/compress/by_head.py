@@ -20,11 +20,11 @@ from keepkv_sglang.compress.layer import (
     Output,
     check,
     head_views,
-    merge_heads,
+    keep_and_merge,
     reads_outputs,
 )
 from keepkv_sglang.compress.scorers import get_scorer
-from keepkv_sglang.compress.select import SpanPolicy, always_kept, match, own_cluster, select
+from keepkv_sglang.compress.select import SpanPolicy, always_kept, own_cluster, select
 from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
 from keepkv_sglang.kernels import choose
 
@@ -80,11 +80,7 @@ def _job(
 def _merge(head: LayerInput, p: SpanPolicy, view: HeadView, scored: Scored, scratch_bytes: int) -> LayerResult:
     """compress_layer of one head that has been scored."""
     out = Output.empty(head, p.m)
-    kept, absorbs = select(scored.scores, p)
-    assign = own_cluster(kept, head.k.shape[0])
-    if p.merge != "evict":
-        assign = match(view.k, kept, absorbs, assign, p, scratch_bytes, view.stored.k.transpose(0, 1))
-    merge_heads(head, view, view.window(scored.sums), kept, assign, p.merge, True, p.whole_tokens, out)
+    keep_and_merge(head, view, view.window(scored.sums), scored.scores, p, scratch_bytes, out)
     return LayerResult(out.kept, out.assign, out.k, out.v, out.lv)
 
 

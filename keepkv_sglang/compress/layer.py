@@ -71,16 +71,23 @@ def compress_layer(x: LayerInput, p: SpanPolicy, scratch_bytes: int = 64 << 20) 
     queries per thread. Grouping changes results by rounding only.
     """
     check(x, p)
-    scorer, matching, outputs = get_scorer(p.scorer), p.merge != "evict", reads_outputs(p.merge)
+    scorer, outputs = get_scorer(p.scorer), reads_outputs(p.merge)
     out = Output.empty(x, p.m)
     for view in head_views(x, scratch_bytes):
         window = view.window(query_sums(view.q, *view.stored, outputs, view.host))
-        kept, absorbs = select(scorer(window, p.pool_kernel), p)
-        assign = own_cluster(kept, view.k.shape[1])
-        if matching:
-            assign = match(view.k, kept, absorbs, assign, p, scratch_bytes, view.stored.k.transpose(0, 1))
-        merge_heads(x, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
+        keep_and_merge(x, view, window, scorer(window, p.pool_kernel), p, scratch_bytes, out)
     return LayerResult(out.kept, out.assign, out.k, out.v, out.lv)
+
+
+def keep_and_merge(
+    x: LayerInput, view: HeadView, window: Window, scores: torch.Tensor, p: SpanPolicy, scratch_bytes: int, out: Output
+) -> None:
+    """One head group that has been scored, scores [H, n]: select, match, merge into `out`."""
+    kept, absorbs = select(scores, p)
+    assign = own_cluster(kept, view.k.shape[1])
+    if p.merge != "evict":
+        assign = match(view.k, kept, absorbs, assign, p, scratch_bytes, view.stored.k.transpose(0, 1))
+    _merge_heads(x, view, window, kept, assign, p.merge, True, p.whole_tokens, out)
 
 
 def merge_from_assignment(
@@ -102,7 +109,7 @@ def merge_from_assignment(
     out = Output.empty(x, kept.shape[1])
     for view in head_views(x, scratch_bytes):
         window = view.window(query_sums(view.q, *view.stored, reads_outputs(rule), view.host))
-        merge_heads(x, view, window, kept[view.heads], assign[view.heads], rule, guard, fixed, out)
+        _merge_heads(x, view, window, kept[view.heads], assign[view.heads], rule, guard, fixed, out)
     return out.k, out.v, out.lv
 
 
@@ -203,7 +210,7 @@ def _head_groups(x: LayerInput, scratch_bytes: int, least: int) -> list[slice]:
     return [slice(h, min(h + step, heads)) for h in range(0, heads, step)]
 
 
-def merge_heads(
+def _merge_heads(
     x: LayerInput,
     view: HeadView,
     window: Window,

@@ -7,6 +7,7 @@ of a span, in their order, holds the span. Persistent cost: 4 bytes per slot, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -27,14 +28,14 @@ class PackedCells:
         """The pool's layers, as Layers has them (ValueError for layers that differ). None where no kernel reads packed
         spans: on a GPU, and without the C++ kernels."""
         kernel = choose.implementation("attention", keys[0])
-        return PackedCells(Layers(keys, values, log_votes)) if hasattr(kernel, "cut") else None
+        return PackedCells(Layers(keys, values, log_votes), kernel) if hasattr(kernel, "cut") else None
 
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
+    def __init__(self, layers: Layers, kernel: Any) -> None:
+        """kernel: an implementation of attention that has cut()."""
+        self.layers, self._kernel = layers, kernel
         self.span_of = torch.zeros(len(layers.keys[0]), dtype=torch.int32)
         self._start = torch.zeros(FIRST_ROOM, len(layers.keys) * layers.heads + 1, dtype=torch.int64)
         self._free = list(range(FIRST_ROOM - 1, 0, -1))
-        self._kernel = choose.implementation("attention", layers.keys[0])
 
     def reset(self, slots: torch.Tensor) -> None:
         """These slots are about to stand for one token each, in every head."""
@@ -65,7 +66,7 @@ class PackedCells:
         """What attention reads of rows int64 [B] of table int32 [R, C], lens int64 [B]; None: no packed spans there."""
         if len(self._free) == len(self._start) - 1:
             return None
-        cut: Cut = self._kernel.cut(table, rows, lens, self.span_of)  # type: ignore[union-attr]
+        cut: Cut = self._kernel.cut(table, rows, lens, self.span_of)
         if not len(cut.spans):
             return None
         return PackedRows(cut, Packed(self.layers, cut.first, cut.at, cut.slots, self._start[cut.spans]))
