@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from bench_attention import medians
 
 from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
 from keepkv_sglang.compress.packed import compress_packed
@@ -101,20 +100,6 @@ def compression(tokens: int, budget: float, heads: str) -> Callable[[], None]:
     return call
 
 
-def interleaved(contenders: dict[str, Callable[[], None]], seconds: float, least: int) -> dict[str, float]:
-    """Median seconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for call in contenders.values():
-        call()
-    stop = time.perf_counter() + seconds
-    while time.perf_counter() < stop or len(next(iter(times.values()))) < least:
-        for name, call in contenders.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -128,16 +113,16 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, commit {commit()}, {args.threads} thread(s), {args.dtype}")
     lines = []
     for batch, length, new in [(b, n, 0) for b, n in DECODE] + [(1, n, new) for n, new in EXTEND]:
-        found = interleaved(attention(batch, length, new, dtype), seconds, 5)
-        uniform, packed = (1e6 * found[name] for name in ("uniform", "packed"))
+        found = medians(attention(batch, length, new, dtype), seconds)
+        uniform, packed = found["uniform"], found["packed"]
         label = f"extend {length} + {new}" if new else f"decode {batch} x {length}"
         lines.append([label, f"{uniform:.0f}", f"{packed:.0f}", f"{packed / uniform:.2f}"])
     print("\n" + tables.plain(("attention", "uniform us", "packed us", "ratio"), lines), flush=True)
     lines = []
     for budget in (0.1, 0.2):
         calls = {heads: compression(args.tokens, budget, heads) for heads in ("uniform", "layer", "all")}
-        found = interleaved(calls, seconds, 3)
-        times = [f"{found[name]:.2f} ({found[name] / found['uniform']:.2f})" for name in calls]
+        found = medians(calls, seconds)
+        times = [f"{1e-6 * found[name]:.2f} ({found[name] / found['uniform']:.2f})" for name in calls]
         lines.append([f"{args.tokens} tokens, {budget:.0%}", *times])
     print("\n" + tables.plain(("compression", "uniform s", "layer", "all"), lines), flush=True)
 

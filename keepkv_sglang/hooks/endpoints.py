@@ -110,7 +110,7 @@ def before_run_http_server(server_args: Any, *_args: Any, **_kwargs: Any) -> Non
     if not flags.config_of(server_args).enabled:
         return
     from sglang.srt.entrypoints import http_server
-    from sglang.srt.utils.auth import AuthLevel, auth_level
+    from sglang.srt.utils.auth import AuthLevel, auth_level  # in the HTTP process alone, as the server itself
 
     http_server.app.add_middleware(CustomParams)
     http_server.app.add_api_route("/keepkv/requests/{rid}", request_report, methods=["GET"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 
@@ -21,12 +22,11 @@ def chromium() -> str | None:
 
 @contextmanager
 def browser() -> Iterator[Any]:
-    """Playwright's browser. Skips the test where there is none."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+    """Playwright's browser. Skips the test where no Chromium is installed, which pip cannot bring."""
     path = chromium()
     if path is None:
         pytest.skip(f"no Chromium: install one ({', '.join(NAMES)}) or name it in KEEPKV_CHROMIUM")
-    with sync_api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root in a container
         try:
             yield started

@@ -80,7 +80,7 @@ def body(prompt: Path) -> dict[str, Any]:
 
 def _ask(args: argparse.Namespace) -> tuple[list[Path], str, str]:
     """Sends the request: (the record's folder, the request's id, the tokenizer's place)."""
-    import httpx  # start-up cost
+    import httpx  # start-up cost: every `keepkv` command makes the parser of this one
 
     content = body(args.prompt)
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}

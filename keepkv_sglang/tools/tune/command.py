@@ -18,6 +18,8 @@ from keepkv_sglang.tools.models import cache as models
 from keepkv_sglang.tools.report import plots, tables
 from keepkv_sglang.tools.simulate.command import pool_size
 
+# Start-up cost: every `keepkv` command makes the parser of this one. So numpy, torch and the simulator are imported
+# where they are used, here and below.
 if TYPE_CHECKING:
     from keepkv_sglang.tools.evaluate.turns import Item
     from keepkv_sglang.tools.simulate.traces import Workload
@@ -51,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0. ValueError for what cannot work."""
-    from keepkv_sglang.tools.tune import advice
+    from keepkv_sglang.tools.tune import advice  # start-up cost
 
     budgets = sorted(set(args.budget or BUDGETS))
     if not all(0 < budget < 1 for budget in budgets):
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _trace(args: argparse.Namespace) -> tuple[Workload, Any, list[Item]]:
     """The workload; the model, and the conversations where the trace has texts."""
-    from keepkv_sglang.tools.simulate import traces
+    from keepkv_sglang.tools.simulate import traces  # start-up cost, as the next one
     from keepkv_sglang.tools.tune import messages
 
     path = Path(args.trace)
@@ -95,7 +97,7 @@ def _trace(args: argparse.Namespace) -> tuple[Workload, Any, list[Item]]:
 
 
 def _buys(args: argparse.Namespace, work: Workload, budgets: list[float], seconds: float) -> Bought:
-    from tqdm import tqdm
+    from tqdm import tqdm  # start-up cost, as the next ones
 
     from keepkv_sglang.tools.simulate.replay import Timing
     from keepkv_sglang.tools.tune import buys
@@ -108,7 +110,7 @@ def _buys(args: argparse.Namespace, work: Workload, budgets: list[float], second
 
 
 def _costs(args: argparse.Namespace, probe: Any, items: list[Item], budgets: list[float], seconds: float) -> Any:
-    from tqdm import tqdm
+    from tqdm import tqdm  # start-up cost, as the next ones
 
     from keepkv_sglang.tools.tune import costs
 
