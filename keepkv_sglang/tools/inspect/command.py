@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from keepkv_sglang.tools.remote import Remote, add_api_key, keepkv_states
+
 FLAG = "--keepkv-record"
+TIMEOUT_S = 3600.0  # a long prompt on a CPU
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=Path, metavar="FILE", help=prompt)
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of the answer (default: 64)")
     parser.add_argument("--keepkv", type=_object, default={}, metavar="JSON", help="such as '{\"budget\": 0.1}'")
-    parser.add_argument("--api-key", default="", help="where the server asks for one")
+    add_api_key(parser)
     record = "files of a record, or its folder, instead of a URL"
     parser.add_argument("--record", type=Path, nargs="+", metavar="PATH", help=record)
     parser.add_argument("--rid", help="which request of the record (default: the last)")
@@ -80,22 +82,16 @@ def body(prompt: Path) -> dict[str, Any]:
 
 def _ask(args: argparse.Namespace) -> tuple[list[Path], str, str]:
     """Sends the request: (the record's folder, the request's id, the tokenizer's place)."""
-    import httpx  # start-up cost: every `keepkv` command makes the parser of this one
-
     content = body(args.prompt)
-    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
-    with httpx.Client(base_url=args.url.rstrip("/"), headers=headers, timeout=3600, trust_env=False) as client:
-        try:
-            info = _answer(client.get, "/server_info")
-            folder = recording(info)
-            asked = {"model": "default", "max_tokens": args.max_tokens, "temperature": 0, **content}
-            asked |= {"stream": False, "return_meta_info": True}
-            asked["cache_salt"] = uuid.uuid4().hex  # nothing of it is in the prefix cache
-            custom = asked.get("custom_params") or {}
-            asked["custom_params"] = {**custom, "keepkv": {**custom.get("keepkv", {}), **args.keepkv}}
-            said = _answer(client.post, "/v1/chat/completions", json=asked)
-        except httpx.HTTPError as error:
-            raise ValueError(f"{args.url} does not answer: {error}") from None
+    with Remote(args.url, args.api_key, TIMEOUT_S) as remote:
+        info = remote.get("/server_info")
+        folder = recording(args.url, info)
+        asked = {"model": "default", "max_tokens": args.max_tokens, "temperature": 0, **content}
+        asked |= {"stream": False, "return_meta_info": True}
+        asked["cache_salt"] = uuid.uuid4().hex  # nothing of it is in the prefix cache
+        custom = asked.get("custom_params") or {}
+        asked["custom_params"] = {**custom, "keepkv": {**custom.get("keepkv", {}), **args.keepkv}}
+        said = remote.post("/v1/chat/completions", asked)
     numbers, rid = said["choices"][0]["meta_info"]["keepkv"], said["id"]
     if not numbers.get("compressions"):
         why = numbers.get("reason") or "it is shorter than --keepkv-min-tokens, or the pool had no room"
@@ -109,19 +105,9 @@ def _ask(args: argparse.Namespace) -> tuple[list[Path], str, str]:
     return [folder], rid, model
 
 
-def recording(info: dict[str, Any]) -> Path:
+def recording(url: str, info: dict[str, Any]) -> Path:
     """The folder that a server records into, from its /server_info. ValueError that says how to start one."""
-    ours = info.get("internal_states", [{}])[0].get("keepkv")
-    if ours is None:
-        raise ValueError("this server runs without KeepKV: start it with --enable-keepkv --keepkv-record FOLDER")
-    if not ours["config"].get("record"):
+    folder = keepkv_states(url, info)[0]["config"].get("record")
+    if not folder:
         raise ValueError(f"this server does not record: start it with {FLAG} FOLDER")
-    return Path(ours["config"]["record"])
-
-
-def _answer(call: Callable[..., Any], path: str, **rest: Any) -> dict[str, Any]:
-    response = call(path, **rest)
-    if response.status_code != 200:
-        raise ValueError(f"{path}: HTTP {response.status_code}: {response.text[:300]}")
-    found: dict[str, Any] = response.json()
-    return found
+    return Path(folder)

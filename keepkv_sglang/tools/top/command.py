@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 
+from keepkv_sglang.tools import remote
+
 UNREACHABLE, OFF = 1, 3
-KEY = "KEEPKV_API_KEY"
+TIMEOUT_S = 10.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:30000", help="of the server (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="print once and exit: 1 no server there, 3 no KeepKV in it")
     parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (default: 2)")
-    parser.add_argument("--api-key", default=os.environ.get(KEY), help=f"of the server (default: ${KEY})")
+    remote.add_api_key(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,12 +28,13 @@ def run(args: argparse.Namespace) -> int:
 
     if args.every <= 0:
         raise ValueError("--every must be above 0")
-    server, console = reading.Server(args.url, args.api_key), Console(highlight=False)
+    console = Console(highlight=False)
     try:
-        first = server.read()
-    except (reading.Unreachable, reading.KeepKVOff) as error:
+        server = remote.Remote(args.url, args.api_key, TIMEOUT_S)
+        first = reading.read(server)
+    except (remote.UnreachableError, remote.OffError) as error:
         print(f"keepkv top: {error}", file=sys.stderr)
-        return OFF if isinstance(error, reading.KeepKVOff) else UNREACHABLE
+        return OFF if isinstance(error, remote.OffError) else UNREACHABLE
     if args.once or not console.is_terminal or console.is_dumb_terminal:
         console.print(screen.view(first))
     else:

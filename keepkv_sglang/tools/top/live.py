@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from keepkv_sglang.tools.top.reading import KeepKVOff, Reading, Server, Unreachable
+from keepkv_sglang.tools.remote import OffError, Remote, UnreachableError
+from keepkv_sglang.tools.top.reading import Reading, read
 from keepkv_sglang.tools.top.screen import view
 
 RATES_OVER_S = 60.0
 
 
-def watch(server: Server, first: Reading, every_s: float, console: Console) -> None:
+def watch(server: Remote, first: Reading, every_s: float, console: Console) -> None:
     """Looks every so many seconds. It goes on when the server is away for a while; KeyboardInterrupt ends it too."""
     past = deque([first])
     with _keys() as pressed, Live(view(first, note=_note()), console=console, screen=True, auto_refresh=False) as live:
@@ -29,12 +30,12 @@ def watch(server: Server, first: Reading, every_s: float, console: Console) -> N
             live.update(_next(server, past), refresh=True)
 
 
-def _next(server: Server, past: deque[Reading]) -> RenderableType:
+def _next(server: Remote, past: deque[Reading]) -> RenderableType:
     """Looks again; past: the readings of the last RATES_OVER_S, the oldest first."""
     last = past[-1]
     try:
-        past.append(server.read())
-    except (Unreachable, KeepKVOff) as error:
+        past.append(read(server))
+    except (UnreachableError, OffError) as error:
         return view(last, note=f"{time.monotonic() - last.when:.0f} s old: {error}")
     now = past[-1]
     if now.counters["hook_seconds"] < last.counters["hook_seconds"]:  # another process: the server was started again

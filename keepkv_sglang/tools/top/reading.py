@@ -7,20 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from keepkv_sglang.observe.families import VOTES
-
-TIMEOUT_S = 10.0
-
-
-class Unreachable(ValueError):
-    """Nothing at this address answers as an SGLang server does."""
-
-
-class KeepKVOff(ValueError):
-    """An SGLang server without KeepKV."""
+from keepkv_sglang.tools.remote import Remote, keepkv_states
 
 
 @dataclass(frozen=True)
@@ -44,49 +34,18 @@ class Reading:
     votes: Mapping[float, float] = field(default_factory=dict)
 
 
-class Server:
-    """A server by its address. key: of --api-key, or None."""
-
-    def __init__(self, url: str, key: str | None = None) -> None:
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
-        self._session = requests.Session()
-        if key:
-            self._session.headers["Authorization"] = f"Bearer {key}"
-
-    def read(self) -> Reading:
-        """Raises Unreachable, KeepKVOff."""
-        info, loads = self._json("/server_info"), self._json("/v1/loads?include=core")
-        votes = votes_of(self._get("/metrics").text) if info.get("enable_metrics") else {}
-        return reading_of(self.url, info, loads, votes)
-
-    def _json(self, path: str) -> dict[str, Any]:
-        try:
-            answer = self._get(path).json()
-        except requests.JSONDecodeError:
-            raise Unreachable(f"{self.url}{path} gave no JSON; is this the address of an SGLang server?") from None
-        if not isinstance(answer, dict):
-            raise Unreachable(f"{self.url}{path} gave {type(answer).__name__}; is this an SGLang server?")
-        return answer
-
-    def _get(self, path: str) -> requests.Response:
-        try:
-            answer = self._session.get(self.url + path, timeout=TIMEOUT_S)
-        except requests.RequestException as error:
-            raise Unreachable(f"no server answers at {self.url}: {_reason(error)}") from None
-        if answer.status_code == 401:
-            raise Unreachable(f"the server at {self.url} wants its key: give --api-key")
-        if not answer.ok:
-            raise Unreachable(f"{self.url}{path} answered HTTP {answer.status_code}; is this an SGLang server?")
-        return answer
+def read(server: Remote) -> Reading:
+    """Raises UnreachableError, OffError."""
+    info, loads = server.get("/server_info"), server.get("/v1/loads?include=core")
+    votes = votes_of(server.text("/metrics")) if info.get("enable_metrics") else {}
+    return reading_of(server.url, info, loads, votes)
 
 
 def reading_of(
     url: str, info: Mapping[str, Any], loads: Mapping[str, Any], votes: Mapping[float, float] | None = None
 ) -> Reading:
-    """Of the answers themselves. Raises KeepKVOff."""
-    states = [state["keepkv"] for state in info.get("internal_states", ()) if "keepkv" in state]
-    if not states:
-        raise KeepKVOff(f"the server at {url} runs without KeepKV; start it with --enable-keepkv")
+    """Of the answers themselves. Raises OffError."""
+    states = keepkv_states(url, info)
     kept = [state["originals"] for state in states if "originals" in state]
     cores = loads.get("loads", ())
     return Reading(
@@ -125,11 +84,3 @@ def _sums(parts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
             if isinstance(value, int | float):
                 total[name] = total.get(name, 0) + value
     return total
-
-
-def _reason(error: requests.RequestException) -> str:
-    if isinstance(error, requests.Timeout):
-        return f"not within {TIMEOUT_S:.0f} s"
-    if isinstance(error, requests.ConnectionError):
-        return "connection refused" if "refused" in str(error) else "it cannot be reached"
-    return str(error)

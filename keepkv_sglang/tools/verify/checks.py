@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from keepkv_sglang.tools.remote import RefusedError, WrongError
 from keepkv_sglang.tools.verify.compare import Difference, difference, divergence
-from keepkv_sglang.tools.verify.server import Answer, RefusedError, WrongError
+from keepkv_sglang.tools.verify.server import Answer
 from keepkv_sglang.tools.verify.talk import FULL, Talk
 
 Pairs = Sequence[tuple[Answer, Answer]]

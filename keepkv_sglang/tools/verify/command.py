@@ -7,8 +7,9 @@ import sys
 import time
 
 from keepkv_sglang.settings.values import budget_from_text
+from keepkv_sglang.tools.remote import OffError, Remote, UnreachableError, add_api_key
 from keepkv_sglang.tools.verify.checks import FAILED, OK, SHOWN, SKIPPED, Checks, Row
-from keepkv_sglang.tools.verify.server import RefusedError, Server, UnreachableError, WrongError
+from keepkv_sglang.tools.verify.server import Server
 from keepkv_sglang.tools.verify.talk import Talk
 
 UNREACHABLE = 2
@@ -27,20 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " the prefix cache for everybody; without it in a namespace that nobody has used")  # fmt: skip
     add("--tolerance", type=float, metavar="NATS", help="most difference in log-probability of ways that must"
         f" agree (default: {TOLERANCES['float32']} for float32, else {OTHER_TOLERANCE})")  # fmt: skip
-    add("--api-key", help="of the server, where it has one")
+    add_api_key(parser)
     add("--timeout", type=float, default=600, metavar="SECONDS", help="for one answer (default: 600)")
 
 
 def run(args: argparse.Namespace) -> int:
     """0 when all that could be checked is well, 1 when something is not, 2 when no server with KeepKV answers."""
     try:
-        with Server(args.url, args.api_key, args.timeout) as server:
-            return _verify(server, args)
-    except UnreachableError as error:
+        with Remote(args.url, args.api_key, args.timeout) as remote:
+            return _verify(Server(remote), args)
+    except (UnreachableError, OffError) as error:
         print(f"keepkv verify: {error}", file=sys.stderr)
         return UNREACHABLE
-    except (RefusedError, WrongError) as error:  # before anything could be compared
-        raise ValueError(str(error)) from error
 
 
 def _verify(server: Server, args: argparse.Namespace) -> int:

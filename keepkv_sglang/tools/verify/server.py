@@ -1,4 +1,4 @@
-"""A running server, reached over HTTP: what it is, and one answer with its log-probabilities."""
+"""What `keepkv verify` asks of a running server: one answer with its log-probabilities."""
 
 from __future__ import annotations
 
@@ -6,23 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+from keepkv_sglang.tools.remote import Remote, keepkv_states
 
 TOP = 20  # so many of the most probable tokens come with each place
-LOCAL = ("127.0.0.1", "localhost", "::1")  # a proxy in the environment must not see these calls
 LogProbs = dict[int, float]
-
-
-class UnreachableError(Exception):
-    """No server there, or none with KeepKV; the message says what to do."""
-
-
-class RefusedError(Exception):
-    """The server does not allow this one request; the message is its own."""
-
-
-class WrongError(Exception):
-    """The server failed on a request, or did not answer it in the way that was asked for; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +29,15 @@ class Answer:
 class Server:
     """info: /server_info. keepkv: its part of KeepKV, of the first scheduler."""
 
-    def __init__(self, url: str, api_key: str | None = None, timeout_s: float = 600) -> None:
-        """Raises UnreachableError."""
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            proxied = httpx.URL(url).host not in LOCAL
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, trust_env=proxied)
-            found = self._http.get("/server_info")
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UnreachableError(f"no server answers at {url}: {error}") from error
-        if found.status_code in (401, 403):
-            raise UnreachableError(f"{url} wants another key: give --api-key")
-        try:
-            self.info: dict[str, Any] = found.raise_for_status().json()
-            states = self.info["internal_states"]
-        except (httpx.HTTPStatusError, ValueError, TypeError, KeyError) as error:
-            raise UnreachableError(f"what answers at {url} is no SGLang server: {error!r}") from error
-        if not states or "keepkv" not in states[0]:
-            raise UnreachableError(f"the server at {url} runs without KeepKV: start it with --enable-keepkv")
-        self.keepkv: dict[str, Any] = states[0]["keepkv"]
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._http.close()
+    def __init__(self, remote: Remote) -> None:
+        """Raises UnreachableError, OffError."""
+        self._remote = remote
+        self.info = remote.get("/server_info")
+        self.keepkv = keepkv_states(remote.url, self.info)[0]
 
     def tokens(self, **what: Any) -> list[int]:
         """Token ids of a `prompt`, or of `messages` as the chat template renders them. Raises RefusedError."""
-        ids: list[int] = self._post("/tokenize", what)["tokens"]
+        ids: list[int] = self._remote.post("/tokenize", what)["tokens"]
         return ids
 
     def generate(
@@ -90,21 +57,11 @@ class Server:
         }
         if self.info.get("dp_size", 1) > 1:
             body["routed_dp_rank"] = 0  # each rank has a prefix cache of its own
-        return _answer(self._post("/generate", body))
+        return _answer(self._remote.post("/generate", body))
 
     def flush(self) -> None:
         """Empties the prefix cache, for everybody. Raises RefusedError while requests run."""
-        self._post("/flush_cache", {})
-
-    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        try:
-            answer = self._http.post(path, json=body)
-        except httpx.HTTPError as error:
-            raise UnreachableError(f"the server does not answer {path} any more: {error!r}") from error
-        if not answer.is_success:
-            kind = WrongError if answer.is_server_error else RefusedError
-            raise kind(f"HTTP {answer.status_code} on {path}: {_message(answer)}")
-        return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
+        self._remote.post("/flush_cache", {})
 
 
 def _answer(data: Mapping[str, Any]) -> Answer:
@@ -120,13 +77,3 @@ def _answer(data: Mapping[str, Any]) -> Answer:
 
 def _log_probs(entries: Sequence[Sequence[Any]]) -> LogProbs:
     return {token: value for value, token, _ in entries}
-
-
-def _message(answer: httpx.Response) -> str:
-    """What an error says, in one line."""
-    try:
-        error = answer.json()["error"]
-        text = str(error["message"] if isinstance(error, dict) else error)
-    except (ValueError, KeyError, TypeError):
-        text = answer.text
-    return " ".join(text.split())[:300]

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from keepkv_sglang.tools.verify.server import Answer, RefusedError, Server
+from keepkv_sglang.tools.remote import RefusedError
+from keepkv_sglang.tools.verify.server import Answer, Server
 
 SYSTEM = "You keep the log of a harbour. Answer in one short sentence, from what the user has told you."
 SAID = "The keeper lights the lamp at dusk.\n"

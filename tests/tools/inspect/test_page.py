@@ -99,11 +99,11 @@ def test_a_model_that_is_none(tmp_path):
 
 
 def test_a_server_that_does_not_record():
-    with pytest.raises(ValueError, match="start it with --enable-keepkv --keepkv-record FOLDER"):
-        command.recording({"internal_states": [{}]})
+    with pytest.raises(ValueError, match="the server at URL runs without KeepKV; start it with --enable-keepkv"):
+        command.recording("URL", {"internal_states": [{}]})
     off = {"internal_states": [{"keepkv": {"config": {"record": ""}}}]}
     with pytest.raises(ValueError, match="does not record: start it with --keepkv-record FOLDER"):
-        command.recording(off)
+        command.recording("URL", off)
 
 
 def test_prompts(tmp_path):
@@ -138,7 +138,7 @@ def test_files_that_are_no_record(tmp_path):
         ((), "use either a URL"),
         (("http://127.0.0.1:1", "--record", "x"), "use either a URL"),
         (("http://127.0.0.1:1",), "--prompt FILE"),
-        (("http://127.0.0.1:1", "--prompt", __file__), "does not answer"),
+        (("http://127.0.0.1:1", "--prompt", __file__), "no server answers at"),
         (("http://127.0.0.1:1", "--prompt", "/nowhere"), "/nowhere"),
         (("--record", "/nowhere"), "--model"),
         (("--record", "/nowhere", "--model", "m"), "is not there"),

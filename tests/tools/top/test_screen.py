@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from keepkv_sglang.tools.top.reading import KeepKVOff, reading_of, votes_of
+from keepkv_sglang.tools.remote import OffError
+from keepkv_sglang.tools.top.reading import reading_of, votes_of
 from keepkv_sglang.tools.top.screen import rows, view
 
 CANNED: dict[str, Any] = json.loads((Path(__file__).parent / "canned.json").read_text())
@@ -107,7 +108,7 @@ def test_a_server_that_has_done_nothing_yet():
 
 
 def test_without_keepkv_it_is_an_error_that_says_what_to_do():
-    with pytest.raises(KeepKVOff, match="--enable-keepkv"):
+    with pytest.raises(OffError, match="--enable-keepkv"):
         reading_of(URL, {"internal_states": [{}]}, {})
 
 

@@ -67,4 +67,4 @@ def test_another_kind_of_server_is_exit_2(capsys):
         finally:
             server.shutdown()
             thread.join()
-    assert "is no SGLang server" in capsys.readouterr().err
+    assert "is this an SGLang server?" in capsys.readouterr().err
