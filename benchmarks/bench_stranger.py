@@ -38,6 +38,7 @@ from keepkv_sglang.tools.server_process import ServerProcess, group_members
 
 POOLS = {"off": 16_000, "keepkv": 5_200}
 NAMES = {"off": "disabled", "keepkv": "keepkv"}  # as Setup calls them
+NEIGHBOUR = 1500  # tokens of its stream. SGLang sets them all aside (ignore_eos): a longer one keeps the stranger out
 LEAST_S, MOST_S = 3.0, 8.0  # how long the neighbour is watched
 PROBE_S = 0.5
 OFF = {"enabled": False}
@@ -130,7 +131,7 @@ class Neighbour:
         self.stamps: list[float] = []
         self.spent: list[float] = []
         self._scheduler = scheduler_of(server)
-        self._ask = body(prompt(200, seed), 2000, keepkv, stream=True)
+        self._ask = body(prompt(200, seed), NEIGHBOUR, keepkv, stream=True)
         self._url, self._stop, self.started = server.base_url, threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._read)
 
