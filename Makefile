@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint dist kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-stranger bench-tree bench-span-quality bench-metrics bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint dist kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-stranger bench-pieces bench-tree bench-span-quality bench-metrics bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -86,6 +86,9 @@ bench-short: env model ## what KeepKV costs requests that it never compresses: t
 
 bench-stranger: env model ## what one client can cost another: the worst requests beside a neighbour's stream (8 min)
 	$(BIN)/python benchmarks/bench_stranger.py $(ARGS)
+
+bench-pieces: env model ## how long a stream stops while a long prompt of another is compressed, at once and in pieces (8 min)
+	$(BIN)/python -m benchmarks.bench_pieces $(ARGS)
 
 bench-originals: env model ## what reading a history over its originals costs and saves: first token, twenty turns
 	$(BIN)/python benchmarks/bench_originals.py $(ARGS)

@@ -7,8 +7,9 @@ small: one layer at a time, 30 layers spend most of their time on starting opera
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -93,26 +94,53 @@ def compress_rows(
     order, after it is written. As many layers at once as `scratch_bytes` hold: the logits of all their heads, and K
     and V of context and span; one layer where that is too much, or on a CPU as many as give every thread a head.
     """
+    return chain.from_iterable(row_pieces(storage, rows, queries, q_heads, q_index, policy, scratch_bytes))
+
+
+def row_pieces(
+    storage: Storage,
+    rows: Rows,
+    queries: Callable[[int], torch.Tensor],
+    q_heads: int,
+    q_index: torch.Tensor,
+    policy: SpanPolicy,
+    scratch_bytes: int,
+    most_layers: int | None = None,
+) -> Iterator[Iterable[LayerResult]]:
+    """compress_rows, one group of at most `most_layers` layers after the other. Between two pieces time may pass, as
+    long as nothing that is read changes. A piece is computed while it is iterated, before the next one is asked for."""
     if not storage.keys:  # the simulator's pool has no layers
         return
-    for layers in layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes):
-        count = len(layers)
-        x = layer_input(storage, rows, layers, queries, q_index)
-        result = compress_layer(x, policy, scratch_bytes)
-        parts = zip(
-            layers,
-            result.kept.chunk(count),
-            result.assign.chunk(count),
-            result.k.chunk(count, dim=1),
-            result.v.chunk(count, dim=1),
-            result.lv.chunk(count, dim=1),
-            strict=True,
-        )
-        for layer, kept, assign, k, v, lv in parts:
-            storage.keys[layer][rows.target] = k
-            storage.values[layer][rows.target] = v
-            storage.log_votes[layer][rows.target] = lv
-            yield LayerResult(kept, assign, k, v, lv)
+    for layers in layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes, most_layers):
+        yield _layers_of_rows(storage, rows, layers, queries, q_index, policy, scratch_bytes)
+
+
+def _layers_of_rows(
+    storage: Storage,
+    rows: Rows,
+    layers: Sequence[int],
+    queries: Callable[[int], torch.Tensor],
+    q_index: torch.Tensor,
+    policy: SpanPolicy,
+    scratch_bytes: int,
+) -> Iterator[LayerResult]:
+    count = len(layers)
+    x = layer_input(storage, rows, layers, queries, q_index)
+    result = compress_layer(x, policy, scratch_bytes)
+    parts = zip(
+        layers,
+        result.kept.chunk(count),
+        result.assign.chunk(count),
+        result.k.chunk(count, dim=1),
+        result.v.chunk(count, dim=1),
+        result.lv.chunk(count, dim=1),
+        strict=True,
+    )
+    for layer, kept, assign, k, v, lv in parts:
+        storage.keys[layer][rows.target] = k
+        storage.values[layer][rows.target] = v
+        storage.log_votes[layer][rows.target] = lv
+        yield LayerResult(kept, assign, k, v, lv)
 
 
 def layer_input(
@@ -130,8 +158,11 @@ def layer_input(
     return LayerInput(q, q_index, k_ctx, lv_ctx, k, v, lv, storage.scales[layers[0]])
 
 
-def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scratch_bytes: int) -> list[list[int]]:
-    """Consecutive layers of one softmax scale and one shape of K and V, as many as fit (compress_rows)."""
+def layer_groups(
+    storage: Storage, rows: Rows, queries: int, q_heads: int, scratch_bytes: int, most_layers: int | None = None
+) -> list[list[int]]:
+    """Consecutive layers of one softmax scale and one shape of K and V, as many as fit (compress_rows), at most
+    `most_layers`."""
     groups: list[list[int]] = []
     for layer, (keys, values, scale) in enumerate(zip(storage.keys, storage.values, storage.scales, strict=True)):
         span, size = rows.n * (keys.shape[1:].numel() + values.shape[1:].numel()), keys.element_size()
@@ -143,6 +174,7 @@ def layer_groups(storage: Storage, rows: Rows, queries: int, q_heads: int, scrat
             # As compress/layer.py._head_groups counts them.
             needed = max(numbers, 2 * rows.n * queries * q_heads, 1) * max(4, size)
         most = max(-(-heads_at_once(keys) // keys.shape[1]), scratch_bytes // needed)
+        most = min(most, most_layers or most)
         first = groups[-1][0] if groups else layer
         alike = storage.scales[first] == scale and _shape(storage, first) == _shape(storage, layer)
         if groups and alike and len(groups[-1]) < most:

@@ -7,8 +7,9 @@ where a sharing decides each layer alone, then every head is merged into its own
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 
@@ -44,7 +45,24 @@ def compress_packed(
     what the queries found in each layer, Q (D + 2) + 4 n float32 numbers per head, unless the sharing goes by layer;
     and as many K and V as fit scratch_bytes.
     """
-    groups = layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes)
+    shared = (storage, rows, queries, q_heads, q_index, policy, left, scratch_bytes, packed)
+    return chain.from_iterable(packed_pieces(*shared))
+
+
+def packed_pieces(
+    storage: Storage,
+    rows: Rows,
+    queries: Callable[[int], torch.Tensor],
+    q_heads: int,
+    q_index: torch.Tensor,
+    policy: SpanPolicy,
+    left: int,
+    scratch_bytes: int,
+    packed: Callable[[torch.Tensor, torch.Tensor], None],
+    most_layers: int | None = None,
+) -> Iterator[Iterable[LayerResult]]:
+    """compress_packed in pieces, as batch.row_pieces; one that only scores has no results."""
+    groups = layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes, most_layers)
     heads, writer, kept = storage.keys[0].shape[1], _Writer(storage, rows, policy, left), []
     by_layer = getattr(get_sharing(policy.heads), "by_layer", False)
     for together in [[group] for group in groups] if by_layer else [groups]:
@@ -57,6 +75,7 @@ def compress_packed(
                 x = replace(x, k_ctx=x.k[:0], lv_ctx=x.lv[:0])
             room -= x.k.nbytes + x.v.nbytes + x.k_ctx.nbytes
             inputs.append(x if room >= 0 or len(together) == 1 else None)
+            yield ()
         scores = torch.cat([part.scores for group in scored for part in group])
         counts = slots_of_heads(scores.view(-1, heads, rows.n), policy, policy.heads)
         kept += counts
@@ -68,7 +87,7 @@ def compress_packed(
             for at in range(len(layers)):
                 writer.add(results[at * heads : (at + 1) * heads])
             writer.flush()
-            yield from results
+            yield results
     packed(writer.slots, torch.tensor(kept) - policy.whole_tokens - left)
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
 
-from keepkv_sglang.compress.batch import Rows, Storage, compress_rows, scratch_bytes
+from keepkv_sglang.compress.batch import Rows, Storage, row_pieces, scratch_bytes
 from keepkv_sglang.compress.layer import LayerResult
-from keepkv_sglang.compress.packed import compress_packed, shares_cells
+from keepkv_sglang.compress.packed import packed_pieces, shares_cells
 from keepkv_sglang.compress.precision import exact_float32
 from keepkv_sglang.compress.queries.references import QuerySample
 from keepkv_sglang.compress.registry import SCORERS
@@ -37,82 +38,172 @@ from keepkv_sglang.turn.state import RequestState
 logger = logging.getLogger("keepkv")
 
 
-def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> bool | None:
-    """Merges the span's slots of every layer into m of the request's own slots and shortens its row.
+class Outcome(Enum):
+    """What became of a span that was due."""
+
+    DONE = "it is compressed"
+    NO_ROOM = "nothing has changed: the pool has no room for the result"
+    FAILED = "nothing has changed: an error of ours"
+    UNFINISHED = "nothing has changed yet: the next piece is due with the request's next token"
+
+
+@dataclass(eq=False)
+class Compression:
+    """A span whose result is being computed. Until it is committed, nothing that anybody reads has changed.
+
+    target: int64 [m], where the result goes; taken: those of them that were free before; spare: slots of the row that
+    are free afterwards. most_layers: of a piece, where it may be computed over several steps. at: the row's slots when
+    the last piece was computed.
+    """
+
+    rt: Runtime
+    state: RequestState
+    span: DueSpan
+    target: torch.Tensor
+    taken: torch.Tensor
+    spare: torch.Tensor
+    most_layers: int | None = None
+    at: int = 0
+    seconds: float = 0.0
+    before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    pieces: Iterator[Iterable[LayerResult]] | None = None
+    tally: _Tally | None = None
+
+    def work(self, req: Any, whole: bool) -> bool:
+        """The next piece, or all that is left. Returns whether all is written."""
+        rt = self.rt
+        if not rt.kv_pool.layer_num:  # the simulator's slots have no contents
+            return True
+        if self.pieces is None:
+            self._begin(req)
+        assert self.pieces is not None and self.tally is not None
+        self.at = req.kv.kv_committed_len
+        with on_forward_stream(rt.scheduler), exact_float32():
+            for piece in self.pieces:
+                for result in piece:
+                    self.tally.add(result)
+                if self.most_layers and not whole:
+                    return False
+            self.tally.finish(self.state)
+        return True
+
+    def _begin(self, req: Any) -> None:
+        rt, span = self.rt, self.span
+        if len(self.target) > len(self.taken):
+            self.before = _contents(rt, self.target)
+        stop = span.start + span.slots
+        row = rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :stop].to(torch.int64)
+        reading = stream.reading(rt, req, self.state, span.first, span.end) if span.originals else None
+        where = _rows(rt, row[: span.start], row[span.start :], self.target, reading)
+        queries = _queries(rt, span)
+        self.tally = _Tally(rt, req, self.state, span, row[: span.start], self.target)
+        with on_forward_stream(rt.scheduler), exact_float32():
+            self.pieces = iter(_compress(rt, where, queries, span.policy, span.left, self.most_layers))
+
+    def drop(self) -> None:
+        """It will not be finished: everything is as it was before."""
+        self.end()
+        rt = self.rt
+        with on_forward_stream(rt.scheduler):
+            for pool, content in self.before:
+                pool[self.target] = content
+        if rt.cells is not None:
+            rt.cells.reset(self.target)
+        if len(self.taken):
+            rt.allocator.free(self.taken)
+
+    def end(self) -> None:
+        """What it held is the row's now, or free."""
+        self.state.compression = None
+        self.rt.tree.unfinished_slots -= len(self.taken)
+
+
+def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan, whole: bool = True) -> Outcome:
+    """Merges the span's slots of every layer into m of the request's own slots and shortens its row; with `whole`
+    False perhaps only a piece of it, the rest when it is called again.
 
     Mutates the KV pool and the votes (only slots that are private to the request or newly allocated), the row, the
-    request's lengths, lock and offset. Returns False, with nothing changed, when the pool has no room for it, and
-    None, with nothing changed, after an error; raises that where the pool cannot hold the request uncompressed.
+    request's lengths, lock and offset. After an error it raises that where the pool cannot hold the request
+    uncompressed.
 
     Of the span, row positions below cache_protected_len belong to the prefix cache (raw spans that are compressed with
     this turn, or the whole chain under a budget in slots): they are read, then left to the cache.
     """
-    kv = req.kv
-    length = kv.kv_committed_len
-    assert kv.kv_allocated_len == length, (kv.kv_allocated_len, length)
-    assert 0 < span.m < span.sources and span.m <= span.slots and span.queries.filled > 0
-    began = time.perf_counter()
-    row = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, :length].to(torch.int64)
-    stop = span.start + span.slots
-    private = row[max(span.start, kv.cache_protected_len) : stop]
-    target, spare, taken = private[: span.m], private[span.m :], row[:0]
-    if len(private) < span.m:
-        extra = allocate(rt, span.m - len(private))
-        if extra is None:
-            rt.counters.skipped_no_room += 1
-            return False
-        target, taken = torch.cat([private, extra]), extra
-    elif rt.kv_pool.layer_num and rt.allocator.available_size() >= span.m + rt.step_reserve:
-        target = taken = rt.allocator.alloc(span.m).to(torch.int64)
-        spare = private  # all of them, once the result stands beside them
-    before: list[tuple[torch.Tensor, torch.Tensor]] = []
+    began, job = time.perf_counter(), state.compression
+    if job is None and (job := _place(rt, req, state, span, whole)) is None:
+        rt.counters.skipped_no_room += 1
+        return Outcome.NO_ROOM
     try:
-        if rt.kv_pool.layer_num:  # the simulator's slots have no contents
-            if len(target) > len(taken):
-                before = _contents(rt, target)
-            reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
-            where = _rows(rt, row[: span.start], row[span.start : stop], target, reading)
-            queries, tally = _queries(rt, span), _Tally(rt, req, state, span, row[: span.start], target)
-            with on_forward_stream(rt.scheduler), exact_float32():
-                for result in _compress(rt, where, queries, span.policy, span.left):
-                    tally.add(result)
-                tally.finish(state)
+        finished = job.work(req, whole)
     except Exception as error:
-        with on_forward_stream(rt.scheduler):
-            for pool, content in before:
-                pool[target] = content
-        if rt.cells is not None:
-            rt.cells.reset(target)
-        if len(taken):
-            rt.allocator.free(taken)
+        job.drop()
         if rt.requests.too_long(req):
             raise
         guard.note("compression", error)
-        return None
+        return Outcome.FAILED
+    seconds = time.perf_counter() - began
+    rt.counters.seconds += seconds
+    job.seconds += seconds
+    if not finished:
+        return Outcome.UNFINISHED
+    _commit(rt, req, state, job)
+    return Outcome.DONE
+
+
+def _place(rt: Runtime, req: Any, state: RequestState, span: DueSpan, whole: bool) -> Compression | None:
+    """Slots for the result: fresh ones beside the span, else the span's own with as many fresh ones as they lack; None
+    where these are not there."""
+    kv = req.kv
+    length, stop = kv.kv_committed_len, span.start + span.slots
+    assert kv.kv_allocated_len == length, (kv.kv_allocated_len, length)
+    assert 0 < span.m < span.sources and span.m <= span.slots and span.queries.filled > 0
+    row = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, :stop].to(torch.int64)
+    private = row[max(span.start, kv.cache_protected_len) :]
+    job = Compression(rt, state, span, private[: span.m], row[:0], private[span.m :])
+    if len(private) < span.m:
+        extra = allocate(rt, span.m - len(private))
+        if extra is None:
+            return None
+        job.target, job.taken = torch.cat([private, extra]), extra
+    elif rt.kv_pool.layer_num and rt.allocator.available_size() >= span.m + rt.step_reserve:
+        job.target = job.taken = rt.allocator.alloc(span.m).to(torch.int64)
+        job.spare = private  # all of them, once the result stands beside them
+        piece = rt.config.piece_tokens
+        # What overwrites its own span must be done before the next forward reads the row.
+        if piece and not whole and span.is_prompt and not span.originals and span.slots > piece:
+            job.most_layers = max(1, rt.kv_pool.layer_num * piece // span.slots)
+    rt.tree.unfinished_slots += len(job.taken)
+    state.compression = job
+    return job
+
+
+def _commit(rt: Runtime, req: Any, state: RequestState, job: Compression) -> None:
+    """The result takes the span's place in the row, whose end may have grown meanwhile."""
+    kv, span = req.kv, job.span
+    length, stop = kv.kv_committed_len, span.start + span.slots
+    assert kv.kv_allocated_len == length, (kv.kv_allocated_len, length)
+    job.end()
     if rt.slot_tokens is not None:
-        rt.slot_tokens.forget(target)
-    tail = row[stop:]
-    new_row = torch.cat([target, tail]).to(torch.int32)
+        rt.slot_tokens.forget(job.target)
+    tail = rt.req_to_token_pool.req_to_token[kv.req_pool_idx, stop:length].to(torch.int64)
+    new_row = torch.cat([job.target, tail]).to(torch.int32)
     rt.req_to_token_pool.write((kv.req_pool_idx, slice(span.start, span.start + len(new_row))), new_row)
     if span.start < kv.cache_protected_len:
         rt.tree.move_lock_up(req, span.start)
-    new_length = length - span.slots + span.m
-    kv.kv_committed_len = kv.kv_allocated_len = new_length
-    if len(spare):
-        rt.allocator.free(spare)
+    kv.kv_committed_len = kv.kv_allocated_len = length - span.slots + span.m
+    if len(job.spare):
+        rt.allocator.free(job.spare)
     rt.set_offset(req, state, state.offset + span.slots - span.m)
     state.compressions += 1
     rt.counters.compressions += 1
     rt.counters.slots_freed += span.slots - span.m
-    seconds, kind = time.perf_counter() - began, PROMPT if span.is_prompt else REPLY
-    rt.counters.seconds += seconds
+    kind = PROMPT if span.is_prompt else REPLY
     if rt.watched is not None:
-        rt.watched.seconds.append((kind, seconds))
+        rt.watched.seconds.append((kind, job.seconds))
     logger.debug(
         "request %s: tokens %d to %d had %d slots and have %d, %s, in %.1f ms",
-        req.rid, span.first, span.end, span.slots, span.m, kind, 1e3 * seconds,
+        req.rid, span.first, span.end, span.slots, span.m, kind, 1e3 * job.seconds,
     )  # fmt: skip
-    return True
 
 
 def merge_unused(
@@ -139,23 +230,26 @@ def merge_unused(
     count = queries.q.shape[1] if queries is not None else 0
     q_index = torch.full((count,), len(rows.source) - 1, dtype=torch.int64)  # on the CPU: see LayerInput
     with on_forward_stream(rt.scheduler), exact_float32():
-        for _ in _compress(rt, rows, (place, arena.shape[2], q_index), policy, 0):
-            pass
+        for piece in _compress(rt, rows, (place, arena.shape[2], q_index), policy, 0):
+            for _ in piece:
+                pass
 
 
 Queries = tuple[Callable[[int], torch.Tensor], int, torch.Tensor]
 """A layer's queries, their heads, q_index: as compress_rows asks for them."""
 
 
-def _compress(rt: Runtime, rows: Rows, queries: Queries, policy: SpanPolicy, left: int) -> Iterator[LayerResult]:
-    """Merges the span of every layer into rows.target as it is iterated; as a packed span where heads keep different
-    numbers of tokens. left: slots at the target's end that are one token each."""
+def _compress(
+    rt: Runtime, rows: Rows, queries: Queries, policy: SpanPolicy, left: int, most_layers: int | None = None
+) -> Iterator[Iterable[LayerResult]]:
+    """Merges the span of every layer into rows.target as it is iterated, piece by piece; as a packed span where heads
+    keep different numbers of tokens. left: slots at the target's end that are one token each."""
     storage, scratch = _storage(rt), scratch_bytes(rows.target.device)
     if rt.cells is not None:
         rt.cells.reset(rows.target)
         if shares_cells(policy, left):
-            return compress_packed(storage, rows, *queries, policy, left, scratch, rt.cells.add)
-    return compress_rows(storage, rows, *queries, policy, scratch)
+            return packed_pieces(storage, rows, *queries, policy, left, scratch, rt.cells.add, most_layers)
+    return row_pieces(storage, rows, *queries, policy, scratch, most_layers)
 
 
 def _rows(rt: Runtime, context: torch.Tensor, source: torch.Tensor, target: torch.Tensor, reading: Any) -> Rows:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from keepkv_sglang.runtime import stream, unpack
-from keepkv_sglang.runtime.compressor import compress_span
+from keepkv_sglang.runtime.compressor import Outcome, compress_span
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.publish import publish_compressed, publish_raw
 from keepkv_sglang.runtime.requests import row_of
@@ -39,11 +39,13 @@ def plan_chunk(rt: Runtime, req: Any, state: RequestState) -> None:
 
 
 def compress_due(
-    rt: Runtime, req: Any, state: RequestState, *, between_chunks: bool = False, reply: bool = True
+    rt: Runtime, req: Any, state: RequestState, *, between_chunks: bool = False, reply: bool = True, whole: bool = True
 ) -> None:
     """Compresses every span of the request that is complete: planned ones, then the reply's raw tail if `reply`.
 
-    Between chunks only prompts that cannot fit the pool: the others' later chunks see their whole prompt.
+    Between chunks only prompts that cannot fit the pool: the others' later chunks see their whole prompt. Without
+    `whole` of a long prompt only a piece (--keepkv-piece-tokens), one for each token that it generates: how many that
+    are depends on nobody else.
 
     Callers guarantee that the row is settled: every slot up to kv_committed_len is computed or in flight, none
     allocated beyond it.
@@ -52,14 +54,19 @@ def compress_due(
         return
     kv = req.kv  # committed length and offset change with every compression
     while state.plan and state.plan[0].end <= kv.kv_committed_len + state.offset:
-        rt.tree.publish_anchor(req, state.anchor_len)
-        span = spans.planned_span(state, state.plan[0], kv.kv_committed_len)
+        job = state.compression
+        if job is None:
+            rt.tree.publish_anchor(req, state.anchor_len)
+        span = job.span if job is not None else spans.planned_span(state, state.plan[0], kv.kv_committed_len)
         if isinstance(span, DueSpan):
-            unpack.archive(rt, req, state, span.end)
-            done = compress_span(rt, req, state, span)
-            if done is None:
+            if job is None:
+                unpack.archive(rt, req, state, span.end)
+            outcome = compress_span(rt, req, state, span, whole)
+            if outcome is Outcome.UNFINISHED:
+                return
+            if outcome is Outcome.FAILED:
                 return _give_up(rt, state)
-            if done:
+            if outcome is Outcome.DONE:
                 _note_compressed(rt, req, state, span)
             elif state.streamed:
                 stream.end(rt, state)
@@ -80,10 +87,10 @@ def compress_due(
         spans.keep_reply(state, kv.kv_committed_len, kv.cache_protected_len)
     elif isinstance(span, DueSpan):
         unpack.archive(rt, req, state, span.end)
-        done = compress_span(rt, req, state, span)
-        if done is None:
+        outcome = compress_span(rt, req, state, span)
+        if outcome is Outcome.FAILED:
             return _give_up(rt, state)
-        if done:
+        if outcome is Outcome.DONE:
             _note_compressed(rt, req, state, span)
     # Without room or queries the tail stays raw; the next set of queries opens at once and tries again when it is full.
     queries.release_reply(rt.limits, state)

@@ -89,6 +89,8 @@ class Runtime:
         state = getattr(req, STATE, None)
         if state is None:
             return
+        if state.compression is not None:
+            state.compression.drop()
         if state.offset:
             self.set_offset(req, state, 0)
         drop_plan(self.limits, state)

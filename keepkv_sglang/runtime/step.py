@@ -32,10 +32,10 @@ def compress_batch(rt: Runtime, batch: Any, fail: Fail) -> None:
     rt.counters.most_running = max(rt.counters.most_running, len(batch.reqs))
     rt.step_reserve = rt.limits.running = len(batch.reqs)
     try:
-        for index, req, state in _due(rt, batch):
+        for index, req, state, whole in _due(rt, batch):
             before = req.kv.kv_committed_len
             try:
-                due.compress_due(rt, req, state)
+                due.compress_due(rt, req, state, whole=whole)
             except Exception as error:
                 state.broken = True
                 fail(req, "compression", error)
@@ -50,9 +50,10 @@ def compress_batch(rt: Runtime, batch: Any, fail: Fail) -> None:
         rt.counters.hook_seconds += time.perf_counter() - began
 
 
-def _due(rt: Runtime, batch: Any) -> Iterator[tuple[int, Any, RequestState]]:
-    """(index in the batch, request, state) of what is compressed in this step: prompts first, then the longest overdue
-    replies, up to `step_tokens` slots. What is left waits for the next step, unless the step is short of slots."""
+def _due(rt: Runtime, batch: Any) -> Iterator[tuple[int, Any, RequestState, bool]]:
+    """(index in the batch, request, state, whether to do all of it) of what is compressed in this step: prompts first,
+    then the longest overdue replies, up to `step_tokens` slots. What is left waits for the next step, unless the step
+    is short of slots: then nothing waits."""
     found: list[tuple[int, int, int, Any, RequestState, int]] = []
     for index, req in enumerate(batch.reqs):
         state = known_state(req)
@@ -65,13 +66,17 @@ def _due(rt: Runtime, batch: Any) -> Iterator[tuple[int, Any, RequestState]]:
             found.append((0 if state.plan else 1, -waited, index, req, state, slots))
     found.sort(key=lambda entry: entry[:3])
     spent = 0
-    for _, _, index, req, state, slots in found:
-        enough = rt.allocator.available_size() + rt.tree.evictable_size() >= 2 * len(batch.reqs)
-        if spent and spent + slots > rt.config.step_tokens and enough:
+    for rank, _, index, req, state, slots in found:
+        short = rt.allocator.available_size() + rt.tree.evictable_size() < 2 * len(batch.reqs)
+        if state.compression is not None and state.compression.at == req.kv.kv_committed_len and not short:
+            continue  # its next piece comes with its next token
+        if rank == 0 and rt.config.piece_tokens:
+            slots = min(slots, rt.config.piece_tokens)
+        if spent and spent + slots > rt.config.step_tokens and not short:
             rt.counters.deferred += 1
             continue
         spent += slots
-        yield index, req, state
+        yield index, req, state, short
 
 
 def _shorten(batch: Any, lengths: dict[int, int]) -> None:

@@ -188,6 +188,15 @@ class KeepKVConfig:
         help="KV slots that a scheduler step compresses before the other requests that are due wait for the next "
         "one; the first is never put off.",
     )
+    piece_tokens: int = option(
+        0,
+        parse=values.whole("piece_tokens", 0, 1 << 30),
+        unit="slots",
+        server=True,
+        shapes=False,
+        help="A longer prompt is compressed in pieces, one with each token of its reply. A piece is as much work as so"
+        " many slots are in all layers, so that other streams never stop for all of it. 0: at once.",
+    )
     host_ratio: float = option(
         0.0,
         parse=values.real("host_ratio", 0, MAX_HOST_RATIO, "a number of pools"),

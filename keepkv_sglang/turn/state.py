@@ -72,6 +72,7 @@ class RequestState:
     streamed: bool = False  # the originals of its history are read from host memory: it has no slots of them
     known_tokens: int = 0  # where its history is read as originals, logical position behind its last compression
     view_tail: tuple[int, int, int] = (0, 0, 0)  # where streamed, the raw tail of what the prefix cache has of it
+    compression: Any = None  # runtime/compressor.py's Compression of the first planned span, in mid-way
     broken: bool = False  # an error of ours: nothing of it is compressed or published any more
     # for the answer (observe/answer.py)
     cached_compressed_tokens: int = 0

@@ -68,6 +68,7 @@ class KeepKVRadixCache(UnifiedRadixCache):
         self.nodes = NodeBook()  # of SGLang's tree: ages for one eviction order over both trees, tokens, locks
         self.covered = CoveredCopies(self.spans, self.nodes)
         self.cold = ColdPrefixes(self)
+        self.unfinished_slots = 0  # that a compression in mid-way writes: neither free nor in a row
         self._eviction = SpanEviction(self.spans, self.nodes, self.drop_spans)
         self._goal: Goal | None = None
         if self.host is not None:
@@ -311,10 +312,10 @@ class KeepKVRadixCache(UnifiedRadixCache):
         return super().full_evictable_size() + self.spans.evictable_slots
 
     def protected_size(self) -> int:
-        return super().protected_size() + self.spans.protected_slots
+        return super().protected_size() + self.spans.protected_slots + self.unfinished_slots
 
     def full_protected_size(self) -> int:
-        return super().full_protected_size() + self.spans.protected_slots
+        return super().full_protected_size() + self.spans.protected_slots + self.unfinished_slots
 
     def evictable_leaf(self, node_id: int) -> bool:
         """Whether this node of SGLang's tree may be evicted now. SGLang's core panics when asked for another."""

@@ -22,6 +22,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from keepkv_sglang.compress.select import check_ranges, select
 from keepkv_sglang.radix.span import Span
 from keepkv_sglang.runtime import due, pressure, stream
+from keepkv_sglang.runtime.compressor import Outcome
 from keepkv_sglang.settings.config import ConfigError, KeepKVConfig
 from keepkv_sglang.tools.simulate.traces import BORDER
 from keepkv_sglang.tools.simulate.world import World
@@ -135,16 +136,17 @@ class CacheMachine(RuleBasedStateMachine):
             for first, stop in state.protection.whole:
                 assert held.issuperset(range(first, min(stop, end))), f"{req.rid} lost a protected token"
 
-    def compressed_span(self, rt: Any, req: Any, state: Any, span: Any) -> bool | None:
+    def compressed_span(self, rt: Any, req: Any, state: Any, span: Any, whole: bool = True) -> Outcome:
         before = self.row(req)
         self.sees_only_itself(req, before)
         if self.fails and not rt.requests.too_long(req):  # that one would fail, not go on
             self.fails -= 1
-            return None
+            return Outcome.FAILED
         streamed = self.streamed(req, state, span.end) if span.originals else None
-        if not self.compress_span(rt, req, state, span):
+        outcome = self.compress_span(rt, req, state, span, whole)
+        if outcome is not Outcome.DONE:
             assert self.row(req) == before, "nothing has changed"
-            return False
+            return outcome
         begin = span.end - span.tokens
         policy, left, n = span.policy, span.left, span.sources
         whole = policy.whole
@@ -166,7 +168,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.knows[slot] = self.text(req, span.end)
             self.whole.pop(slot, None)
         self.whole.update(zip(target, places, strict=False))
-        return True
+        return outcome
 
     def merged_unused(self, rt: Any, config: Any, path: Any, start: int, end: int, target: Any) -> None:
         assert 0 <= start < len(path) - len(target)

@@ -4,7 +4,7 @@ request goes on uncompressed. With a pool that has contents, at every layer."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -20,20 +20,24 @@ ROOMY, TIGHT = 600, len(FIRST) + 24  # with the second a result finds no slots b
 
 
 class Failing:
-    """compress_rows, or compress_packed, that raises once, when `layers` layers are written; of all of them: behind the
-    last one."""
+    """row_pieces, or packed_pieces, that raises once, when `layers` layers are written; of all of them: behind the last
+    one."""
 
-    def __init__(self, layers: int, kind: str = "compress_rows") -> None:
-        self.layers, self.fails, self.real = layers, True, getattr(compressor, kind)
-        self.each = KV_HEADS if kind == "compress_packed" else 1
+    def __init__(self, layers: int, kind: str = "row_pieces") -> None:
+        self.layers, self.fails, self.real, self.results = layers, True, getattr(compressor, kind), 0
+        self.each = KV_HEADS if kind == "packed_pieces" else 1
 
     def __call__(self, *args: Any) -> Iterator[Any]:
-        for index, result in enumerate(self.real(*args)):
-            if self.fails and index == self.layers * self.each:
-                self._fail()
-            yield result
+        yield from map(self._piece, self.real(*args))
         if self.fails and self.layers == LAYERS:
             self._fail()
+
+    def _piece(self, results: Iterable[Any]) -> Iterator[Any]:
+        for result in results:
+            if self.fails and self.results == self.layers * self.each:
+                self._fail()
+            self.results += 1
+            yield result
 
     def _fail(self) -> None:
         self.fails = False
@@ -64,7 +68,7 @@ def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("slots", [ROOMY, TIGHT])
 @pytest.mark.parametrize("layer", range(LAYERS + 1))
 def test_a_prompt_goes_on_uncompressed(monkeypatch: pytest.MonkeyPatch, slots: int, layer: int, heads: str):
-    kind = "compress_rows" if heads == "uniform" else "compress_packed"
+    kind = "row_pieces" if heads == "uniform" else "packed_pieces"
     monkeypatch.setattr(guard, "errors", guard.Counter())
     with serving(slots=slots, references=4, heads=heads) as server:
         pools = give_contents(server, "native")
@@ -103,7 +107,7 @@ def test_a_result_that_needs_more_slots_than_the_turn_has(monkeypatch: pytest.Mo
         req = server.admit([*FIRST, *text(9000, 4), *text(3000, 40)], 20, kind)
         assert server.world.prefill(req)
         before, done = seen(server, req, pools), server.rt.counters.compressions
-        monkeypatch.setattr(compressor, "compress_rows", Failing(layer))
+        monkeypatch.setattr(compressor, "row_pieces", Failing(layer))
         server.world._compress(req)
         assert guard.errors["compression"] == 1 and server.rt.counters.compressions == done
         assert_same(seen(server, req, pools), before)
@@ -124,7 +128,7 @@ def test_a_reply_goes_on_uncompressed(monkeypatch: pytest.MonkeyPatch, layer: in
         server.world.prefilled(req)
         done = server.rt.counters.compressions
         assert done > 0
-        monkeypatch.setattr(compressor, "compress_packed", Failing(layer, "compress_packed"))
+        monkeypatch.setattr(compressor, "packed_pieces", Failing(layer, "packed_pieces"))
         server.world.finish(req, array("q", text(9000, 60)))
         assert guard.errors["compression"] == 1 and server.rt.counters.compressions == done
         assert server.rt.requests.state_of(req).broken
@@ -138,7 +142,7 @@ def test_a_prompt_that_cannot_stay_uncompressed_fails(monkeypatch: pytest.Monkey
         server.tree.host = None
         req = server.admit([*FIRST, *text(5000, 100)])
         assert server.rt.requests.too_long(req)
-        monkeypatch.setattr(compressor, "compress_packed", Failing(0, "compress_packed"))
+        monkeypatch.setattr(compressor, "packed_pieces", Failing(0, "packed_pieces"))
         with pytest.raises(torch.OutOfMemoryError):
             server.world.prefill(req)
         server.rt.requests.state_of(req).broken = True

@@ -19,7 +19,12 @@ def due(waited: list[int], free: int, prompts: tuple[int, ...] = ()) -> tuple[li
     reqs = []
     for index, tokens in enumerate(waited):
         state = SimpleNamespace(
-            plan=[0] if index in prompts else [], reply_queries=0, admitted=True, offset=0, interval_start=100 - tokens
+            plan=[0] if index in prompts else [],
+            reply_queries=0,
+            admitted=True,
+            offset=0,
+            interval_start=100 - tokens,
+            compression=None,
         )
         kv = SimpleNamespace(holds_kv=True, kv_committed_len=100)
         reqs.append(SimpleNamespace(keepkv=state, finished=lambda: False, kv=kv))
@@ -30,7 +35,7 @@ def due(waited: list[int], free: int, prompts: tuple[int, ...] = ()) -> tuple[li
         counters=Counters(),
     )
     found = list(step._due(runtime, SimpleNamespace(reqs=reqs)))
-    return [index for index, _, _ in found], runtime.counters.deferred
+    return [index for index, *_ in found], runtime.counters.deferred
 
 
 @pytest.fixture(autouse=True)

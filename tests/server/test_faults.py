@@ -20,7 +20,7 @@ OUTCOMES = {
     "runtime.pressure.relieve": LIVES,
     "after_stash_chunked_request": FAILS,
     "runtime.due.compress_due": FAILS,
-    "runtime.compressor.compress_packed": FAILS,  # only what the pool cannot hold uncompressed
+    "runtime.compressor.packed_pieces": FAILS,  # only what the pool cannot hold uncompressed
     "around_release": LIVES,
     "runtime.step.publish_rest": LIVES,
     "around_init_req_max_new_tokens": FAILS,
@@ -119,7 +119,7 @@ def test_an_injected_error_does_not_take_the_server_down(server, fault, quiet, n
         assert FAILS in statuses.values(), "nothing was injected"
         failed = [data for status, data in results.values() if status == FAILS]
         assert all("KeepKV failed" in str(data) for data in failed), failed
-        if name.endswith("compress_packed"):
+        if name.endswith("packed_pieces"):
             assert statuses == {key: FAILS if key.startswith("too long") else LIVES for key, *_ in calls}
     # What follows is as if nothing had happened.
     assert generate(server, prompt, 24).keepkv["compressions"] >= 1  # the reply at interval 16, whatever the cache has
@@ -128,7 +128,7 @@ def test_an_injected_error_does_not_take_the_server_down(server, fault, quiet, n
     errors = numbers(server, faults=True)["errors"]
     known = name.split(".")[-1].replace("compress_due", "compression").replace("relieve", "before_admission")
     known = (
-        known.replace("compress_packed", "compression")
+        known.replace("packed_pieces", "compression")
         .replace("begin_row", "around_alloc_for_extend")
         .replace("publish_rest", "finish")
     )

@@ -55,9 +55,9 @@ def in_the_simulator(said, monkeypatch) -> tuple[list[Span], list[int]]:
     spans, held = [], []
     real = due.compress_span
 
-    def compress_span(rt, req, state, span):
+    def compress_span(rt, req, state, span, whole):
         spans.append((span.start, span.slots, span.end, span.m))
-        return real(rt, req, state, span)
+        return real(rt, req, state, span, whole)
 
     monkeypatch.setattr(due, "compress_span", compress_span)
     world = World(CONFIG, slots=POOL, scale=1, longest=2000, rows=2)

@@ -110,6 +110,7 @@ REQUESTS: list[tuple[Any, str]] = [
     ({"unpack": 0.6}, "use at most 0.5"),
     ({"pressure": "merge"}, "start it with --keepkv-pressure instead"),
     ({"step_tokens": 64}, "start it with --keepkv-step-tokens instead"),
+    ({"piece_tokens": 64}, "start it with --keepkv-piece-tokens instead"),
     ({"request_keys": "all", "host_ratio": 4}, "start it with --keepkv-host-ratio, --keepkv-request-keys instead"),
 ]
 
@@ -135,6 +136,7 @@ CONFIGURATIONS: list[tuple[dict[str, Any], str]] = [
     ({"pressure_free": 0.95}, OUT),
     ({"pressure_tokens": 63}, OUT),
     ({"step_tokens": 0}, OUT),
+    ({"piece_tokens": -1}, OUT),
     ({"host_ratio": -1}, OUT),
     ({"host_ratio": NAN}, OUT),
     ({"host_size": "4GB"}, "not a number; use gigabytes"),

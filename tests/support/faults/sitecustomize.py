@@ -13,7 +13,7 @@ FUNCTIONS = (
     "runtime.due.plan_chunk",
     "hooks.extend.capture",
     "runtime.due.compress_due",
-    "runtime.compressor.compress_packed",
+    "runtime.compressor.packed_pieces",
     "runtime.step.publish_rest",
     "runtime.pressure.relieve",
     "runtime.unpack._fill",
