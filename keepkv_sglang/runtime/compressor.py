@@ -69,25 +69,15 @@ class Compression:
     pieces: Iterator[Iterable[LayerResult]] | None = None
     tally: _Tally | None = None
 
-    def work(self, req: Any, whole: bool) -> bool:
-        """The next piece, or all that is left. Returns whether all is written."""
-        rt = self.rt
-        if not rt.kv_pool.layer_num:  # the simulator's slots have no contents
-            return True
-        if self.pieces is None:
-            self._begin(req)
-        assert self.pieces is not None and self.tally is not None
+    def left(self, req: Any) -> Iterator[Iterable[LayerResult]]:
+        """The pieces that are left."""
         self.at = req.kv.kv_committed_len
-        with on_forward_stream(rt.scheduler), exact_float32():
-            for piece in self.pieces:
-                for result in piece:
-                    self.tally.add(result)
-                if self.most_layers and not whole:
-                    return False
-            self.tally.finish(self.state)
-        return True
+        if self.pieces is None:
+            # the simulator's slots have no contents
+            self.pieces = self._begin(req) if self.rt.kv_pool.layer_num else iter(())
+        return self.pieces
 
-    def _begin(self, req: Any) -> None:
+    def _begin(self, req: Any) -> Iterator[Iterable[LayerResult]]:
         rt, span = self.rt, self.span
         if len(self.target) > len(self.taken):
             self.before = _contents(rt, self.target)
@@ -97,8 +87,12 @@ class Compression:
         where = _rows(rt, row[: span.start], row[span.start :], self.target, reading)
         queries = _queries(rt, span)
         self.tally = _Tally(rt, req, self.state, span, row[: span.start], self.target)
-        with on_forward_stream(rt.scheduler), exact_float32():
-            self.pieces = iter(_compress(rt, where, queries, span.policy, span.left, self.most_layers))
+        return _compress(rt, where, queries, span.policy, span.left, self.most_layers)
+
+    def add(self, result: LayerResult) -> None:
+        """Of a piece."""
+        assert self.tally is not None
+        self.tally.add(result)
 
     def drop(self) -> None:
         """It will not be finished: everything is as it was before."""
@@ -133,8 +127,17 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan, who
     if job is None and (job := _place(rt, req, state, span, whole)) is None:
         rt.counters.skipped_no_room += 1
         return Outcome.NO_ROOM
+    finished = True
     try:
-        finished = job.work(req, whole)
+        with on_forward_stream(rt.scheduler), exact_float32():
+            for piece in job.left(req):
+                for result in piece:
+                    job.add(result)
+                if job.most_layers and not whole:
+                    finished = False
+                    break
+            if finished and job.tally is not None:
+                job.tally.finish(state)
     except Exception as error:
         job.drop()
         if rt.requests.too_long(req):
