@@ -251,7 +251,8 @@ def _compress(
     if rt.cells is not None:
         rt.cells.reset(rows.target)
         if shares_cells(policy, left):
-            return packed_pieces(storage, rows, *queries, policy, left, scratch, rt.cells.add, most_layers)
+            most = most_layers and 2 * most_layers  # a layer is two pieces' work: it is scored, and later merged
+            return packed_pieces(storage, rows, *queries, policy, left, scratch, rt.cells.add, most)
     return row_pieces(storage, rows, *queries, policy, scratch, most_layers)
 
 

@@ -19,7 +19,7 @@ from tests.runtime.test_failed_compression import assert_same, seen
 from tests.runtime.test_originals_contents import FIRST, LAYERS, give_contents
 from tests.support.served import serving, text
 
-PIECE = 60  # of 159 slots: a layer at a time
+PIECE = {"uniform": 60, "all": 30}  # of 159 slots: a layer at a time
 REPLY = text(9000, 20)
 CALLS = {"uniform": LAYERS + 1, "all": 2 * LAYERS + 1}  # pieces, and the call that finds nothing left
 
@@ -71,7 +71,8 @@ class Conversation:
 
 
 @contextmanager
-def conversation(heads: str, piece: int = PIECE, slots: int = 600) -> Iterator[Conversation]:
+def conversation(heads: str, piece: int | None = None, slots: int = 600) -> Iterator[Conversation]:
+    piece = PIECE[heads] if piece is None else piece
     with serving(slots=slots, references=4, heads=heads, piece_tokens=piece) as server:
         yield Conversation(server)
 
