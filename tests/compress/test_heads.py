@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keepkv_sglang.compress.by_head import merge_scored, score_heads
-from keepkv_sglang.compress.heads import Demand, get_sharing, slots_of_heads
+from keepkv_sglang.compress.heads import LEVELS, SHORT, Demand, get_sharing, slots_of_heads
+from keepkv_sglang.compress.heads.base import in_levels
 from keepkv_sglang.compress.layer import compress_layer
 from keepkv_sglang.compress.registry import HEADS
 from keepkv_sglang.compress.select import SpanPolicy, left_raw
@@ -140,6 +141,36 @@ def test_uniform_heads_are_those_of_a_layer():
         torch.testing.assert_close(result.kept[0], whole.kept[head])
         torch.testing.assert_close(result.k[:, 0], whole.k[:, head], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(result.lv[:, 0], whole.lv[:, head], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [[10, 20, 10], [10, 10, 20], [20, 10, 10], [60, 10, 60]])
+def test_heads_that_keep_equally_many_are_merged_as_each_alone(counts):
+    x = layer_of_three()
+    scored = score_heads(x, POLICY)
+    for head, together in enumerate(merge_scored(x, POLICY, scored, counts)):
+        # no two alike, so each is merged by itself
+        alone = merge_scored(x, POLICY, scored, [counts[head] if h == head else 30 + h for h in range(3)])[head]
+        assert torch.equal(together.kept, alone.kept) and torch.equal(together.assign, alone.assign)
+        for name in ("k", "v", "lv"):  # float32 sums of another number of heads at once
+            torch.testing.assert_close(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=40), st.integers(1, 10))
+def test_levels_are_few_and_keep_the_sum_the_order_and_the_bounds(counts, levels):
+    found = in_levels(torch.tensor([counts]), levels)[0].tolist()
+    assert sum(found) == sum(counts) and len(set(found)) <= 2 * levels
+    assert min(counts) <= min(found) and max(found) <= max(counts)
+    ranked = [count for _, count in sorted(zip(counts, found, strict=True))]
+    assert ranked == sorted(ranked), "who kept more keeps no less"
+    assert len(counts) > levels or found == counts
+
+
+def test_a_short_spans_heads_keep_few_different_numbers():
+    policy = SpanPolicy(m=60, merge="mean", recent=4, sinks=1, threshold=0.2, scorer="rms", heads="all")
+    for n, few in ((SHORT - 1, True), (SHORT, False)):
+        counts = torch.tensor(slots_of_heads(scores_of(6, 5, n).float(), policy, "all"))
+        assert counts.sum() == 6 * 5 * 60
+        assert (len(counts.unique()) <= 2 * LEVELS) == few
 
 
 def test_a_head_may_keep_everything():

@@ -20,10 +20,10 @@ def server(launch):
 
 
 def test_the_cache_has_what_it_would_have_at_once(server):
-    """A reply of one token ends before the second piece: all is done at once. The next prompt reads the entry."""
+    """A reply of two tokens ends with the first piece: the rest is done at once. The next prompt reads the entry."""
     prompt, behind = tokens(PROMPT, 1), tokens(40, 2)
     found = []
-    for reply in (1, STEPS + 10):
+    for reply in (2, STEPS + 10):
         flush(server)
         first = generate(server, prompt, reply)
         assert first.keepkv["compressions"] == 1

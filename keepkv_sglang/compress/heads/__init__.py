@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from keepkv_sglang.compress.heads.base import Demand, Sharing
+from keepkv_sglang.compress.heads.base import Demand, Sharing, in_levels
 from keepkv_sglang.compress.registry import HEADS, INCOMPARABLE_SCORERS, SCORERS
 from keepkv_sglang.compress.select import UNIFORM, SpanPolicy, always_kept, whole_and_free
+
+SHORT = 1024
+"""Tokens of a span whose work is mostly starting operations: on a CPU each head by itself takes three times as long as
+all heads together, and 90 heads in 8 levels little longer than together (docs/log.md)."""
+LEVELS = 8
 
 __all__ = ["Demand", "Sharing", "comparable", "get_sharing", "slots_of_heads"]
 
@@ -28,7 +33,10 @@ def slots_of_heads(scores: torch.Tensor, p: SpanPolicy, name: str) -> list[list[
     sinks, recent = always_kept(p)
     rivals = free[sinks : len(free) - recent]
     owed = min(sum(share[2] for share in p.shares), p.free - sinks - recent)
-    counts = get_sharing(name)(Demand.of(scores, p.free - sinks - recent, owed, rivals=rivals))
+    sharing = get_sharing(name)
+    counts = sharing(Demand.of(scores, p.free - sinks - recent, owed, rivals=rivals))
+    if not getattr(sharing, "by_layer", False) and (scores.shape[2] < SHORT or not scores.is_cpu):
+        counts = in_levels(counts, LEVELS)
     return (counts + (p.whole_tokens + sinks + recent)).tolist()
 
 

@@ -64,3 +64,21 @@ def largest(shares: torch.Tensor, mean: int, least: int) -> torch.Tensor:
     return least + torch.zeros(groups, heads, dtype=torch.int64, device=shares.device).scatter_add_(
         1, head, torch.ones_like(head)
     )
+
+
+def in_levels(counts: torch.Tensor, levels: int) -> torch.Tensor:
+    """counts [L, H] int64 with the same sum and at most 2 * levels different values, each near what it was.
+
+    Heads that keep equally many are merged together. The heads, in order of their counts, are cut into `levels` parts
+    of equal size, and each part shares its sum out evenly; where it does not divide, its last heads get one more.
+    """
+    flat = counts.flatten()
+    order = flat.sort(stable=True).indices
+    out = flat.clone()
+    for part in order.tensor_split(levels):
+        if len(part):
+            total = flat[part].sum()
+            even = (total // len(part)).expand(len(part)).clone()
+            even += torch.arange(len(part), device=flat.device) >= len(part) - total % len(part)
+            out[part] = even
+    return out.view(counts.shape)
