@@ -18,6 +18,8 @@ from functools import cached_property
 
 import torch
 
+from keepkv_sglang.kernels.host import on_device
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -44,6 +46,20 @@ class Layers:
         return tuple(  # type: ignore[return-value]
             torch.tensor([x.data_ptr() for x in buffers]) for buffers in (self.keys, self.values, self.log_votes)
         )
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """int64 [3, layers], where the pool is: keys, values and votes of each layer, in elements from those of the
+        first layer. ValueError where a layer begins at no multiple of 8 elements from it: a kernel reads that many at
+        once."""
+        found = []
+        for buffers in (self.keys, self.values, self.log_votes):
+            size, first = buffers[0].element_size(), buffers[0].data_ptr()
+            bytes_ = [x.data_ptr() - first for x in buffers]
+            if any(distance % (8 * size) for distance in bytes_):
+                raise ValueError("packed spans need layers that begin at multiples of 8 elements: use heads uniform")
+            found.append([distance // size for distance in bytes_])
+        return on_device(torch.tensor(found), self.keys[0].device)
 
 
 @dataclass(frozen=True)

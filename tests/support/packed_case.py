@@ -10,12 +10,22 @@ from keepkv_sglang.kernels.attention.packed import Layers, Packed
 class PackedCase:
     """`spans[b]`: slots of each packed span of request b; `lens[b]`: its other slots; news None: a decode.
 
-    A row reads: half of the other slots, then span, one slot, span, one slot, ..., then the rest. Slots in no row are
-    NaN. across: runs cross layers; else each layer's runs stay in it.
+    A row reads: half of the other slots, then span, one slot, span, one slot, ..., then the rest; not apart: the spans
+    beside each other. Slots in no row are NaN. across: runs cross layers; else each layer's runs stay in it.
     """
 
     def __init__(
-        self, lens, spans, news=None, heads=(9, 3), dim=64, layers=3, dtype=torch.float32, across=True, seed=0
+        self,
+        lens,
+        spans,
+        news=None,
+        heads=(9, 3),
+        dim=64,
+        layers=3,
+        dtype=torch.float32,
+        across=True,
+        seed=0,
+        apart=True,
     ):
         gen = torch.Generator().manual_seed(seed)
         hq, hkv = heads
@@ -38,8 +48,8 @@ class PackedCase:
                 number = len(starts) + 7
                 self.span_of[own] = number
                 starts[number] = self._start(m, layers, hkv, across, gen)
-                slots += [*own, next(order)]
-            slots += [next(order) for _ in range(length - length // 2 - len(row))]
+                slots += [*own, next(order)] if apart else own
+            slots += [next(order) for _ in range(length - length // 2 - (len(row) if apart else 0))]
             rows.append(slots)
         taken = [s for row in rows for s in row]
         self.layers = Layers(
