@@ -81,8 +81,8 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
         with on_forward_stream(rt.scheduler):
             for pool, content in before:
                 pool[target] = content
-        if rt.cells is not None:
-            rt.cells.reset(target)
+            if rt.cells is not None:
+                rt.cells.reset(target)
         if len(taken):
             rt.allocator.free(taken)
         if rt.requests.too_long(req):
@@ -163,8 +163,7 @@ def _rows(rt: Runtime, context: torch.Tensor, source: torch.Tensor, target: torc
     merges again what was merged, and it packs nothing."""
     packed = None
     if rt.cells is not None:
-        context, packed = rt.cells.of_row(context)
-        assert reading is not None or rt.cells.of_row(source)[1] is None
+        context, packed = rt.cells.of_row(context, source if reading is None else None)
     return Rows(context, source, target, reading, packed)
 
 

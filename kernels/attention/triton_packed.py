@@ -3,6 +3,7 @@ slots in no packed span, ours attend to the cells, and both are joined by log-su
 
     cut: rows -> SGLang's kv_indptr and kv_indices without packed spans, and a list of these
     decode, extend: SGLang's output and its log-sum-exp -> the output over slots and cells
+    gather_cells: what a compression reads of them
 
 A request without packed spans, and a head without cells, keeps the bits of SGLang's kernels. Nothing here synchronises
 with the device, and all that changes between two steps lies behind addresses that stay: a CUDA graph may hold decode.
@@ -13,15 +14,18 @@ storage before it is joined.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 
+from keepkv_sglang.kernels.host import on_device
+
 from .contract import GPU_STORAGE_DTYPES, check_layout
-from .packed import Layers
+from .packed import Layers, Packed
 from .triton_impl import decode_splits, interpreted, upcast
-from .triton_packed_kernels import cut_count, cut_write, packed_extend, packed_join, packed_split
+from .triton_packed_kernels import cut_count, cut_write, gather_runs, packed_extend, packed_join, packed_split
 
 _SLOTS_AT_ONCE = 1024  # of a row, in cut
 
@@ -168,6 +172,25 @@ def extend(
     )  # fmt: skip
     if result is not out:
         out.copy_(result)
+
+
+def gather_cells(packed: Packed, layers: Sequence[int], room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cpp_impl.gather_cells on the device. Waits for nothing."""
+    pool, votes = packed.layers.keys[0], packed.layers.log_votes[0]
+    _, heads, dim = pool.shape
+    spans = packed.first.tolist()[1]
+    entries = (packed.at[:spans] << 32) | torch.arange(spans)
+    runs = torch.tensor([layer * heads + head for layer in layers for head in range(heads)])
+    entries, runs, start = (on_device(x, pool.device) for x in (entries, runs, packed.start))
+    keys_out, votes_out = pool.new_empty(len(runs), room, dim), votes.new_empty(len(runs), room)
+    if room:
+        gather_runs[(len(runs), triton.cdiv(room, 32))](
+            pool, votes, packed.layers.offsets, start, packed.slots, entries, runs, keys_out, votes_out, spans, room,
+            pool.stride(0), votes.stride(0),
+            HEADS=heads, LAYERS=len(packed.layers.keys), DIM=dim,
+            BLOCK_N=32, BLOCK_D=triton.next_power_of_2(dim), BLOCK_S=16, num_warps=4,
+        )  # fmt: skip
+    return keys_out, votes_out
 
 
 def _check(q: torch.Tensor, found: CutRows, layer: int, out: torch.Tensor) -> torch.Tensor:

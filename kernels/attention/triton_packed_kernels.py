@@ -290,3 +290,37 @@ def packed_extend(
     share = weight / tl.where(some, total * (weight + raw_weight), 1.0)
     out = acc * share[:, None] + raw * (raw_weight / tl.where(some, weight + raw_weight, 1.0))[:, None]
     tl.store(out_ptr + where_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather_runs(
+    k_ptr, votes_ptr, offsets_ptr, starts_ptr, slots_ptr, spans_ptr, runs_ptr, keys_ptr, out_votes_ptr, spans, room,
+    stride_ks, stride_votes,
+    HEADS: tl.constexpr, LAYERS: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Program (run, block): entries of a run to keys [runs, room, DIM] and out_votes [runs, room], keys of 0 and votes
+    of -inf behind its last."""
+    line = tl.program_id(0)
+    run = tl.load(runs_ptr + line)
+    i = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    RUNS: tl.constexpr = LAYERS * HEADS
+    of_k, of_votes = tl.zeros([BLOCK_N], tl.int64), tl.zeros([BLOCK_N], tl.int64)
+    base = 0
+    for s in range(0, spans, BLOCK_S):
+        place, slots, start, count = _spans(spans_ptr, starts_ptr, s, spans, run, RUNS, BLOCK_S)
+        begins = base + tl.cumsum(count, 0) - count
+        end = base + tl.sum(count, 0)
+        slot, layer, head, known = _keys(i, end, begins, place, slots, start, count, slots_ptr, HEADS, LAYERS)
+        known = known & (i >= base)
+        at_k = tl.load(offsets_ptr + layer) + slot * stride_ks + head * DIM
+        at_votes = tl.load(offsets_ptr + 2 * LAYERS + layer) + slot * stride_votes + head
+        of_k, of_votes = tl.where(known, at_k, of_k), tl.where(known, at_votes, of_votes)
+        base = end
+    known = i < base
+    k = tl.load(k_ptr + of_k[:, None] + d[None, :], mask=known[:, None] & (d < DIM)[None, :], other=0.0)
+    vote = tl.load(votes_ptr + of_votes, mask=known, other=float("-inf"))
+    out = line.to(tl.int64) * room + i
+    tl.store(keys_ptr + out[:, None] * DIM + d[None, :], k, mask=(i < room)[:, None] & (d < DIM)[None, :])
+    tl.store(out_votes_ptr + out, vote, mask=i < room)

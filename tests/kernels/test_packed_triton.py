@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from keepkv_sglang.kernels.attention import cpp_impl, reference, triton_impl, triton_packed
+pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
+
+from keepkv_sglang.kernels.attention import triton_impl, triton_packed
 from keepkv_sglang.kernels.attention.packed import Layers
 from tests.support.packed_case import PackedCase
-from tests.support.packed_stock import PackedStock
-from tests.support.paged import INTERPRETED, ROUNDING, TOLERANCE, WEIGHTS
+from tests.support.packed_stock import PackedStock, error, plain_new_tokens
+from tests.support.paged import DEVICE, INTERPRETED, ROUNDING, TOLERANCE
 
-LENS, SPANS = [20, 9, 70, 3, 1], [[30, 1], [], [40, 7, 90], [5], [60]]
-NEWS = [1, 9, 33, 2, 1]
+LENS, SPANS = [20, 9, 50, 3, 1], [[30, 1], [], [40, 7, 50], [5], [60]]
+NEWS = [1, 9, 20, 2, 1]
 # (q heads, kv heads), head size: groups of 1, 4 and 7
 SHAPES = [((2, 2), 96), ((8, 2), 64), ((7, 1), 128)]
 
@@ -25,29 +29,9 @@ def _few_programs(monkeypatch):
         monkeypatch.setattr(triton_impl, "_DECODE_PROGRAMS", 16)
 
 
-def plain_new_tokens(case):
-    """Log votes of 0 for the tokens of this extend, as the backend resets them before the kernel runs."""
-    if case.news is not None:
-        for row, length, new in zip(case.rows, case.lens, case.news, strict=True):
-            for votes in case.layers.log_votes:
-                votes[case.table[row, length - new : length].long()] = 0.0
-    return case
-
-
-def error(case, out, layer):
-    """Largest deviation from float64 over slots and cells, beyond rounding to the storage: of an extend twice, since
-    the slots' part is rounded before it is joined."""
-    cut = cpp_impl.cut(case.table, case.rows, case.lens, case.span_of)
-    wanted = case.run(reference, cut, layer, q=case.q.double())
-    assert out.isfinite().all()
-    rounding = ROUNDING[out.dtype] * (1 if case.news is None else 2)
-    allowed = rounding * wanted.abs() + (WEIGHTS[out.dtype] if out.is_cuda else 0.0)
-    return ((out.cpu().double() - wanted).abs() - allowed).max().item()
-
-
 def test_cut_is_that_of_the_cpu():
     case = PackedCase(LENS, SPANS)
-    stock, cut = PackedStock(case), cpp_impl.cut(case.table, case.rows, case.lens, case.span_of)
+    stock, cut = PackedStock(case), case.cut()
     found = stock.cut()
     assert found.indptr.diff().tolist() == cut.lens.tolist() and found.first.tolist() == cut.first.tolist()
     raw = found.indices[: found.indptr[-1]].split(found.indptr.diff().tolist())
@@ -63,7 +47,7 @@ def test_cut_is_that_of_the_cpu():
 def test_cut_of_long_rows_of_many_spans():
     """More than one block of slots, spans beside each other and across its end, more spans than are read at once."""
     case = PackedCase([40, 1500], [[3] * 40, [600, 2, 500]], heads=(2, 1), layers=2, apart=False)
-    found, cut = PackedStock(case).cut(), cpp_impl.cut(case.table, case.rows, case.lens, case.span_of)
+    found, cut = PackedStock(case).cut(), case.cut()
     assert found.indptr.diff().tolist() == cut.lens.tolist() and found.first.tolist() == cut.first.tolist()
     entries = found.indices[found.indptr[-1] :][: found.first[-1]]
     assert (entries & 0xFFFFFFFF).tolist() == cut.spans.tolist()
@@ -84,7 +68,7 @@ def test_attention_is_equation_6_over_slots_and_cells(heads, dim, news, stock_dt
     """Several spans and none, one slot beside a span, a head without cells and one with most of them, over layers."""
     case = plain_new_tokens(PackedCase(LENS, SPANS, news, heads=heads, dim=dim, dtype=stock_dtype, layers=2))
     stock = PackedStock(case)
-    for layer in (0, 1):
+    for layer in (0, 1) if dim == 96 else (1,):  # the cells of both lie in both
         assert error(case, stock.attend(layer), layer) < TOLERANCE
 
 
@@ -100,7 +84,7 @@ def test_more_spans_than_are_read_at_once(news, stock_dtype):
 def test_votes_of_cells(vote, news, stock_dtype):
     """One token each, far stronger than all others, masked: in one cell, and in a whole head's."""
     case = plain_new_tokens(PackedCase([9, 5], [[40], [12]], news, heads=(4, 2), layers=2, dtype=stock_dtype))
-    cut = cpp_impl.cut(case.table, case.rows, case.lens, case.span_of)
+    cut = case.cut()
     runs = [case.packed(cut, 0).runs(b, 1, head).tolist() for b in (0, 1) for head in (0, 1)]
     alone = next(run for run in runs if len(run) > 2)
     for layer, slot, head in [alone[1], *max(runs[2:], key=len)]:
@@ -111,7 +95,7 @@ def test_votes_of_cells(vote, news, stock_dtype):
 @pytest.mark.parametrize("news", [None, [3]], ids=["decode", "extend"])
 def test_one_cell_may_outweigh_all_others(news, stock_dtype):
     case = plain_new_tokens(PackedCase([9], [[40]], news, heads=(4, 2), layers=2, dtype=stock_dtype))
-    cut = cpp_impl.cut(case.table, case.rows, case.lens, case.span_of)
+    cut = case.cut()
     head, run = max(((h, case.packed(cut, 0).runs(0, 1, h).tolist()) for h in (0, 1)), key=lambda x: len(x[1]))
     layer, slot, at = run[len(run) // 2]
     case.layers.log_votes[layer][slot, at] = 1e4
@@ -159,6 +143,27 @@ def _uncut(stock):
     found = stock.cut()
     stock.cells.span_of.copy_(packed)
     return found
+
+
+def test_gathered_cells_are_the_runs(stock_dtype):
+    """As the C++ ones are (test_packed.py)."""
+    few = PackedCase([20, 9], [[30, 1, 40], []], heads=(4, 2), layers=3, dtype=stock_dtype)
+    many = PackedCase([9], [[3, 1, 2, 1] * 10], heads=(4, 2), layers=3, dtype=stock_dtype, apart=False)
+    for case in (few, many):
+        check_gathered(case, PackedStock(case))
+
+
+def check_gathered(case, stock):
+    packed = case.packed(case.cut(), 0)
+    there = replace(packed, layers=stock.layers, slots=packed.slots.to(DEVICE))
+    room = packed.longest([1, 2]) + 3
+    keys, votes = (x.cpu() for x in triton_packed.gather_cells(there, [1, 2], room))
+    for at, (layer, head) in enumerate((layer, head) for layer in (1, 2) for head in range(2)):
+        cells = packed.runs(0, layer, head).tolist()
+        wanted = [case.layers.keys[a][s, h] for a, s, h in cells]
+        assert not cells or torch.equal(keys[at, : len(cells)], torch.stack(wanted))
+        assert votes[at, : len(cells)].tolist() == [float(case.layers.log_votes[a][s, h]) for a, s, h in cells]
+        assert keys[at, len(cells) :].eq(0).all() and votes[at, len(cells) :].eq(-torch.inf).all()
 
 
 def test_what_does_not_fit_is_refused():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from keepkv_sglang.kernels.attention.packed import Layers, Packed
+from keepkv_sglang.kernels.attention.packed import Cut, Layers, Packed, find_spans
 
 
 class PackedCase:
@@ -76,6 +76,23 @@ class PackedCase:
             inner[:1] = 0
             cuts += [cuts[-1] + int(x) for x in inner] + [cuts[-1] + m * size]
         return torch.tensor(cuts)
+
+    def cut(self):
+        """cpp_impl.cut in torch (test_packed.py compares them): a GPU machine may have no C++."""
+        raw, slots, at, spans, first = [], [], [0], [], [0]
+        for row, length in zip(self.rows.tolist(), self.lens.tolist(), strict=True):
+            line = self.table[row, :length]
+            outside, inside, ends, numbers = find_spans(self.span_of[line.long()])
+            raw.append(line[outside])
+            slots.append(line[inside])
+            at += (ends[1:] + at[-1]).tolist()
+            spans += numbers.tolist()
+            first.append(len(spans))
+        table = torch.nn.utils.rnn.pad_sequence(raw, batch_first=True)
+        counts, numbers = torch.tensor([len(x) for x in raw]), torch.tensor(spans, dtype=torch.int64)
+        return Cut(
+            table, torch.arange(len(raw)), counts, torch.tensor(first), torch.tensor(at), torch.cat(slots), numbers
+        )
 
     def packed(self, cut, layer):
         start = torch.stack([self.starts[int(n)] for n in cut.spans])

@@ -6,10 +6,10 @@ import torch
 from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
 from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 
-from keepkv_sglang.kernels.attention import triton_packed
+from keepkv_sglang.kernels.attention import reference, triton_packed
 from keepkv_sglang.kernels.attention.packed import Layers
 from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, requests_of_tokens, vote_score_mod
-from tests.support.paged import DEVICE
+from tests.support.paged import DEVICE, ROUNDING, WEIGHTS
 
 SPLITS = 4
 
@@ -75,3 +75,22 @@ class PackedStock:
         if join:
             triton_packed.extend(q, found, layer, scale, queries, lse, out)
         return out
+
+
+def plain_new_tokens(case):
+    """Log votes of 0 for the tokens of this forward, as the backend resets them before the kernel runs."""
+    news = torch.ones_like(case.lens) if case.news is None else case.news
+    for row, length, new in zip(case.rows, case.lens, news, strict=True):
+        for votes in case.layers.log_votes:
+            votes[case.table[row, length - new : length].long()] = 0.0
+    return case
+
+
+def error(case, out, layer):
+    """Largest deviation from float64 over slots and cells, beyond rounding to the storage: of an extend twice, since
+    the slots' part is rounded before it is joined."""
+    wanted = case.run(reference, case.cut(), layer, q=case.q.double())
+    assert out.isfinite().all()
+    rounding = ROUNDING[out.dtype] * (1 if case.news is None else 2)
+    allowed = rounding * wanted.abs() + (WEIGHTS[out.dtype] if out.is_cuda else 0.0)
+    return ((out.cpu().double() - wanted).abs() - allowed).max().item()
