@@ -71,9 +71,10 @@ def compress_span(rt: Runtime, req: Any, state: RequestState, span: DueSpan) -> 
             if len(target) > len(taken):
                 before = _contents(rt, target)
             reading = stream.reading(rt, req, state, span.first, span.end) if span.originals else None
-            where = _rows(rt, row[: span.start], row[span.start : stop], target, reading)
             queries, tally = _queries(rt, span), _Tally(rt, req, state, span, row[: span.start], target)
             with on_forward_stream(rt.scheduler), exact_float32():
+                # Behind the forward in flight, which says of what it writes that it is packed no longer.
+                where = _rows(rt, row[: span.start], row[span.start : stop], target, reading)
                 for result in _compress(rt, where, queries, span.policy, span.left):
                     tally.add(result)
                 tally.finish(state)

@@ -38,20 +38,31 @@ class PackedStock:
         self.cells = triton_packed.CellTable(self.layers, case.span_of.to(DEVICE), address)
         self.table, self.rows, self.lens, self.q = (x.to(DEVICE) for x in (case.table, case.rows, case.lens, case.q))
         self.news = None if case.news is None else case.news.to(DEVICE)
+        group = case.q.shape[1] // layers.heads
+        self.tables = [VoteTable([votes], group) for votes in self.layers.log_votes]
 
-    def cut(self, lens=None, keep_last=None):
+    def follow(self):
+        """What has changed in the case, to the same addresses."""
+        pairs = [(self.table, self.case.table), (self.cells.span_of, self.case.span_of), (self.q, self.case.q)]
+        for name in ("keys", "values", "log_votes"):
+            pairs += zip(getattr(self.layers, name), getattr(self.case.layers, name), strict=True)
+        for there, here in pairs:
+            there.copy_(here)
+
+    def cut(self, lens=None, keep_last=None, into=None):
+        """into: what an earlier call returned, whose buffers are written."""
         before = lens if lens is not None else self.lens if self.news is None else self.lens - self.news
         counts = [torch.zeros(len(self.rows) + 1, dtype=torch.int32, device=DEVICE) for _ in range(2)]
         indices = torch.full((int(before.sum()),), 1 << 40, device=DEVICE)
         keep = self.news is None if keep_last is None else keep_last
-        return triton_packed.cut(self.cells, self.table, self.rows, before, counts[0], indices, counts[1], keep)
+        buffers = (counts[0], indices, counts[1]) if into is None else (into.indptr, into.indices, into.first)
+        return triton_packed.cut(self.cells, self.table, self.rows, before, *buffers, keep)
 
     def attend(self, layer, found=None, join=True):
         """join False: SGLang's kernels alone."""
         found = self.cut() if found is None else found
         q, scale, out = self.q, self.case.scale, torch.full_like(self.q, float("nan"))
-        pools, votes = (self.layers.keys[layer], self.layers.values[layer]), self.layers.log_votes[layer]
-        table = VoteTable([votes], q.shape[1] // votes.shape[1])
+        pools, table = (self.layers.keys[layer], self.layers.values[layer]), self.tables[layer]
         mod = {"score_mod": vote_score_mod, "aux_tensors": table.aux(0)}
         if self.news is None:
             table.point(found.indptr, found.indices)
