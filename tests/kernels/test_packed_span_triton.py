@@ -88,3 +88,4 @@ def test_the_host_waits_for_the_number_of_cells_alone(monkeypatch):
     with Count().counting() as count:
         turns.compress(rows, "all")
     assert not WAITING & set(count.names)
+    assert count.names.total() <= 600 * LAYERS * HEADS, "of every head, where uniform asks as much of all"
