@@ -33,10 +33,14 @@ def prepare(device: torch.device) -> None:
             importlib.import_module(f"keepkv_sglang.kernels.{op}.triton_impl")
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands for a GPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("KEEPKV_GPU_KERNEL") == "triton"
+
+
 def implementation(op: str, x: torch.Tensor) -> ModuleType | None:
     """The op's cpp_impl or triton_impl for tensors where x is, or None: torch computes it. A module need not have all
     functions of its op, and says in supports() which storage it reads."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get("KEEPKV_GPU_KERNEL") == "triton"
-    if interpreted or (x.is_cuda and gpu_kernel() == "triton"):
+    if interpreted() or (x.is_cuda and gpu_kernel() == "triton"):
         return importlib.import_module(f"keepkv_sglang.kernels.{op}.triton_impl")
     return cpu_build.implementation(op) if x.is_cpu else None

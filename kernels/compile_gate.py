@@ -152,6 +152,8 @@ def _tool(name: str, *arguments: Any) -> str:
 def own_cases(arch: int) -> Cases:
     """Our kernels, bfloat16 storage, head_dim 64 and 128, GQA 4; merging computes in float32 as the torch code does."""
     from .attention import triton_impl as attention
+    from .attention import triton_packed as packed
+    from .attention.packed import Layers
     from .codec import triton_impl as codec
     from .codec.layout import BLOCK_TOKENS, BlockLayout
     from .merge import triton_impl as merge
@@ -174,6 +176,22 @@ def own_cases(arch: int) -> Cases:
             attention.decode(q, k, v, votes, table, rows, lens, 0.1, torch.empty_like(q))
         else:
             attention.extend(q, k, v, votes, table, rows, lens, torch.full((16,), new), 0.1, torch.empty_like(q))
+
+    def attend_packed(dim: int, new: int | None) -> None:
+        layers = Layers(*zip(*(pools(dim)[:3] for _ in range(4)), strict=True))  # of 4 layers
+        numbers, indptr, first = (torch.zeros(n, dtype=torch.int32) for n in (64, 17, 17))
+        cells = packed.CellTable(layers, numbers, torch.zeros(1, dtype=torch.int64))
+        rows, lens, indices = (
+            torch.zeros(16, dtype=torch.int64),
+            torch.full((16,), 32),
+            torch.zeros(512, dtype=torch.int64),
+        )
+        found = packed.cut(cells, pools(dim)[3], rows, lens, indptr, indices, first, new is None)
+        q = torch.zeros(16 * (new or 1), 8, dim, dtype=torch.bfloat16)
+        if new is None:
+            packed.decode(q, found, 2, 0.1, torch.zeros(16, 8, 8, dim), torch.zeros(16, 8, 8), torch.empty_like(q))
+        else:
+            packed.extend(q, found, 2, 0.1, torch.arange(17) * new, torch.zeros(16 * new, 8), torch.empty_like(q))
 
     def scores(dim: int, dtype: torch.dtype) -> None:
         q, k = torch.zeros(2, 64, dim), torch.zeros(64, 2, dim, dtype=dtype)
@@ -203,6 +221,8 @@ def own_cases(arch: int) -> Cases:
     for dim in (64, 128):
         cases[f"decode D{dim}"] = partial(attend, dim, None)
         cases[f"extend D{dim}"] = partial(attend, dim, 16)
+        cases[f"packed decode D{dim}"] = partial(attend_packed, dim, None)
+        cases[f"packed extend D{dim}"] = partial(attend_packed, dim, 16)
         cases[f"score D{dim}"] = partial(scores, dim, torch.bfloat16)
         cases[f"score D{dim} float32"] = partial(scores, dim, torch.float32)
         cases[f"merge D{dim}"] = partial(merging, dim)

@@ -15,8 +15,9 @@
 # 4. compute-sanitizer (memcheck) on a small case of each Triton kernel.
 # Then, alone on the GPU:
 # 5. Benchmark: votes on against off, budgets 0.1, 0.2 and 1, contexts of 2k to 64k, batch 1 to 64, GB/s beside a
-#    measured copy; compression of turns, replies and under pressure with torch and with our Triton kernels: time,
-#    synchronisations, memory; attention of a prefill; originals to and from the host's memory.
+#    measured copy; heads that share cells, in attention and in a compression; compression of turns, replies and under
+#    pressure with torch and with our Triton kernels: time, synchronisations, memory; attention of a prefill; originals
+#    to and from the host's memory.
 # A machine without SGLang: scripts/sglang_kernels.py carries its kernel files along (in build/, found there);
 # scripts/sglang_server.sh starts servers on one.
 # Needs torch, triton, pytest and tabulate; what needs SGLang, FlashInfer, nvcc or compute-sanitizer is skipped where they
@@ -28,8 +29,9 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 # Seconds since the start at which the first part and the benchmark are over, whatever they have done; the report
 # follows. timeout's -k may add GRACE to each.
-readonly A="triton_attention triton_merge triton_score triton_layer triton_codec sglang_score_mod graphs"
-readonly B="codec bench turns"
+readonly A="triton_attention triton_merge triton_score triton_layer triton_codec triton_packed_span sglang_score_mod \
+sglang_packed graphs"
+readonly B="codec packed bench turns"
 readonly C="flashinfer_build flashinfer small sanitizer"
 mode=all
 case ${1:-} in all | A | B | C) mode=$1 && shift ;; esac
@@ -193,7 +195,9 @@ if within A; then
     tests triton_score 240 test_score_triton.py &
     tests triton_layer 240 test_layer_triton.py &
     tests triton_codec 240 test_codec_triton.py &
+    tests triton_packed_span 240 test_packed_span_triton.py &
     tests sglang_score_mod 240 test_score_mod_triton.py &
+    tests sglang_packed 240 test_packed_triton.py &
     tests graphs 120 test_cuda_graph.py &
 fi
 [[ $mode != all ]] || tests sglang_backend 240 test_backend_triton.py &
@@ -204,6 +208,8 @@ if within B; then
     without=()
     [[ -e $logs/flashinfer_ready.txt ]] || without=(--without flashinfer)
     step codec 40 "$BENCH_END" "$python" -m benchmarks.gpu.codec &
+    wait
+    step packed 60 "$BENCH_END" "$python" -m benchmarks.gpu.packed &
     wait
     limit=$(((BENCH_END - SECONDS) / 2))
     step bench "$limit" "$BENCH_END" \

@@ -27,8 +27,9 @@ def _host_memory() -> attach.HostMemory:
 class VoteLayers:
     """The per-layer part that backends share. Without KeepKV in this process (`runtime` is None) it does nothing."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, reads_packed: bool = False) -> None:
         """Hands SGLang's model runner to the process's Runtime, which allocates votes and the query arena.
+        reads_packed: whether the backend attends to packed spans.
 
         RuntimeError when KeepKV is on and its hook did not run in this process; what choose.prepare raises.
         """
@@ -46,7 +47,8 @@ class VoteLayers:
             choose.prepare(torch.device(runner.device))
             self.runtime = process.current()
             parallel = get_parallel()
-            attach.model_runner(self.runtime, runner, _host_memory(), parallel.attn_tp_rank, parallel.attn_tp_size)
+            ranks = parallel.attn_tp_rank, parallel.attn_tp_size
+            attach.model_runner(self.runtime, runner, _host_memory(), *ranks, reads_packed=reads_packed)
 
     def begin(self) -> None:
         """Once per forward: takes over which of its queries are kept, and whose history is streamed."""

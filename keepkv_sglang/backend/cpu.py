@@ -28,7 +28,7 @@ class KeepKVCpuBackend(AttentionBackend):
             cpu_build.implementation(op)
         self.pool = runner.token_to_kv_pool
         self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.layers = VoteLayers(runner)
+        self.layers = VoteLayers(runner, reads_packed=hasattr(self.kernel, "cut"))
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         """int64 lengths for the kernels, once per forward instead of once per layer."""

@@ -16,8 +16,7 @@ import torch
 
 from keepkv_sglang.compress.layer import LayerInput, LayerResult, compress_layer, gpu_kernel_scores, heads_at_once
 from keepkv_sglang.compress.select import SpanPolicy
-from keepkv_sglang.kernels import choose
-from keepkv_sglang.kernels.attention.packed import Packed
+from keepkv_sglang.kernels.attention.packed import Packed, gather_cells
 from keepkv_sglang.kernels.merge import gather_slots
 
 SCRATCH_BYTES = 128 << 20
@@ -214,9 +213,7 @@ def _context(storage: Storage, rows: Rows, layers: Sequence[int]) -> tuple[torch
     if rows.packed is None:
         return _gather(storage.keys, layers, rows.context), _gather(storage.log_votes, layers, rows.context)
     slots, heads = len(rows.context), storage.keys[layers[0]].shape[1]
-    kernel = choose.implementation("attention", storage.keys[0])
-    assert kernel is not None, "without it nothing is packed (memory/cells.py)"
-    cells = kernel.gather_cells(rows.packed, layers, rows.packed.longest(layers))
+    cells = gather_cells(rows.packed, layers, rows.packed.longest(layers))
     parts = []
     for buffers, packed in zip((storage.keys, storage.log_votes), cells, strict=True):
         own = buffers[layers[0]].new_empty(len(layers), heads, slots, *packed.shape[2:])

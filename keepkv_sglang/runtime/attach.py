@@ -39,10 +39,11 @@ class HostMemory:
     pinned: Callable[[tuple[int, int]], torch.Tensor]
 
 
-def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: int) -> None:
+def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: int, reads_packed: bool = False) -> None:
     """Called by the attention backend: allocates votes (persistent) and the arena (scratch).
 
-    host: where originals may go. rank, ranks: of attention's tensor parallelism. Raises ConfigError for a pool whose
+    host: where originals may go. rank, ranks: of attention's tensor parallelism. reads_packed: whether attention reads
+    packed spans. Raises ConfigError for a pool whose
     keys cannot be merged.
     """
     pool = runner.token_to_kv_pool
@@ -61,7 +62,7 @@ def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: i
     rt.prefill_flops = 2.0 * sum(weight.numel() for weight in runner.model.parameters())
     rt.votes = VoteStore(layers, slots, kv_heads, keys.device)
     rt.slot_tokens = SlotTokens(slots) if keys.is_cpu else None
-    rt.cells = cells(rt)
+    rt.cells = cells(rt, reads_packed)
     rt.originals = originals(rt, host, runner.model_config.context_len, ranks)
     rt.rank = rank
     q_heads = runner.model_config.num_attention_heads // ranks
@@ -71,17 +72,28 @@ def model_runner(rt: Runtime, runner: Any, host: HostMemory, rank: int, ranks: i
     share_arena(rt, QueryArena(layers, rows, q_heads, head_dim, runner.dtype, keys.device), references)
 
 
-def cells(rt: Runtime) -> PackedCells | None:
-    """Where spans can be packed; else every head keeps the same number of tokens, whatever --keepkv-heads says."""
+def cells(rt: Runtime, reads_packed: bool) -> PackedCells | None:
+    """Where spans can be packed; else every head keeps the same number of tokens, whatever --keepkv-heads says.
+
+    On a GPU only where the server's heads are not uniform: a graph's attention would pay for spans that no request of
+    its own may then ask for (docs/flags.md)."""
     layers = range(rt.first_layer, rt.first_layer + rt.kv_pool.layer_num)
     keys = [rt.kv_pool.get_key_buffer(layer) for layer in layers]
     values = [rt.kv_pool.get_value_buffer(layer) for layer in layers]
+    on_cpu, found, why = keys[0].is_cpu, None, "attention here does not read packed spans"
+    if rt.config.heads == UNIFORM and not on_cpu:
+        return None
     try:
-        found = PackedCells.of(keys, values, rt.votes.log_votes)
+        found = PackedCells.of(keys, values, rt.votes.log_votes) if reads_packed else None
+        if found is not None and not on_cpu:
+            _ = found.layers.offsets  # what the kernels of a GPU ask of the layers' places
+            logger.warning(
+                "--keepkv-heads %s: its kernels have not run on a GPU where KeepKV is developed (docs/gpu.md). Compare "
+                "answers and times with those of --keepkv-heads uniform before you rely on it.",
+                rt.config.heads,
+            )
     except ValueError as error:
         found, why = None, str(error)
-    else:
-        why = "attention here does not read packed spans"
     if found is None and rt.config.heads != UNIFORM:
         logger.info("--keepkv-heads %s: every head keeps the same number of tokens, %s", rt.config.heads, why)
     return found

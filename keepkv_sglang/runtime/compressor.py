@@ -84,6 +84,7 @@ class Compression:
         stop = span.start + span.slots
         row = rt.req_to_token_pool.req_to_token[req.kv.req_pool_idx, :stop].to(torch.int64)
         reading = stream.reading(rt, req, self.state, span.first, span.end) if span.originals else None
+        # Behind the forward in flight, which says of what it writes that it is packed no longer.
         where = _rows(rt, row[: span.start], row[span.start :], self.target, reading)
         queries = _queries(rt, span)
         self.tally = _Tally(rt, req, self.state, span, row[: span.start], self.target)
@@ -101,8 +102,8 @@ class Compression:
         with on_forward_stream(rt.scheduler):
             for pool, content in self.before:
                 pool[self.target] = content
-        if rt.cells is not None:
-            rt.cells.reset(self.target)
+            if rt.cells is not None:
+                rt.cells.reset(self.target)
         if len(self.taken):
             rt.allocator.free(self.taken)
 
@@ -261,8 +262,7 @@ def _rows(rt: Runtime, context: torch.Tensor, source: torch.Tensor, target: torc
     merges again what was merged, and it packs nothing."""
     packed = None
     if rt.cells is not None:
-        context, packed = rt.cells.of_row(context)
-        assert reading is not None or rt.cells.of_row(source)[1] is None
+        context, packed = rt.cells.of_row(context, source if reading is None else None)
     return Rows(context, source, target, reading, packed)
 
 

@@ -68,10 +68,12 @@ class KeepKVConfig:
         "all",
         parse=values.text(lambda value: registry.check(registry.HEADS, value)),
         bound=bounds.one_of(registry.HEADS.names),
+        on_gpu="uniform",
         help="How a span's cells, one K and V per slot, layer and kv head, are shared out: uniform, the same number for"
         " all, as most papers have it; layer, the heads of a layer share theirs; all, all layers and heads do; or the"
-        " name of an installed plugin's sharing, or a path package.module:function. On a CPU, for fractional budgets"
-        " and scorers that can be compared; elsewhere uniform.",
+        " name of an installed plugin's sharing, or a path package.module:function. For fractional budgets and scorers"
+        " that can be compared, on a CPU and with keepkv_triton; elsewhere uniform. On a GPU a request may ask for"
+        " another value only where the server's is not uniform.",
     )
     chunk: int = option(
         1,

@@ -20,7 +20,7 @@ class Option:
     (bounds.py); None: anywhere. scaled: the number is a length of text, and the simulator divides it together with all
     others, down to this least value; 0: it is not. by_token: it marks tokens of a span's key instead of being part of
     all of it. shapes: False where it says nothing about what a span's slots hold. choices: all values, where these are
-    a few words.
+    a few words. on_gpu: the default of a server on a GPU, where that is another.
     """
 
     parse: Check
@@ -32,6 +32,7 @@ class Option:
     by_token: bool = False
     shapes: bool = True
     choices: tuple[str, ...] = ()
+    on_gpu: Any = None
 
 
 def option(default: Any, **about: Any) -> Any:

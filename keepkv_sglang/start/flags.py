@@ -71,12 +71,22 @@ def add_cli_args(_result: Any, parser: argparse.ArgumentParser, *_args: Any, **_
         if field == "enabled":
             group.add_argument(name, action="store_true", help=text)
             continue
-        default = getattr(defaults, field)
+        default, shown = getattr(defaults, field), shown_default(field)
         extra: dict[str, Any] = {"choices": option.choices} if option.choices else {}
         unit = f" Unit: {option.unit}." if option.unit else ""
-        text = f"{text}{unit} Default: {'none' if default == '' else default}."
-        group.add_argument(name, type=_argparse_type(field), default=default, help=text, **extra)
+        if option.on_gpu is not None:
+            default = argparse.SUPPRESS  # what the user left out is only known to be so if it is not there
+        group.add_argument(
+            name, type=_argparse_type(field), default=default, help=f"{text}{unit} Default: {shown}.", **extra
+        )
     _explain_switch(parser)
+
+
+def shown_default(field: str) -> str:
+    """The default as help and docs/flags.md show it."""
+    value, on_gpu = getattr(KeepKVConfig(), field), OPTIONS[field].on_gpu
+    text = "off" if value is False else "none" if value == "" else str(value)
+    return text if on_gpu is None else f"{text}, on a GPU {on_gpu}"
 
 
 def _explain_switch(parser: argparse.ArgumentParser) -> None:
@@ -91,8 +101,9 @@ def _explain_switch(parser: argparse.ArgumentParser) -> None:
     parser.error = error  # type: ignore[method-assign]
 
 
-def _choose_backends(values: dict[str, Any]) -> None:
-    """--enable-keepkv alone selects our backends; a choice by the user that cannot run is an error."""
+def _choose_backends(values: dict[str, Any]) -> dict[str, Any]:
+    """--enable-keepkv alone selects our backends; a choice by the user that cannot run is an error. Returns the fields
+    whose defaults are others on this device."""
     device = str(values.get("device") or default_device()).partition(":")[0]
     if device not in AUTO_BACKEND:
         raise ConfigError(
@@ -120,6 +131,7 @@ def _choose_backends(values: dict[str, Any]) -> None:
     values["radix_cache_backend"] = RADIX_BACKEND
     if device != "cpu" or values.get("keepkv_pressure", KeepKVConfig().pressure) != "off":
         values["warmups"] = ",".join(filter(None, [values.get("warmups"), WARMUP]))
+    return {} if device == "cpu" else {f: o.on_gpu for f, o in OPTIONS.items() if o.on_gpu is not None}
 
 
 def _check_off(values: dict[str, Any]) -> None:
@@ -177,7 +189,8 @@ def before_from_cli_args(cls: Any, args: argparse.Namespace) -> None:
     values = vars(args)
     with _ExitOnConfigError():
         if values.get("enable_keepkv"):
-            _choose_backends(values)
+            for field, default in _choose_backends(values).items():
+                values.setdefault(flag_name(field), default)
         else:
             _check_off(values)
 
@@ -198,7 +211,7 @@ def engine_server_args(server_args_class: Any) -> Any:
         taken = {f: kwargs.pop(flag_name(f)) for f in OPTIONS if flag_name(f) in kwargs}
         config = KeepKVConfig(**taken)
         if config.enabled:
-            _choose_backends(kwargs)
+            config = KeepKVConfig(**_choose_backends(kwargs) | taken)
         else:
             _check_off(kwargs)
         server_args = server_args_class(**kwargs)

@@ -91,6 +91,7 @@ USES: tuple[Seam, ...] = (
     Seam(f"{_TRITON}.init_cuda_graph_state", ("self", "max_bs", "max_num_tokens", "kv_indices_buf")),
     Seam(f"{_TRITON}.forward_decode", _ATTENTION_PARAMS),
     Seam(f"{_TRITON}.forward_extend", _ATTENTION_PARAMS),
+    Seam(f"{_TRITON}._forward_extend_kernel", ("self", "layer")),
     Seam("sglang.kernels.ops.attention.score_mod.unpack_aux_tensors", ("score_mod", "aux_tensors")),
     Seam(f"{_FLASHINFER}.__init__", ("self", "model_runner", "skip_prefill", "kv_indptr_buf", "kv_last_page_len_buf", "init_new_workspace")),
     Seam(f"{_FLASHINFER}._check_kv_attention_access", ("self", "phase", "access")),

@@ -24,6 +24,8 @@ def cases(arch: int) -> dict[str, Callable[[], object]]:
             found[f"sglang decode {kind} D{dim}"] = partial(_decode, dim, 8, votes)
             found[f"sglang decode {kind} D{dim} MHA"] = partial(_decode, dim, 2, votes)
             found[f"sglang extend {kind} D{dim}"] = partial(_extend, arch, dim, votes)
+    for dim in (64, 128):
+        found[f"sglang extend votes, packed spans D{dim}"] = partial(_extend, arch, dim, True, lse=True)
     return found
 
 
@@ -52,14 +54,16 @@ def _decode(dim: int, heads: int, votes: bool) -> None:
     )  # fmt: skip
 
 
-def _extend(arch: int, dim: int, votes: bool) -> None:
+def _extend(arch: int, dim: int, votes: bool, lse: bool = False) -> None:
+    """lse: with its log-sum-exp, by which packed spans are joined."""
     q, out, k, v, indptr, indices = _pools(dim, 8, BATCH)
     starts = torch.arange(BATCH + 1)
     new = torch.zeros(BATCH, 2, dim, dtype=torch.bfloat16)
     mod = _mod(votes, indptr, indices, requests_of_tokens(starts, BATCH))
     with pretend(arch):
         extend_attention.extend_attention_fwd(
-            q, new, new, out, k, v, starts, indptr, indices, None, True, None, 1, 1.0, 1.0, 0.1, **mod
+            q, new, new, out, k, v, starts, indptr, indices, None, True, None, 1, 1.0, 1.0, 0.1,
+            lse_extend=torch.zeros(BATCH, 8) if lse else None, **mod,
         )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from keepkv_sglang.settings.config import OPTIONS, KeepKVConfig
-from keepkv_sglang.start.flags import flag_name
+from keepkv_sglang.settings.config import OPTIONS
+from keepkv_sglang.start.flags import flag_name, shown_default
 from keepkv_sglang.tools.places import REPO
 from keepkv_sglang.tools.report import tables
 
@@ -23,17 +23,15 @@ The last column says how far a request may move away from the server's value. `-
 
 def page() -> str:
     """The whole of docs/flags.md."""
-    defaults = KeepKVConfig()
     rows, details = [], []
     for name, option in OPTIONS.items():
-        flag, default = "--" + flag_name(name).replace("_", "-"), getattr(defaults, name)
-        shown = "off" if default is False else "none" if default == "" else str(default)
+        flag = "--" + flag_name(name).replace("_", "-")
         key = "the server's only" if option.server else f"`{name}`"
         if option.bound is not None:
             key += f": {option.bound.text}"
         elif not option.server:
             key += ": false only" if name == "enabled" else ": any value"
-        rows.append((f"`{flag}`", shown, option.unit or "-", key))
+        rows.append((f"`{flag}`", shown_default(name), option.unit or "-", key))
         details.append(f"- `{flag}`: {option.help}")
     table = tables.markdown(("flag", "default", "unit", "request key"), rows, padded=False)
     return "\n".join([HEAD, table, "", "## What each does", "", *details, ""])

@@ -14,7 +14,8 @@ extend(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, 
     already in the pool.
 
 packed, in both: the packed spans of these requests (packed.py), whose slots are then in no row: every query sees the
-cells of its head. cpp alone computes it; the others raise ValueError.
+cells of its head. cpp alone computes it here, the others raise ValueError; on a GPU triton_packed.py does,
+beside SGLang's kernels.
 
 Shapes: q, out [B or sum(extend_lens), Hq, D], float32 or bfloat16, one dtype; k_pool, v_pool [S, Hkv, D],
 float32 or bfloat16, any stride(0), rows contiguous; log_votes [S, Hkv] float32, or None for plain attention

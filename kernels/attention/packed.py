@@ -12,11 +12,15 @@ Which of a row's slots belong to a packed span is said by slot (`span_of`): rows
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
+from keepkv_sglang.kernels import choose
+from keepkv_sglang.kernels.host import on_device
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,28 @@ class Layers:
             torch.tensor([x.data_ptr() for x in buffers]) for buffers in (self.keys, self.values, self.log_votes)
         )
 
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """int64 [3, layers], where the pool is: keys, values and votes of each layer, in elements from those of the
+        first layer. ValueError where a layer begins at no multiple of 8 elements from it: a kernel reads that many at
+        once."""
+        found = []
+        for buffers in (self.keys, self.values, self.log_votes):
+            size, first = buffers[0].element_size(), buffers[0].data_ptr()
+            bytes_ = [x.data_ptr() - first for x in buffers]
+            if any(distance % (8 * size) for distance in bytes_):
+                raise ValueError("packed spans need layers that begin at multiples of 8 elements: use heads uniform")
+            found.append([distance // size for distance in bytes_])
+        return on_device(torch.tensor(found), self.keys[0].device)
+
 
 @dataclass(frozen=True)
 class Packed:
     """The packed spans of a batch, for attention in layer `layer`.
 
-    first int64 [B + 1]: request b has spans first[b] .. first[b + 1] - 1. at int64 [spans + 1]: span s has
-    slots[at[s] : at[s + 1]], int32. start int64 [spans, L * H + 1] as above.
+    On the host, but for `slots`, which are where the pool is. first int64 [B + 1]: request b has spans first[b] ..
+    first[b + 1] - 1. at int64 [spans + 1]: span s has slots[at[s] : at[s + 1]], int32. start int64
+    [spans, L * H + 1] as above.
     """
 
     layers: Layers
@@ -75,8 +94,8 @@ class Packed:
 
     def longest(self, layers: Sequence[int]) -> int:
         """Most cells of a head of these layers, over the spans of the first request."""
-        counts = self.start[: int(self.first[1])].diff(dim=1).sum(dim=0)
-        return int(counts.view(-1, self.layers.heads)[list(layers)].max())
+        counts = self.start[: self.first.tolist()[1]].diff(dim=1).sum(dim=0)
+        return max(counts.view(-1, self.layers.heads)[list(layers)].flatten().tolist())
 
 
 @dataclass(frozen=True)
@@ -99,3 +118,25 @@ class PackedRows:
 
     cut: Cut
     packed: Packed
+
+
+def find_spans(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a row's packed spans are: spans int32 [n] on the host, the number of each slot's span, 0: none. Returns
+    int64 indices of the slots in none, of the others, `at` of these as Packed has it, and the number of each span."""
+    before = torch.cat([spans.new_zeros(1), spans[:-1]])
+    inside = spans.nonzero()[:, 0]
+    opens = (spans != before)[inside].nonzero()[:, 0]
+    return (
+        (spans == 0).nonzero()[:, 0],
+        inside,
+        torch.cat([opens, opens.new_tensor([len(inside)])]),
+        spans[inside][opens],
+    )
+
+
+def gather_cells(packed: Packed, layers: Sequence[int], room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cpp_impl.gather_cells, by the kernel that runs where the pool is."""
+    on_cpu = packed.slots.is_cpu and not choose.interpreted()
+    # Imported where it is used: both import this file.
+    kernel = importlib.import_module(f".{'cpp_impl' if on_cpu else 'triton_packed'}", __package__)
+    return kernel.gather_cells(packed, layers, room)  # type: ignore[no-any-return]

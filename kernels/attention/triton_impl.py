@@ -44,10 +44,10 @@ def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, ou
     if batch == 0:
         return
     group = heads // heads_kv
-    upcast = _upcast(q, k_pool)
-    block_h = min(16 if upcast else 64, max(16, triton.next_power_of_2(group)))
+    up = upcast(q, k_pool)
+    block_h = min(16 if up else 64, max(16, triton.next_power_of_2(group)))
     tiles = heads_kv * triton.cdiv(group, block_h)
-    splits = min(_MAX_SPLITS, triton.next_power_of_2(triton.cdiv(_DECODE_PROGRAMS, batch * tiles)))
+    splits = decode_splits(batch * tiles)
     part = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, heads, splits, dtype=torch.float32, device=q.device)
     block_d = triton.next_power_of_2(dim)
@@ -56,7 +56,7 @@ def decode(q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, scale, ou
         scale, q.stride(0), q.stride(1), k_pool.stride(0), v_pool.stride(0),
         0 if log_votes is None else log_votes.stride(0), req_to_token.stride(0),
         HEADS_KV=heads_kv, GROUP=group, DIM=dim, BLOCK_H=block_h, BLOCK_N=32, BLOCK_D=block_d, SPLITS=splits,
-        HAS_VOTES=log_votes is not None, UPCAST=upcast, num_warps=4, num_stages=2,
+        HAS_VOTES=log_votes is not None, UPCAST=up, num_warps=4, num_stages=2,
     )  # fmt: skip
     result = _result(out)
     decode_merge[(batch, heads)](
@@ -85,24 +85,30 @@ def extend(
     if q.shape[0] == 0:
         return
     heads, dim, heads_kv = q.shape[1], q.shape[2], k_pool.shape[1]
-    group, upcast = heads // heads_kv, _upcast(q, k_pool)
+    group, up = heads // heads_kv, upcast(q, k_pool)
     block_d = triton.next_power_of_2(dim)
     # float32 dots hold both operands in registers: larger tiles spill kilobytes
-    block_m, block_n = (32, 16) if upcast and not interpreted() else (64, 64 if block_d <= 128 else 32)
+    block_m, block_n = (32, 16) if up and not interpreted() else (64, 64 if block_d <= 128 else 32)
     result = _result(out)
     extend_tile[(triton.cdiv(q.shape[0] * group, block_m) + batch, heads_kv)](
         q, k_pool, v_pool, log_votes, req_to_token, rows, seq_lens, extend_lens, result,
         batch, scale, q.stride(0), q.stride(1), result.stride(0), result.stride(1), k_pool.stride(0), v_pool.stride(0),
         0 if log_votes is None else log_votes.stride(0), req_to_token.stride(0),
         GROUP=group, DIM=dim, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
-        HAS_VOTES=log_votes is not None, CAUSAL=causal, UPCAST=upcast,
+        HAS_VOTES=log_votes is not None, CAUSAL=causal, UPCAST=up,
         num_warps=4 if block_d <= 64 else 8, num_stages=2 if block_d <= 128 else 1,
     )  # fmt: skip
     if result is not out:
         out.copy_(result)
 
 
-def _upcast(q: torch.Tensor, k_pool: torch.Tensor) -> bool:
+def decode_splits(programs: int) -> int:
+    """Into how many parts each of so many programs of a decode is split, a power of two."""
+    return min(_MAX_SPLITS, triton.next_power_of_2(triton.cdiv(_DECODE_PROGRAMS, programs)))
+
+
+def upcast(q: torch.Tensor, k_pool: torch.Tensor) -> bool:
+    """Whether keys and values are multiplied in float32."""
     return interpreted() or torch.float32 in (q.dtype, k_pool.dtype)
 
 

@@ -10,115 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.paged import DEVICE, TOLERANCE, Case, clean, ragged
+from tests.support.paged import DEVICE, INTERPRETED, TOLERANCE, Case
 
 pytest.importorskip("sglang")  # scripts/gpu_check.sh runs where it may be missing
 
 from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
-from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
-from sglang.srt.layers.attention import triton_backend
-from sglang.srt.layers.attention.triton_backend import ForwardMetadata, TritonAttnBackend
-from sglang.srt.layers.radix_attention import AttentionType
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from keepkv_sglang.backend.common import VoteLayers
-from keepkv_sglang.backend.triton import KeepKVTritonBackend
-from keepkv_sglang.memory.arena import QueryArena
-from keepkv_sglang.memory.votes import VoteStore
+from keepkv_sglang.kernels.attention import triton_impl, triton_packed
 from keepkv_sglang.settings.config import ConfigError
-
-LAYERS, HEADS, SPLITS, FIRST = 2, (6, 2), 2, 3
-
-
-class Stand:
-    """A backend over one Case: layer FIRST + 1 uses the case's pool and votes."""
-
-    def __init__(self, case, monkeypatch):
-        self.case = clean(case)
-        dim = case.q.shape[2]
-        self.votes = VoteStore(LAYERS, len(case.k), HEADS[1], DEVICE)
-        self.votes.log_votes[1].copy_(case.votes)
-        case.votes = self.votes.log_votes[1]
-        self.arena = QueryArena(LAYERS, 8, HEADS[0], dim, case.q.dtype, DEVICE)
-        self.arena.queries.fill_(float("nan"))
-        self.runtime = SimpleNamespace(
-            votes=self.votes, arena=self.arena, scales={}, first_layer=FIRST, capture=None, readings=[]
-        )
-        layers = object.__new__(VoteLayers)
-        layers.runtime, layers.capture, layers._checked = self.runtime, None, set()
-        layers.graph_rows = layers._graph_rows = None
-        backend = self.backend = object.__new__(KeepKVTritonBackend)
-        pool = SimpleNamespace(get_key_buffer=lambda _: case.k, get_value_buffer=lambda _: case.v)
-        vars(backend).update(
-            dcp_size=1, num_head=HEADS[0], num_kv_head=HEADS[1], device=DEVICE, page_size=1, use_mla=False,
-            use_pdl=False, is_draft_runner=False, enable_deterministic=False, enable_lean_attention=False,
-            max_kv_splits=SPLITS, token_to_kv_pool=pool, decode_attention_fwd=decode_attention_fwd,
-            extend_attention_fwd=extend_attention_fwd, allow_bidirectional_attention_in_extend=False,
-            use_verify_shared_kv=False, use_verify_splitkv=False, use_dense_fp8_chunked_prefill=False, _in_graph=False,
-        )  # fmt: skip
-        backend._attach(layers)
-        # SGLang's metadata, made here; a graph's lives in static buffers that replays fill.
-        monkeypatch.setattr(TritonAttnBackend, "init_forward_metadata", lambda b, _: self.metadata(b))
-        monkeypatch.setattr(TritonAttnBackend, "init_forward_metadata_out_graph", lambda b, *_: self.graph_metadata(b))
-        monkeypatch.setattr(TritonAttnBackend, "init_cuda_graph_state", lambda b, *_: self.graph_state(b))
-        monkeypatch.setattr(triton_backend, "KVWriteLoc", None)
-        self.layer = SimpleNamespace(
-            layer_id=FIRST + 1, tp_q_head_num=HEADS[0], tp_k_head_num=HEADS[1], qk_head_dim=dim, v_head_dim=dim,
-            head_dim=dim, scaling=case.scale, logit_cap=0.0, logit_capping_method="tanh", sliding_window_size=-1,
-            is_cross_attention=False, attn_type=AttentionType.DECODER, xai_temperature_len=-1, k_scale=None,
-            v_scale=None,
-        )  # fmt: skip
-
-    def metadata(self, backend):
-        case, fields = self.case, dict.fromkeys(ForwardMetadata.__dataclass_fields__)
-        if case.news is None:
-            indptr, indices = ragged(case.table, case.rows, case.lens)
-            backend.forward_metadata = ForwardMetadata(
-                **fields | self.scratch() | dict(kv_indptr=indptr, kv_indices=indices)
-            )
-            return
-        indptr, indices = ragged(case.table, case.rows, case.lens - case.news)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64, device=DEVICE), case.news.cumsum(0)])
-        more = dict(kv_indptr=indptr, kv_indices=indices, qo_indptr=starts, max_extend_len=int(case.news.max()))
-        backend.forward_metadata = ForwardMetadata(**fields | more)
-
-    def scratch(self):
-        n, dim = len(self.case.lens), self.case.q.shape[2]
-        return dict(
-            attn_logits=torch.full((n, HEADS[0], SPLITS, dim), float("nan"), device=DEVICE),
-            attn_lse=torch.full((n, HEADS[0], SPLITS), float("nan"), device=DEVICE),
-            num_kv_splits=torch.full((n,), SPLITS, dtype=torch.int32, device=DEVICE),
-        )
-
-    def graph_state(self, backend):
-        backend.kv_indptr = torch.zeros(5, dtype=torch.int32, device=DEVICE)
-        backend.cuda_graph_kv_indices = torch.zeros(1000, dtype=torch.int64, device=DEVICE)
-
-    def graph_metadata(self, backend):
-        case = self.case
-        if case.news is not None:
-            return
-        indptr, indices = ragged(case.table, case.rows, case.lens)
-        backend.kv_indptr[: len(indptr)], backend.cuda_graph_kv_indices[: len(indices)] = indptr, indices
-        static = dict(kv_indptr=backend.kv_indptr[: len(indptr)], kv_indices=backend.cuda_graph_kv_indices)
-        fields = dict.fromkeys(ForwardMetadata.__dataclass_fields__)
-        backend.forward_metadata = ForwardMetadata(**fields | self.scratch() | static)
-
-    def batch(self):
-        case, news = self.case, self.case.news
-        last = [1] * len(case.lens) if news is None else news.tolist()
-        slots = torch.cat([case.slots(i)[len(case.slots(i)) - n :] for i, n in enumerate(last)])
-        mode = ForwardMode.DECODE if news is None else ForwardMode.EXTEND
-        return SimpleNamespace(
-            forward_mode=mode, out_cache_loc=slots, positions=slots, spec_info=None, seq_lens_sum=int(case.lens.sum()),
-            batch_size=len(case.lens), mha_one_shot=False, attn_attend_prefix_cache=False, extend_seq_lens_cpu=None,
-        )  # fmt: skip
-
-    def attend(self, batch):
-        case = self.case
-        q, k, v = case.q.flatten(1), case.k[batch.out_cache_loc], case.v[batch.out_cache_loc]
-        call = self.backend.forward_decode if case.news is None else self.backend.forward_extend
-        return call(q, k, v, self.layer, batch, save_kv_cache=False).view_as(case.q)
+from tests.support.packed_case import PackedCase
+from tests.support.packed_stock import error, plain_new_tokens
+from tests.support.triton_stand import FIRST, HEADS, PackedLayer, Stand
 
 
 @pytest.mark.parametrize("news", [None, [40, 3, 9]])
@@ -189,3 +91,75 @@ def test_without_keepkv_it_is_the_stock_backend(stock_dtype, monkeypatch):
     stand.backend._attach(layers)
     stand.backend.init_forward_metadata(stand.batch())
     assert stand.case.error(stand.attend(stand.batch()), votes=None) < TOLERANCE
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch):
+    if INTERPRETED:  # a program takes 10 ms
+        monkeypatch.setattr(triton_impl, "_DECODE_PROGRAMS", 16)
+
+
+def packed_stand(news, dtype, monkeypatch):
+    """Rows with spans and a row without; the new tokens' slots were parts of a span that is gone."""
+    case = PackedCase([14, 9, 1], [[20, 3], [], [12]], news, heads=HEADS, dtype=dtype, layers=2)
+    stand = Stand(PackedLayer(plain_new_tokens(case)), monkeypatch)
+    written = stand.batch().out_cache_loc
+    stand.runtime.cells.span_of[written] = 1
+    return stand, written
+
+
+@pytest.mark.parametrize("news", [None, [3, 9, 1]])
+def test_a_forward_reads_packed_spans(news, stock_dtype, monkeypatch):
+    stand, written = packed_stand(news, stock_dtype, monkeypatch)
+    stand.backend.init_forward_metadata(stand.batch())
+    packed = stand.runtime.cells.span_of.clone()
+    stand.layer.layer_id = FIRST  # the first layer says that what is written is packed no longer
+    stand.attend(stand.batch())
+    assert stand.runtime.cells.span_of[written].eq(0).all()
+    packed[written] = 0
+    assert torch.equal(stand.runtime.cells.span_of, packed)
+    stand.layer.layer_id = FIRST + 1
+    assert stand.case.error(stand.attend(stand.batch())) < TOLERANCE
+
+
+def test_where_nothing_is_packed_only_sglangs_kernels_run(stock_dtype, monkeypatch):
+    stand, _ = packed_stand(None, stock_dtype, monkeypatch)
+    monkeypatch.setattr(triton_packed, "decode", None)
+    cells = stand.runtime.cells
+    cells.span_of.zero_()
+    cells._collect()
+    stand.backend.init_forward_metadata(stand.batch())
+    assert stand.backend._found is None and stand.attend(stand.batch()).isfinite().all()
+
+
+def test_a_graph_follows_packed_spans(stock_dtype, monkeypatch):
+    """Captured before anything is packed, as at a server's start, and for a row more than the batch will have; replayed
+    after spans were made and their table has moved. What was recorded is called again with what it was called with."""
+    stand, _ = packed_stand(None, stock_dtype, monkeypatch)
+    backend, case, cells = stand.backend, stand.case, stand.runtime.cells
+    numbers, free = cells.span_of.clone(), cells._free
+    cells.span_of.zero_()
+    cells._collect()
+    backend.init_cuda_graph_state(4, 4)
+    # What pads the batch is a row of one slot; that of the last row is part of a packed span.
+    case.rows, case.q = (torch.cat([x, x[2:]]) for x in (case.rows, case.q))
+    case.lens = torch.cat([case.lens, case.lens.new_ones(1)])
+    assert numbers[case.slots(3)] != 0
+    batch, recorded = stand.batch(), []
+    batch.out_cache_loc[3] = next(s for s in range(1, len(numbers)) if not case.table.eq(s).any())
+    for owner, name in ((backend, "decode_attention_fwd"), (triton_packed, "decode")):
+        call = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, call=call, **kwargs: recorded.append((call, args, kwargs)))
+    backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    out = stand.attend(batch)
+    assert len(recorded) == 2
+    address = cells._starts.data_ptr()
+    cells.span_of[: len(free)] = torch.arange(1, len(free) + 1, dtype=torch.int32, device=DEVICE)
+    cells._collect()
+    cells.span_of.copy_(numbers)
+    assert cells._starts.data_ptr() != address
+    backend.init_forward_metadata_out_graph(batch)
+    out.fill_(float("nan"))
+    for call, args, kwargs in recorded:
+        call(*args, **kwargs)
+    assert error(case.packed, out[:3], 1) < TOLERANCE and out[3].isfinite().all()

@@ -13,7 +13,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
 from keepkv_sglang.kernels.attention import triton_impl  # noqa: E402
-from tests.support.graph_changes import CHANGES, LENS, STALE  # noqa: E402
+from tests.support.graph_changes import CHANGES, LENS, PACKED, PACKED_CHANGES, STALE  # noqa: E402
+from tests.support.packed_case import PackedCase  # noqa: E402
 from tests.support.paged import TOLERANCE, Case  # noqa: E402
 
 
@@ -75,3 +76,27 @@ def test_replay_of_sglang_decode_follows_the_vote_table():
     mod = {"score_mod": vote_score_mod, "aux_tensors": table.aux(0)}
     graph = captured(lambda: ops.decode_attention_fwd(case.q, case.k, case.v, out, *arguments, **mod))
     replays_follow(case, graph, out, lambda: indices.copy_(torch.cat([case.slots(i) for i in range(len(LENS))])))
+
+
+def test_replay_of_packed_decode_follows_rows_votes_and_queries():
+    """SGLang's decode and ours over packed spans; the rows are cut again before each replay, as a server does."""
+    pytest.importorskip("sglang")  # only this: a part of it that is missing is a failure
+    from tests.support.packed_stock import PackedStock, error
+
+    case = PackedCase(*PACKED, dtype=torch.bfloat16)
+    stock, outs = PackedStock(case), []
+    found = stock.cut()
+    graph = captured(lambda: outs.append(stock.attend(1, found)))
+    out = outs[-1]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert error(case, out, 1) < TOLERANCE
+    for change in PACKED_CHANGES:
+        change(case)
+        stock.follow()
+        assert error(case, out, 1) > STALE, f"{change.__name__} changes nothing that a stale replay would miss"
+        stock.cut(into=found)
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert error(case, out, 1) < TOLERANCE, change.__name__

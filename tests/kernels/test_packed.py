@@ -38,6 +38,15 @@ def test_cut_takes_the_spans_out_and_keeps_the_order():
         assert mine.tolist() == [s for s in slots if case.span_of[s] != 0]
 
 
+def test_rows_are_cut_in_torch_as_in_cpp():
+    for case in (PackedCase(LENS, SPANS), PackedCase([9, 4], [[3, 1, 2], [5]], apart=False)):
+        cut, own = cut_of(case), case.cut()
+        for row, wanted, length in zip(own.table, cut.table, cut.lens, strict=True):
+            assert torch.equal(row[:length], wanted[:length])
+        for name in ("lens", "first", "at", "slots", "spans"):
+            assert torch.equal(getattr(own, name), getattr(cut, name)), name
+
+
 def test_runs_share_out_every_cell_once():
     case = PackedCase(LENS, SPANS)
     cut = cut_of(case)

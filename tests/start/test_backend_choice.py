@@ -92,3 +92,55 @@ def test_no_flags_where_the_hook_that_reads_them_cannot_sit(monkeypatch):
     flags.add_cli_args(None, parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["--enable-keepkv"])
+
+
+def heads_of(*arguments):
+    """What --keepkv-heads becomes."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--device")
+    flags.add_cli_args(None, parser)
+    args = parser.parse_args(["--enable-keepkv", *arguments])
+    flags.before_from_cli_args(None, args)
+    return getattr(args, "keepkv_heads", KeepKVConfig().heads)
+
+
+def test_heads_are_uniform_on_a_gpu_unless_they_are_named(monkeypatch):
+    """Packed spans have not been measured there."""
+    assert heads_of("--device", "cpu") == "all"
+    assert heads_of("--device", "cuda") == "uniform"
+    assert heads_of("--device", "cuda", "--keepkv-heads", "all") == "all"
+    monkeypatch.setattr(flags, "attach", lambda args, config: args.append(config))
+    build = flags.engine_server_args(lambda **_: [])
+    for device, given, wanted in (
+        ("cpu", {}, "all"),
+        ("cuda", {}, "uniform"),
+        ("cuda", {"keepkv_heads": "layer"}, "layer"),
+    ):
+        (config,) = build(enable_keepkv=True, device=device, **given)
+        assert config.heads == wanted
+    assert build()[0] == KeepKVConfig()
+
+
+@pytest.mark.parametrize(
+    ("heads", "device", "reads", "packs"),
+    [
+        ("all", "cpu", True, True),
+        ("uniform", "cpu", True, True),  # a request may ask for it
+        ("all", "cpu", False, False),
+        ("all", "meta", True, True),  # what is no CPU is a GPU
+        ("uniform", "meta", True, False),
+        ("layer", "meta", False, False),  # FlashInfer
+    ],
+)
+def test_where_spans_are_packed(heads, device, reads, packs, caplog):
+    pools = [[torch.zeros(4, 1, 8, device=device) for _ in range(2)] for _ in range(2)]
+    rt = process.Runtime(KeepKVConfig(enabled=True, heads=heads))
+    rt.kv_pool = SimpleNamespace(
+        layer_num=2, get_key_buffer=pools[0].__getitem__, get_value_buffer=pools[1].__getitem__
+    )
+    rt.votes = SimpleNamespace(log_votes=[torch.zeros(4, 1, device=device) for _ in range(2)])
+    with caplog.at_level(logging.INFO, "keepkv"):
+        found = attach.cells(rt, reads)
+    assert (found is not None) == packs
+    assert ("does not read packed spans" in caplog.text) == (heads != "uniform" and not reads)
+    assert ("have not run on a GPU" in caplog.text) == (packs and device != "cpu")

@@ -27,3 +27,28 @@ def votes_again(case):
 
 
 CHANGES = (votes, slots, queries, votes_again)
+
+
+# The same for a PackedCase.
+PACKED = ([500, 63, 900], [[300, 40], [], [7, 200]])
+
+
+def cells_votes(case):
+    for pool in case.layers.log_votes:
+        pool[::2] += 1.5
+
+
+def a_span_less(case):
+    """The slots of a span are ordinary again."""
+    case.span_of[case.span_of == min(case.starts)] = 0
+
+
+def places(case):
+    """Another row's slots stand where a span's stood."""
+    first, last = case.rows[0], case.rows[2]
+    (at,) = (case.span_of[case.table[last].clamp(min=0).long()] == max(case.starts)).nonzero()[:1, 0].tolist()
+    case.table[first, 20:60] = case.table[last, at : at + 40]
+    case.span_of[case.table[first, 20:60].long()] = 0
+
+
+PACKED_CHANGES = (cells_votes, a_span_less, queries, places)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import torch
 
-from keepkv_sglang.kernels.attention.packed import Layers, Packed
+from keepkv_sglang.kernels.attention.packed import Cut, Layers, Packed, find_spans
 
 
 class PackedCase:
     """`spans[b]`: slots of each packed span of request b; `lens[b]`: its other slots; news None: a decode.
 
-    A row reads: half of the other slots, then span, one slot, span, one slot, ..., then the rest. Slots in no row are
-    NaN. across: runs cross layers; else each layer's runs stay in it.
+    A row reads: half of the other slots, then span, one slot, span, one slot, ..., then the rest; not apart: the spans
+    beside each other. Slots in no row are NaN. across: runs cross layers; else each layer's runs stay in it.
     """
 
     def __init__(
-        self, lens, spans, news=None, heads=(9, 3), dim=64, layers=3, dtype=torch.float32, across=True, seed=0
+        self,
+        lens,
+        spans,
+        news=None,
+        heads=(9, 3),
+        dim=64,
+        layers=3,
+        dtype=torch.float32,
+        across=True,
+        seed=0,
+        apart=True,
     ):
         gen = torch.Generator().manual_seed(seed)
         hq, hkv = heads
@@ -38,8 +48,8 @@ class PackedCase:
                 number = len(starts) + 7
                 self.span_of[own] = number
                 starts[number] = self._start(m, layers, hkv, across, gen)
-                slots += [*own, next(order)]
-            slots += [next(order) for _ in range(length - length // 2 - len(row))]
+                slots += [*own, next(order)] if apart else own
+            slots += [next(order) for _ in range(length - length // 2 - (len(row) if apart else 0))]
             rows.append(slots)
         taken = [s for row in rows for s in row]
         self.layers = Layers(
@@ -66,6 +76,23 @@ class PackedCase:
             inner[:1] = 0
             cuts += [cuts[-1] + int(x) for x in inner] + [cuts[-1] + m * size]
         return torch.tensor(cuts)
+
+    def cut(self):
+        """cpp_impl.cut in torch (test_packed.py compares them): a GPU machine may have no C++."""
+        raw, slots, at, spans, first = [], [], [0], [], [0]
+        for row, length in zip(self.rows.tolist(), self.lens.tolist(), strict=True):
+            line = self.table[row, :length]
+            outside, inside, ends, numbers = find_spans(self.span_of[line.long()])
+            raw.append(line[outside])
+            slots.append(line[inside])
+            at += (ends[1:] + at[-1]).tolist()
+            spans += numbers.tolist()
+            first.append(len(spans))
+        table = torch.nn.utils.rnn.pad_sequence(raw, batch_first=True)
+        counts, numbers = torch.tensor([len(x) for x in raw]), torch.tensor(spans, dtype=torch.int64)
+        return Cut(
+            table, torch.arange(len(raw)), counts, torch.tensor(first), torch.tensor(at), torch.cat(slots), numbers
+        )
 
     def packed(self, cut, layer):
         start = torch.stack([self.starts[int(n)] for n in cut.spans])

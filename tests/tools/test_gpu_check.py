@@ -314,8 +314,12 @@ def test_the_script_ends_with_1_when_a_step_failed_and_packs_its_logs(merge, scr
 @pytest.mark.parametrize(
     ("mode", "wanted"),
     [
-        ("A", {f"triton_{name}" for name in TRITON} | {"sglang_score_mod", "graphs"}),
-        ("B", {"codec", "bench", "turns"}),
+        (
+            "A",
+            {f"triton_{name}" for name in TRITON}
+            | {"triton_packed_span", "sglang_score_mod", "sglang_packed", "graphs"},
+        ),
+        ("B", {"codec", "packed", "bench", "turns"}),
         ("C", {"flashinfer_build", "flashinfer", "small", "sanitizer"}),
     ],
 )
