@@ -36,6 +36,7 @@ class VoteLayers:
         self.runtime: process.Runtime | None = None
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         self.readings: list[tuple[int, int, Any]] = []
+        self.voted = True
         # int64 [most tokens]: the arena row of each query of a graph, at an address that graphs remember
         self._graph_rows: torch.Tensor | None = None
         self.graph_rows: torch.Tensor | None = None  # the same while a graph is captured or runs
@@ -51,11 +52,13 @@ class VoteLayers:
             attach.model_runner(self.runtime, runner, _host_memory(), *ranks, reads_packed=reads_packed)
 
     def begin(self) -> None:
-        """Once per forward: takes over which of its queries are kept, and whose history is streamed."""
+        """Once per forward: takes over which of its queries are kept, whose history is streamed, and whether any of its
+        rows has votes."""
         self.graph_rows = None
         if self.runtime is not None:
             self.capture, self.runtime.capture = self.runtime.capture, None
             self.readings, self.runtime.readings = self.runtime.readings, []
+            self.voted, self.runtime.voted = self.runtime.voted, True
 
     def allocate_graph_rows(self, tokens: int) -> None:
         """Once, before a CUDA graph of up to so many tokens is captured."""

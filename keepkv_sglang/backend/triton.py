@@ -130,7 +130,8 @@ class KeepKVTritonBackend(TritonAttnBackend):
     # -- attention ----------------------------------------------------------------------------------------------------
 
     def _votes(self, q: torch.Tensor, layer: Any, forward_batch: Any, score_mod: Any) -> dict[str, Any]:
-        """Arguments for SGLang's forward; resets votes and keeps queries on the way. q [T, Hq * D]."""
+        """Arguments for SGLang's forward, none where no row has votes; resets votes and keeps queries on the way. q
+        [T, Hq * D]."""
         if self.layers.runtime is None:
             return {}
         if score_mod is not None:
@@ -142,6 +143,8 @@ class KeepKVTritonBackend(TritonAttnBackend):
         if index == 0 and self.layers.runtime.cells is not None:
             self.layers.runtime.cells.reset(forward_batch.out_cache_loc)
         in_graph = self.layers.graph_rows is not None
+        if not in_graph and not self.layers.voted:
+            return {}  # a prefill of uncompressed rows: the score_mod would cost a third of its attention (docs/gpu.md)
         table = self._graph_table if in_graph else self._eager_table
         assert table is not None
         return {"score_mod": vote_score_mod, "aux_tensors": table.aux(index)}

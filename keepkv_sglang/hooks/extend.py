@@ -105,6 +105,7 @@ def after_init_new(forward_batch: Any, _cls: Any, batch: Any, *_args: Any, **_kw
         forward_batch.positions = forward_batch.positions + offset
     # Not on the forward batch: SGLang may run a copy of it, made from its declared fields.
     rt.capture = None
+    rt.voted = decode or any(state.offset for req in batch.reqs if (state := known_state(req)) is not None)
     rt.readings = [] if decode else _readings(rt, batch)
     try:
         rt.capture = _capture(rt, batch, forward_batch, decode)

@@ -68,6 +68,8 @@ class Runtime:
         self.capture: tuple[torch.Tensor, torch.Tensor] | None = None
         # of the same forward, a prefill: (first query row, number of queries, stream.Reading) of each streamed request
         self.readings: list[tuple[int, int, Any]] = []
+        # Whether the rows of the forward about to run hold compressed slots; the attention backend takes it, too.
+        self.voted = True
         self.adder: Any = None  # SGLang's prefill adder of this round
         self.counters = Counters()
         self.skips = SkipWatch()

@@ -42,6 +42,21 @@ def test_a_forward_weights_by_votes_resets_what_it_writes_and_keeps_queries(news
     assert stand.runtime.scales == {FIRST + 1: case.scale} and stand.runtime.capture is None
 
 
+def test_a_prefill_of_rows_without_votes_is_sglangs_own(stock_dtype, monkeypatch):
+    """And the next forward has votes again, whatever the hook says of it."""
+    stand = Stand(Case([40, 90, 9], [40, 3, 9], heads=HEADS, dtype=stock_dtype), monkeypatch)
+    case, batch, passed = stand.case, stand.batch(), []
+    real = stand.backend.extend_attention_fwd
+    monkeypatch.setattr(stand.backend, "extend_attention_fwd", lambda *a, **k: passed.append(k) or real(*a, **k))
+    stand.runtime.voted = False
+    stand.backend.init_forward_metadata(batch)
+    assert case.error(stand.attend(batch), votes=None) < TOLERANCE
+    assert case.votes[batch.out_cache_loc].eq(0).all(), "what it writes has one vote, all the same"
+    stand.backend.init_forward_metadata(batch)
+    assert case.error(stand.attend(batch)) < TOLERANCE
+    assert [kwargs.get("score_mod") is not None for kwargs in passed] == [False, True]
+
+
 def test_a_graph_reads_static_memory_only(stock_dtype, monkeypatch):
     """Captured once, replayed with another batch: the Python of forward_decode does not run again in a server, so all
     that changes must lie behind addresses that it recorded."""

@@ -190,6 +190,7 @@ class Server:
             first_layer=0,
             capture=None,
             readings=[],
+            voted=True,
         )
         self.rt.arena.queries.zero_()
         for votes in self.rt.votes.log_votes:

@@ -64,7 +64,14 @@ class Stand:
         self.arena = QueryArena(LAYERS, 8, HEADS[0], dim, case.q.dtype, DEVICE)
         self.arena.queries.fill_(float("nan"))
         self.runtime = SimpleNamespace(
-            votes=self.votes, arena=self.arena, scales={}, first_layer=FIRST, capture=None, readings=[], cells=cells
+            votes=self.votes,
+            arena=self.arena,
+            scales={},
+            first_layer=FIRST,
+            capture=None,
+            readings=[],
+            cells=cells,
+            voted=True,
         )
         layers = object.__new__(VoteLayers)
         layers.runtime, layers.capture, layers._checked = self.runtime, None, set()
