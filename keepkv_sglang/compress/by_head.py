@@ -26,6 +26,7 @@ from keepkv_sglang.compress.layer import (
 from keepkv_sglang.compress.scorers import get_scorer
 from keepkv_sglang.compress.select import SpanPolicy, always_kept, own_cluster, select
 from keepkv_sglang.compress.sums import QuerySums, Stored, query_sums
+from keepkv_sglang.compress.transfer import on_device
 from keepkv_sglang.kernels import choose
 
 
@@ -54,74 +55,94 @@ def merge_scored(
     """As compress_layer, but kv head h keeps counts[h] slots: one result per head, of that head alone.
 
     Each head keeps the same recent tokens, those that p.m slots would (select.left_raw), and of the others its own.
-    x: as it was scored; without its context where all of `scored` have sums.
+    x: as it was scored; without its context where all of `scored` have sums. On a GPU heads that keep equally many are
+    merged at once: its time is starting operations.
     """
     jobs: list[Callable[[], LayerResult]] = []
+    members: list[list[int]] = []
     for view, group in zip(head_views(x, scratch_bytes), scored, strict=True):
         assert view.heads == group.heads
-        for at, h in enumerate(range(view.heads.start, view.heads.stop)):
-            jobs.append(_job(x, p, view, group, at, h, counts[h], scratch_bytes))
-    return _run(jobs, x.k)
+        for heads in _together(view.heads, counts, x.k):
+            jobs.append(_job(x, p, view, group, heads, counts[heads[0]], scratch_bytes))
+            members.append(heads)
+    found: dict[int, LayerResult] = {}
+    for heads, result in zip(members, _run(jobs, x.k), strict=True):
+        found |= {h: _part(result, slice(at, at + 1)) for at, h in enumerate(heads)}
+    return [found[h] for h in range(len(found))]
+
+
+def _together(heads: slice, counts: Sequence[int], like: torch.Tensor) -> list[list[int]]:
+    """Which of a group's heads are one job: on a CPU each."""
+    every = range(heads.start, heads.stop)
+    if like.is_cpu and not choose.interpreted():
+        return [[h] for h in every]
+    by_count: dict[int, list[int]] = {}
+    for h in every:
+        by_count.setdefault(counts[h], []).append(h)
+    return list(by_count.values())
 
 
 def _job(
-    x: LayerInput, p: SpanPolicy, view: HeadView, group: Scored, at: int, h: int, count: int, scratch_bytes: int
+    x: LayerInput, p: SpanPolicy, view: HeadView, group: Scored, heads: list[int], count: int, scratch_bytes: int
 ) -> Callable[[], LayerResult]:
     def job() -> LayerResult:
-        head, recent = _head(x, h), always_kept(p)[1]
+        some, recent = _heads(x, heads), always_kept(p)[1]
         policy = replace(p, m=count, recent=recent, carried=recent)
         if count == x.k.shape[0]:
-            return _whole(head, policy)
-        return _merge(head, policy, *_one(view, group, at), scratch_bytes)
+            return _whole(some, policy)
+        return _merge(some, policy, *_some(view, group, [h - view.heads.start for h in heads]), scratch_bytes)
 
     return job
 
 
-def _merge(head: LayerInput, p: SpanPolicy, view: HeadView, scored: Scored, scratch_bytes: int) -> LayerResult:
-    """compress_layer of one head that has been scored."""
-    out = Output.empty(head, p.m)
-    keep_and_merge(head, view, view.window(scored.sums), scored.scores, p, scratch_bytes, out)
+def _merge(x: LayerInput, p: SpanPolicy, view: HeadView, scored: Scored, scratch_bytes: int) -> LayerResult:
+    """compress_layer of heads that have been scored."""
+    out = Output.empty(x, p.m)
+    keep_and_merge(x, view, view.window(scored.sums), scored.scores, p, scratch_bytes, out)
     return LayerResult(out.kept, out.assign, out.k, out.v, out.lv)
 
 
 def _whole(x: LayerInput, p: SpanPolicy) -> LayerResult:
-    """A head that keeps every token, in the order of select()."""
-    n = x.k.shape[0]
-    kept = select(x.k.new_zeros(1, n), p)[0]
+    """Heads that keep every token, in the order of select()."""
+    n, heads = x.k.shape[:2]
+    kept = select(x.k.new_zeros(heads, n), p)[0]
     order = kept[0]
     return LayerResult(kept, own_cluster(kept, n), x.k[order], x.v[order], x.lv[order])
 
 
-def _one(view: HeadView, scored: Scored, at: int) -> tuple[HeadView, Scored]:
-    """Head `at` of a group."""
-    h = slice(at, at + 1)
+def _part(result: LayerResult, h: slice) -> LayerResult:
+    return LayerResult(result.kept[h], result.assign[h], result.k[:, h], result.v[:, h], result.lv[:, h])
+
+
+def _take(x: torch.Tensor, dim: int, heads: list[int]) -> torch.Tensor:
+    """Some heads of x: of a single one a view."""
+    if len(heads) == 1:
+        return x.narrow(dim, heads[0], 1)
+    return x.index_select(dim, on_device(torch.tensor(heads), x.device))
+
+
+def _some(view: HeadView, scored: Scored, heads: list[int]) -> tuple[HeadView, Scored]:
+    """Heads of a group, numbered from its first."""
     position, *stored = view.stored
-    sums = scored.sums
+    sums, all_ = scored.sums, slice(0, len(heads))
     if sums is not None:
-        sums = QuerySums(*(None if part is None else part[h] for part in sums))  # type: ignore[arg-type]
-    one = replace(
+        sums = QuerySums(*(None if part is None else _take(part, 0, heads) for part in sums))  # type: ignore[arg-type]
+    some = replace(
         view,
-        heads=slice(0, 1),
-        k=view.k[h],
-        v=view.v[h],
-        lv=view.lv[h],
-        q=view.q[h],
-        stored=Stored(position, *(part[:, h] for part in stored)),
+        heads=all_,
+        k=_take(view.k, 0, heads),
+        v=_take(view.v, 0, heads),
+        lv=_take(view.lv, 0, heads),
+        q=_take(view.q, 0, heads),
+        stored=Stored(position, *(_take(part, 1, heads) for part in stored)),
     )
-    return one, Scored(slice(0, 1), sums, scored.scores[h])
+    return some, Scored(all_, sums, _take(scored.scores, 0, heads))
 
 
-def _head(x: LayerInput, h: int) -> LayerInput:
-    group, one = x.q.shape[1] // x.k.shape[1], slice(h, h + 1)
-    return replace(
-        x,
-        q=x.q[:, h * group : (h + 1) * group],
-        k_ctx=x.k_ctx[:, one],
-        lv_ctx=x.lv_ctx[:, one],
-        k=x.k[:, one],
-        v=x.v[:, one],
-        lv=x.lv[:, one],
-    )
+def _heads(x: LayerInput, heads: list[int]) -> LayerInput:
+    q = _take(x.q.unflatten(1, (x.k.shape[1], -1)), 1, heads).flatten(1, 2)
+    k_ctx, lv_ctx, k, v, lv = (_take(part, 1, heads) for part in (x.k_ctx, x.lv_ctx, x.k, x.v, x.lv))
+    return replace(x, q=q, k_ctx=k_ctx, lv_ctx=lv_ctx, k=k, v=v, lv=lv)
 
 
 def _run(jobs: Sequence[Callable[[], LayerResult]], like: torch.Tensor) -> list[LayerResult]:
