@@ -153,7 +153,7 @@ def own_cases(arch: int) -> Cases:
     """Our kernels, bfloat16 storage, head_dim 64 and 128, GQA 4; merging computes in float32 as the torch code does."""
     from .attention import triton_impl as attention
     from .attention import triton_packed as packed
-    from .attention.packed import Layers
+    from .attention.packed import Layers, Packed
     from .codec import triton_impl as codec
     from .codec.layout import BLOCK_TOKENS, BlockLayout
     from .merge import triton_impl as merge
@@ -193,6 +193,11 @@ def own_cases(arch: int) -> Cases:
         else:
             packed.extend(q, found, 2, 0.1, torch.arange(17) * new, torch.zeros(16 * new, 8), torch.empty_like(q))
 
+    def gather_packed(dim: int) -> None:
+        layers, spans = Layers(*zip(*(pools(dim)[:3] for _ in range(4)), strict=True)), torch.arange(3)
+        start = torch.zeros(2, 9, dtype=torch.int64)
+        packed.gather_cells(Packed(layers, spans[::2], spans * 8, torch.arange(16).int(), start), [1, 2], 40)
+
     def scores(dim: int, dtype: torch.dtype) -> None:
         q, k = torch.zeros(2, 64, dim), torch.zeros(64, 2, dim, dtype=dtype)
         votes, position = torch.zeros(64, 2), torch.arange(64)
@@ -222,6 +227,7 @@ def own_cases(arch: int) -> Cases:
         cases[f"decode D{dim}"] = partial(attend, dim, None)
         cases[f"extend D{dim}"] = partial(attend, dim, 16)
         cases[f"packed decode D{dim}"] = partial(attend_packed, dim, None)
+        cases[f"packed gather D{dim}"] = partial(gather_packed, dim)
         cases[f"packed extend D{dim}"] = partial(attend_packed, dim, 16)
         cases[f"score D{dim}"] = partial(scores, dim, torch.bfloat16)
         cases[f"score D{dim} float32"] = partial(scores, dim, torch.float32)

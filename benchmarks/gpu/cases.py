@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.kernels.attention import triton_impl
+from keepkv_sglang.kernels.attention import triton_impl, triton_packed
 
 HEADS, HEADS_KV, DIM, DTYPE = 32, 8, 128, torch.bfloat16
 SLOT_BYTES = 2 * HEADS_KV * DIM * 2  # K and V of a slot
@@ -134,6 +134,7 @@ def _wrapper(votes: bool) -> Any:
 def small(device: str = "cuda") -> None:
     """Every Triton kernel of ours, and SGLang's with our score_mod where it is installed, on a few hundred keys: for
     compute-sanitizer, which is a hundred times slower."""
+    from benchmarks.gpu.packed import PackedBatch  # which imports this file
     from keepkv_sglang.kernels.merge import triton_impl as merge
     from keepkv_sglang.kernels.merge.torch_impl import Segments
     from keepkv_sglang.kernels.score import triton_impl as score
@@ -160,6 +161,11 @@ def small(device: str = "cuda") -> None:
     try:
         batch.sglang(True)()
         batch.sglang_extend(9)()
+        packed_case = PackedBatch(2, 60, 3, device=device, raw=12)
+        packed_case.decode()()
+        PackedBatch(2, 60, 3, new=9, device=device, raw=12).extend()()
+        first = packed_case.first_row()
+        triton_packed.gather_cells(first, [0, 1], first.longest([0, 1]))
         print("small: SGLang's kernels with votes ran")
     except ImportError as error:
         if not missing(error):

@@ -26,7 +26,7 @@ from keepkv_sglang.compress.batch import Rows, Storage, compress_rows
 from keepkv_sglang.compress.packed import compress_packed, shares_cells
 from keepkv_sglang.compress.select import SpanPolicy, left_raw
 from keepkv_sglang.kernels.attention import triton_packed
-from keepkv_sglang.kernels.attention.packed import Layers
+from keepkv_sglang.kernels.attention.packed import Layers, Packed
 from keepkv_sglang.kernels.attention.triton_score_mod import VoteTable, requests_of_tokens, vote_score_mod
 
 LAYERS, RAW, SKIPPED = 4, 128, 77
@@ -116,6 +116,13 @@ class PackedBatch:
             triton_packed.extend(self.q, found, layer, self.scale, queries, lse, self.out)
 
         return call
+
+    def first_row(self) -> Packed:
+        """The packed spans of the first request."""
+        spans = len(self.begins)
+        slots = torch.cat([self.table[0, begin : begin + self.m] for begin in self.begins])
+        at = torch.arange(spans + 1) * self.m
+        return Packed(self.layers, torch.tensor([0, spans]), at, slots, self.start.expand(spans, -1).contiguous())
 
     def exact(self, layer: int = 1) -> torch.Tensor:
         """[q heads, D] of the first query of the first request, in float32 by torch: its row's slots in no span, the
