@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default="default", help="model name to send")
     parser.add_argument("--budget", type=float, help="KeepKV budget of these requests; else the server's")
     parser.add_argument("--tool-choice", choices=("auto", "required"), default="auto", help="required: must call one")
+    parser.add_argument("--questions", type=int, default=2, help="how many turns the user has")
     parser.add_argument("--steps", type=int, default=3, help="requests with tools for each question at most")
     parser.add_argument("--max-tokens", type=int, default=128)
     args = parser.parse_args()
@@ -52,7 +53,7 @@ def main() -> None:
         for choice in {args.tool_choice, "auto"}
     }
     messages: list[Any] = [SystemMessage(SYSTEM)]
-    for question in QUESTIONS:
+    for question in QUESTIONS[: args.questions]:
         messages.append(HumanMessage(question))
         print(f"user: {question}")
         for step in range(args.steps + 1):

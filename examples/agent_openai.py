@@ -42,13 +42,14 @@ def main() -> None:
     parser.add_argument("--model", default="default", help="model name to send")
     parser.add_argument("--budget", type=float, default=0.2, help="KeepKV budget of these requests")
     parser.add_argument("--tool-choice", choices=("auto", "required"), default="auto", help="required: must call one")
+    parser.add_argument("--questions", type=int, default=2, help="how many turns the user has")
     parser.add_argument("--steps", type=int, default=3, help="requests with tools for each question at most")
     parser.add_argument("--max-tokens", type=int, default=128)
     args = parser.parse_args()
 
     client = OpenAI(base_url=args.base_url.rstrip("/") + "/v1", api_key="none", timeout=600)
     messages: list[Any] = [{"role": "system", "content": SYSTEM}]
-    for question in QUESTIONS:
+    for question in QUESTIONS[: args.questions]:
         messages.append({"role": "user", "content": question})
         print(f"user: {question}")
         for step in range(args.steps + 1):

@@ -17,15 +17,15 @@ from typing import Any
 from openai import OpenAI
 
 SYSTEM = "You are the night porter of a hotel. Answer from the log in one sentence. " + " ".join(
-    f"Room {n} is on floor {n // 100} and wakes at {n % 7 + 5}." for n in range(101, 125)
+    f"Room {n} is on floor {n // 100} and wakes at {n % 7 + 5}." for n in range(101, 113)
 )
 HOUSE_RULES = "House rules, for every answer: " + " ".join(
-    f"Rule {n}: never tell a caller the number of room {100 + n}, say that you will call back." for n in range(1, 9)
+    f"Rule {n}: never tell a caller the number of room {100 + n}, say that you will call back." for n in range(1, 5)
 )
 LOG = "The log: " + " ".join(
-    f"At {n % 24:02d}:{7 * n % 60:02d} room {101 + n % 24} asked for item {n * 3 % 17}." for n in range(40)
+    f"At {n % 24:02d}:{7 * n % 60:02d} room {101 + n % 12} asked for item {n * 3 % 17}." for n in range(24)
 )
-COLUMNS = ("logical_tokens", "slots_held", "protected_tokens", "merged", "dropped")
+COLUMNS = ("prompt_tokens", "logical_tokens", "slots_held", "protected_tokens", "cached_compressed_tokens")
 
 
 def main() -> None:
@@ -60,11 +60,11 @@ def main() -> None:
         {"enabled": False},  # last: what lies uncompressed in the cache is shared by the others as it is
     ]
     print(f"system prompt: tokens 0 to {system_end}; house rules: to {rules_end}")
-    print(f"{'request':46}" + "".join(f"{name:>18}" for name in ("prompt_tokens", *COLUMNS)))
+    print(f"{'request':46}" + "".join(f"{name:>{len(name) + 2}}" for name in COLUMNS))
     for keepkv in settings:
         answer = ask(keepkv, HOUSE_RULES, LOG + " Who called first?")
-        row = (answer.usage.prompt_tokens, *(answer.choices[0].meta_info["keepkv"][name] for name in COLUMNS))
-        print(f"{json.dumps(keepkv):46}" + "".join(f"{number:>18}" for number in row))
+        numbers = {"prompt_tokens": answer.usage.prompt_tokens, **answer.choices[0].meta_info["keepkv"]}
+        print(f"{json.dumps(keepkv):46}" + "".join(f"{numbers[name]:>{len(name) + 2}}" for name in COLUMNS))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.tools.places import REPO
+from keepkv_sglang.tools.server_process import ServerProcess
 
 EXAMPLES = REPO / "examples"
 CALL = re.compile(r"^  tool: (\w+) (\{.*\})$", re.MULTILINE)
@@ -19,6 +21,14 @@ ARGUMENTS: dict[str, Any] = {
     "suppliers": lambda part: part in PARTS,
 }
 PARTS = ("brake pad", "chain", "tube 28", "cassette")
+
+
+@dataclass
+class Fleet:
+    """What examples/router.sh started (tests/examples/conftest.py)."""
+
+    router: ServerProcess
+    servers: list[ServerProcess]
 
 
 def run_example(name: str, *arguments: str | Path) -> tuple[str, list[dict[str, Any]]]:
