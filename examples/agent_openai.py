@@ -78,7 +78,7 @@ def main() -> None:
             messages[-1]["tool_calls"] = [call.model_dump() for call in calls]
             for call in calls:
                 print(f"  tool: {call.function.name} {call.function.arguments}")
-                result = run_tool(call.function.name, json.loads(call.function.arguments))
+                result = run_tool(call.function.name, call.function.arguments)
                 messages.append({"role": "tool", "tool_call_id": call.id, "content": result})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 SYSTEM = """You are the stock assistant of a bicycle workshop. Answer in one or two sentences.
 Rules: look things up with the tools, quote numbers exactly as a tool returned them, never invent a part, propose an
@@ -13,6 +15,7 @@ in time."""
 QUESTIONS = ("Which part runs out first this week, and how many are left?", "Who sells it for the lowest price?")
 
 Part = Literal["brake pad", "chain", "tube 28", "cassette"]
+Days = Annotated[int, Field(ge=1, le=7)]
 
 
 def stock(part: Part) -> Any:
@@ -21,12 +24,12 @@ def stock(part: Part) -> Any:
     return {"part": part, "total": sum(s["pieces"] for s in shelves), "reorder_level": 20, "shelves": shelves}
 
 
-def orders(days: int) -> Any:
-    """Open repair orders of the next days (1 to 7), with the parts they need."""
+def orders(days: Days) -> Any:
+    """Open repair orders of the next days, with the parts they need."""
     parts = ("brake pad", "chain", "tube 28", "brake pad", "cassette")
     return [
         {"order": 4100 + n, "day": n % 5 + 1, "bike": f"city {n}", "needs": [{"part": parts[n % 5], "pieces": 2}]}
-        for n in range(2 * min(days, 7))
+        for n in range(2 * days)
     ]
 
 
@@ -42,9 +45,9 @@ def suppliers(part: Part) -> Any:
 TOOLS: dict[str, Callable[..., Any]] = {tool.__name__: tool for tool in (stock, orders, suppliers)}
 
 
-def run_tool(name: str, arguments: dict[str, Any]) -> str:
+def run_tool(name: str, arguments: str) -> str:
     """The result as JSON; a wrong name or argument is told to the model, not raised."""
     try:
-        return json.dumps(TOOLS[name](**arguments))
+        return json.dumps(TOOLS[name](**json.loads(arguments)))
     except (KeyError, TypeError, ValueError) as error:
         return json.dumps({"error": f"{type(error).__name__}: {error}"})

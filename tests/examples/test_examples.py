@@ -26,10 +26,10 @@ def server(fleet: Fleet) -> ServerProcess:
 
 @pytest.mark.server
 def test_agent(server: ServerProcess) -> None:
-    """Two questions of one conversation, each a forced call, its result as `role: tool`, and an answer in words."""
+    """Two questions of one conversation, each with a forced call and its result as `role: tool`."""
     options = ("--tool-choice", "required", "--steps", "1", "--max-tokens", "40", "--budget", "0.25")
     out, infos = run_example("agent_openai.py", "--base-url", server.base_url, *options)
-    assert len(calls(out)) == 2 and out.count("  answer: ") == 2
+    assert len(calls(out)) >= 2, "forced; and where it was not, the model may have made another"
     prompts = [int(count) for count in re.findall(r"^  prompt (\d+)", out, re.MULTILINE)]
     assert len(infos) == 4 and all(info["budget"] == 0.25 for info in infos)
     assert prompts == sorted(prompts) and sum(info["compressions"] for info in infos) >= 2
@@ -45,7 +45,7 @@ def test_agent(server: ServerProcess) -> None:
 def test_agent_of_langchain(server: ServerProcess) -> None:
     options = ("--tool-choice", "required", "--questions", "1", "--steps", "2", "--max-tokens", "40")
     out, infos = run_example("agent_langchain.py", "--base-url", server.base_url, *options)
-    assert len(calls(out)) == 2 and out.count("  answer: ") == 1
+    assert len(calls(out)) >= 2
     assert [info["budget"] for info in infos] == [0.2] * 3  # the server's
     assert infos[2]["cached_compressed_tokens"] > 150, "the first tool's result"
     assert infos[2]["slots_held"] < 0.7 * infos[2]["logical_tokens"]
