@@ -38,8 +38,8 @@ env: $(STAMP) ## .venv with SGLang (quick when it exists)
 model: env ## the demo model as a Hugging Face folder in .cache (quick when it exists)
 	@$(BIN)/keepkv model
 
-dist: env model ## sdist and wheel into dist/, and one request from the installed wheel
-	@$(BIN)/python scripts/check_dist.py
+dist: env model ## sdist and wheel into dist/, and one request from the installed wheel (ARGS=--empty: all from nothing)
+	@$(BIN)/python scripts/check_dist.py $(ARGS)
 
 # --no-deps: kvpress's metadata asks for an older transformers than SGLang pins, and it runs with that one (peers.py).
 # The other three are what it imports and we lack. Exact versions: parity is with this one release.

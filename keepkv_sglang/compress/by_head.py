@@ -1,4 +1,4 @@
-"""Heads that keep different numbers of a span's tokens: all are scored first, then each is merged on its own.
+"""Heads that keep different numbers of a span's tokens: all are scored, then those with equal numbers merged together.
 
 scores of every head ──heads/──> counts ──select, match, rule of heads that keep alike──> k, v, lv of counts[h] slots
 """

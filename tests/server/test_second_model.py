@@ -14,6 +14,7 @@ from keepkv_sglang.tools.models import cache
 from keepkv_sglang.tools.models.catalogue import MODELS
 from keepkv_sglang.tools.places import REPO
 from tests.support.client import flush, generate, numbers, tokens
+from tests.support.examples import calls, run_example
 from tests.support.replay import Replay
 from tests.support.replayed import BOUND, BOUND_FITTED, FLAGS, STRICT_RULE, next_turn
 
@@ -58,7 +59,8 @@ def ranks(launch, qwen, text, stock):
 
 @pytest.fixture(scope="module")
 def server(launch, qwen, record, ranks):
-    return launch("--model-path", qwen, *FLAGS, "--enable-cache-report", "--keepkv-record", str(record))
+    extra = ("--enable-cache-report", "--keepkv-record", str(record), "--tool-call-parser", "qwen25")
+    return launch("--model-path", qwen, *FLAGS, *extra)
 
 
 def test_two_turns_in_float64(server, record, qwen, text):
@@ -131,3 +133,13 @@ def test_openai_client_keeps_the_system_message_whole(server, qwen):
     assert usage.prompt_tokens_details.cached_tokens > 0.5 * usage.prompt_tokens
     assert anchor + 0.2 * (info["logical_tokens"] - anchor) - 1 <= info["slots_held"] < 0.6 * info["logical_tokens"]
     numbers(server)
+
+
+def test_an_agent_calls_tools_in_the_models_own_format(server):
+    """examples/agent_openai.py with the model's own chat template."""
+    flush(server)
+    options = ("--tool-choice", "required", "--steps", "1", "--max-tokens", "40")
+    out, infos = run_example("agent_openai.py", "--base-url", server.base_url, *options)
+    assert len(calls(out)) >= 2 and len(infos) == 4
+    assert infos[-1]["cached_compressed_tokens"] > 0 and infos[-1]["slots_held"] < 0.8 * infos[-1]["logical_tokens"]
+    flush(server)

@@ -54,11 +54,12 @@ def generate(server: ServerProcess, ids: list[int], new: int, keepkv: Any = None
     return Answer(data)
 
 
-def numbers(server: ServerProcess, faults: bool = False) -> dict[str, Any]:
-    """KeepKV's part of /server_info; asserts the accounting of an idle server. faults: errors of ours are expected."""
+def numbers(server: ServerProcess, faults: bool = False, rank: int = 0) -> dict[str, Any]:
+    """KeepKV's part of /server_info; asserts the accounting of an idle server. faults: errors of ours are expected.
+    rank: of data parallelism."""
     status, info = server.get_json("/server_info")
     assert status == 200
-    state = info["internal_states"][0]["keepkv"]
+    state = info["internal_states"][rank]["keepkv"]
     slots = [state[f"{kind}_slots"] for kind in ("available", "evictable", "protected")]
     assert sum(slots) == state["total_slots"], state
     assert state["active_rows"] == 0 and state["memory"]["arena_free_rows"] == state["memory"]["arena_rows"], state
