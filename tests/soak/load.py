@@ -127,8 +127,8 @@ class Soak:
     # -- clients ------------------------------------------------------------------------------------------------------
 
     def run(self, actions: list[Any], seconds: float, slice_s: float, quiet: Any) -> None:
-        """`actions` (actions.Action) by their weights, for so many seconds; quiet(number) after every slice. Ends at
-        the first failure; nothing of it is left running, or it says so."""
+        """`actions` (actions.Action) by their weights, for so many seconds, quiet moments included; quiet(number)
+        after every slice. Ends at the first failure; nothing of it is left running, or it says so."""
         clients = [
             threading.Thread(target=self._client, args=(number, actions), daemon=True)
             for number in range(self.shape.workers)
@@ -139,10 +139,12 @@ class Soak:
         try:
             while time.monotonic() < end and not self.tally.failures:
                 self._go.set()
-                until = min(end, time.monotonic() + slice_s)
+                began = time.monotonic()
+                until = min(end, began + slice_s)
                 while time.monotonic() < until and not self.tally.failures:
                     time.sleep(0.1)
                 self._go.clear()
+                self.tally.add("seconds under load", round(time.monotonic() - began))
                 if not self._all_done(1.5 * STUCK_S):
                     self.tally.fail(f"stuck: {self._busy} clients still wait after {1.5 * STUCK_S:.0f} s")
                 if not self.tally.failures:

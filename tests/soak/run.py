@@ -84,7 +84,7 @@ def _report(
         dead = run.server.process.poll() is not None
         tally.failures += [f"the server {'is dead' if dead else 'lives'}; its log ends with", *run.server.log_lines(25)]
     lines = [
-        f"shape {name}, seed {seed}{mutant and ', mutant ' + mutant}: {seconds:.0f} s of load, {wall_s:.0f} s in all",
+        f"shape {name}, seed {seed}{mutant and ', mutant ' + mutant}: {seconds:.0f} s, with start and end {wall_s:.0f} s",
         tally.table(),
         tally.counted(before, after),
         f"FAILED: {chr(10).join(tally.failures)}" if tally.failures else f"{tally.actions} actions, nothing is wrong",
