@@ -10,7 +10,7 @@ from tests.soak.shapes import SHAPES
 
 pytestmark = pytest.mark.server
 LONG_S = 900
-MUTANT_S = 60
+MUTANT_S = 120  # at most: it ends when something is wrong
 
 
 def test_twenty_seconds_of_random_load(model_path, tmp_path):

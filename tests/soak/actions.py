@@ -45,7 +45,7 @@ def cold(soak: Soak, rng: random.Random) -> str:
     """A prompt that nobody has cached: its first token comes from the uncompressed prompt, whatever the settings."""
     quiet = rng.choice(soak.oracle.prompts)
     answer = soak.generate(alone(body(quiet.ids, rng.randrange(1, 60), rng.choice(SETTINGS))), rng)
-    if answer.meta.get("retraction_count"):
+    if answer.retractions:
         return "retracted"  # its prompt may have been read again, over what was compressed of it
     assert answer.cached == 0, f"{answer.cached} tokens found behind a salt that nobody has"
     return _first_token(soak, answer, quiet.answer[0], quiet.logprobs[0], quiet.gaps[0])
@@ -70,7 +70,7 @@ def over_originals(soak: Soak, rng: random.Random) -> str:
     answer = soak.generate(body(quiet.ids, NEW, {"unpack": unpack, "window": 8, "references": 8},
                                 cache_salt=first["cache_salt"]), rng)  # fmt: skip
     read, hit = answer.keepkv["unpacked_tokens"], answer.keepkv["cached_compressed_tokens"]
-    if answer.meta.get("retraction_count"):
+    if answer.retractions:
         return "retracted"
     if hit and not read:
         return "read compressed"

@@ -51,7 +51,7 @@ class Windows:
 
 class Soak:
     """One run. fault: the file whose content is the error that is injected at the moment (inject/sitecustomize.py).
-    talks: see Oracle."""
+    small: see Oracle."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class Soak:
         seed: int,
         fault: Path,
         model: Path,
-        talks: int,
+        small: bool,
     ) -> None:
         self.server, self.shape, self.texts, self.seed = server, shape, texts, seed
         self.fault, self.model = fault, model
-        self.oracle = Oracle(server, texts, seed, talks)
+        self.oracle = Oracle(server, texts, seed, small)
         self.tally = Tally()
         self.aborting, self.injecting = Windows(), Windows()
         self.control = threading.Lock()  # who pauses, injects or replaces weights
@@ -96,8 +96,10 @@ class Soak:
         said, tokens = answer.keepkv, prompt + len(answer.ids)
         assert said["logical_tokens"] in (tokens - 1, tokens), (said, tokens)
         assert 0 < said["slots_held"] <= said["logical_tokens"], said
-        assert 0 <= answer.cached < prompt and said["cached_compressed_tokens"] <= answer.cached, (answer.cached, said)
-        self.tally.add("retractions in answers", answer.meta.get("retraction_count") or 0)
+        self.tally.add("retractions in answers", answer.retractions)
+        # After a retraction `said` is of the row that was made last, and SGLang's count of the first one.
+        assert 0 <= answer.cached < prompt, answer.cached
+        assert answer.retractions or said["cached_compressed_tokens"] <= answer.cached, (answer.cached, said)
 
     def judge(self, status: int, data: Any, began: float, abort: bool = False) -> Any:
         """The data of an answer that is whole. abort: this request itself was aborted."""

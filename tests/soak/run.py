@@ -17,7 +17,8 @@ from tests.soak.shapes import SHAPES
 from tests.support.client import STRICT
 from tests.support.memory import resident_bytes
 
-LONG_S = 120
+SHORT_S = 120
+"""Such runs have a smaller oracle, and ask all of it in each quiet moment."""
 INJECT = REPO / "tests" / "soak" / "inject"
 
 
@@ -45,7 +46,7 @@ def soak(
         env=env, log_path=log or folder / "server.log", timeout_s=300,
     )  # fmt: skip
     with server:
-        run = Soak(server, shape, texts.load(model), seed, fault, model, talks=9 if seconds >= LONG_S else 3)
+        run = Soak(server, shape, texts.load(model), seed, fault, model, small=seconds <= SHORT_S)
         before = checks.accounting(run)["counters"]
         armed.write_text("")
         state, sizes = None, []
@@ -54,7 +55,7 @@ def soak(
             nonlocal state
             state = checks.accounting(run)
             sizes.append(resident_bytes(server, "scheduler"))
-            compressed = number % 2 == 0 or seconds < 2 * LONG_S  # it flushes the cache
+            compressed = number % 2 == 0 or seconds <= SHORT_S  # it flushes the cache
             run.tally.most("largest difference, quiet", run.oracle.check_quiet(compressed))
             return "all as it was"
 
@@ -84,7 +85,7 @@ def _report(
         dead = run.server.process.poll() is not None
         tally.failures += [f"the server {'is dead' if dead else 'lives'}; its log ends with", *run.server.log_lines(25)]
     lines = [
-        f"shape {name}, seed {seed}{mutant and ', mutant ' + mutant}: {seconds:.0f} s, with start and end {wall_s:.0f} s",
+        f"shape {name}, seed {seed}, {mutant or 'no'} mutant: {seconds:.0f} s, {wall_s:.0f} s with start and end",
         tally.table(),
         tally.counted(before, after),
         f"FAILED: {chr(10).join(tally.failures)}" if tally.failures else f"{tally.actions} actions, nothing is wrong",
