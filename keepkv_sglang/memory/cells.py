@@ -53,6 +53,10 @@ class PackedCells:
         self._start[number, 1:] = counts.flatten().cumsum(0)
         self.span_of[slots] = number
 
+    def slots_in(self, number: int) -> int:
+        """How many slots the packed span of this number was made with."""
+        return int(self._start[number, -1]) // (len(self.layers.keys) * self.layers.heads)
+
     def _collect(self) -> None:
         """Numbers that no slot has are free again; where that is few of them, there will be twice as many."""
         used = set(self.span_of.unique().tolist())

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from keepkv_sglang.radix.marks import plain, whole_in
+from keepkv_sglang.radix.marks import plain
 from keepkv_sglang.runtime.process import Runtime
 
 
 def check_contents(rt: Runtime) -> None:
     """AssertionError (I10) unless every slot that the cache has under one token was written for that token last; those
-    that a forward wrote stand for one token in every layer and head, and are no part of a packed span; and the slots of
-    a compressed span, but for those of protected tokens, which come first, are one packed span, or none is packed.
+    that a forward wrote stand for one token in every layer and head, and are no part of a packed span; and a packed
+    span in a compressed one has all its slots, one behind the other.
 
     What a compression left raw may have other votes: tokens that were dropped are seen in them.
 
@@ -33,10 +33,11 @@ def check_contents(rt: Runtime) -> None:
             if rt.slot_tokens is not None:
                 whole.append(span.slots[rt.slot_tokens.known(span.slots)])
         elif rt.cells is not None:
-            number, whole_first = rt.cells.span_of[span.slots], len(whole_in(span.tokens))
-            assert not bool(number[:whole_first].any()), f"I10: protected slots of {span!r} are packed"
-            packed = number[whole_first:]
-            assert bool((packed == packed[:1]).all()), f"I10: some slots of {span!r} are packed, some are not"
+            # One for each compression that the span was made by, and 0 for what is not packed.
+            numbers, slots_of = torch.unique_consecutive(rt.cells.span_of[span.slots], return_counts=True)
+            found = [(int(n), int(slots)) for n, slots in zip(numbers, slots_of, strict=True) if n]
+            packed = all(slots == rt.cells.slots_in(n) for n, slots in found) and len(dict(found)) == len(found)
+            assert packed, f"I10: packed spans of {span!r} have other slots: {found}"
     slots = torch.cat(whole)
     for layer, votes in enumerate(rt.votes.log_votes):
         assert not bool(votes[slots].any()), f"I10: a slot of one token has other votes in layer {layer}"

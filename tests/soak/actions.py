@@ -116,9 +116,8 @@ def cut_stream(soak: Soak, rng: random.Random) -> str:
     """The client goes away: before the first token, or after some."""
     request = body(text_of(soak, rng, 40, 300), 200, rng.choice(SETTINGS))
     with soak.stream(request, rng) as answer:
-        if answer is not None:
-            for _ in range(rng.choice((0, 0, 1, 4, 20))):
-                answer.readline()
+        for _ in range(rng.choice((0, 0, 1, 4, 20))):
+            answer.readline()
     return "cut"
 
 

@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -187,5 +188,6 @@ class Soak:
             outcome = str(disturbed)
         except Exception as error:
             outcome = "FAILED"
-            self.tally.fail(f"{name}: {type(error).__name__}: {error}")
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.tally.fail(f"{name}: {type(error).__name__}: {error} ({where.line})")
         self.tally.note(name, outcome, time.monotonic() - began)

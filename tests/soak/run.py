@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keepkv_sglang.tools.places import REPO
-from keepkv_sglang.tools.server_process import ServerError, ServerProcess
+from keepkv_sglang.tools.server_process import ServerProcess
 from tests.soak import checks, texts
 from tests.soak.actions import ACTIONS
 from tests.soak.load import Soak
@@ -91,6 +91,3 @@ def _report(
         f"FAILED: {chr(10).join(tally.failures)}" if tally.failures else f"{tally.actions} actions, nothing is wrong",
     ]
     return Report("\n".join(lines), tally.failures, tally.actions)
-
-
-__all__ = ["Report", "ServerError", "soak"]
