@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast env model lint dist kvpress soak compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-stranger bench-pieces bench-tree bench-span-quality bench-metrics bench-quality clean distclean
+.PHONY: help demo test test-fast env model lint dist kvpress soak soak-load compile-gate flashinfer-gate bench-kernels bench-budget1 bench-agents bench-short bench-originals bench-stranger bench-pieces bench-tree bench-span-quality bench-metrics bench-quality clean distclean
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
@@ -60,6 +60,9 @@ soak: env model ## the long runs that make test leaves out
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/radix/test_tree_machine.py tests/radix/test_cache_machine.py --timeout 7200 $(PYTEST_ARGS)
 	@$(BIN)/python -m pytest -m soak --timeout 1800 $(PYTEST_ARGS)
 	@KEEPKV_SOAK=1 $(BIN)/python -m pytest tests/server/test_second_model.py --timeout 1800 $(PYTEST_ARGS)
+
+soak-load: env model ## two servers under random load with faults, 15 minutes each: ARGS="--seed 2 --seconds 60 --shape tiny"
+	$(BIN)/python -m tests.soak $(ARGS)
 
 compile-gate: env ## every Triton kernel compiled for sm_80, sm_90, sm_100 (no GPU): registers against the committed table
 	$(BIN)/python -m keepkv_sglang.kernels.compile_gate --cases keepkv_sglang.tools.compile_cases $(ARGS)

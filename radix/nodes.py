@@ -57,6 +57,10 @@ class NodeBook:
         """The node, or None when it was never seen on a path or is gone."""
         return self._nodes.get(node_id)
 
+    def ids(self) -> list[int]:
+        """Nodes that were seen and live."""
+        return list(self._nodes)
+
     def touch(self, path: Iterable[tuple[int, int, int]], tokens: array[int], scope: Scope, now: int) -> None:
         """A request over `tokens` uses the path [(id, start, end), ...]. Copies the tokens of nodes it has not seen."""
         for node_id, start, end in path:

@@ -10,6 +10,7 @@ from keepkv_sglang.faults.guard import guarded, guarded_around
 from keepkv_sglang.hooks import failing, metrics
 from keepkv_sglang.observe.snapshot import memory
 from keepkv_sglang.runtime import attach, process, step
+from keepkv_sglang.runtime.contents import check_contents
 from keepkv_sglang.runtime.process import Runtime
 from keepkv_sglang.runtime.requests import known_state
 from keepkv_sglang.start import flags, refuse, seams
@@ -115,7 +116,7 @@ def around_release(original: Any, req: Any, tree_cache: Any, *, checkpoint: bool
 
 def after_on_idle(_result: Any, self: Any) -> None:
     """AFTER Scheduler.on_idle: what watchers see is brought up to date. With KEEPKV_CHECK=1, every invariant of the
-    cache, each time something has changed."""
+    cache and of what its slots hold, each time something has changed."""
     rt = process.active()
     if rt is not None:
         metrics.between_steps(rt)
@@ -123,5 +124,6 @@ def after_on_idle(_result: Any, self: Any) -> None:
         return
     rt.checked_at = rt.tree.spans.now
     rt.tree.check()
+    check_contents(rt)
     if rt.originals is not None:
         rt.originals.check(idle=True)

@@ -66,6 +66,10 @@ class PackedCells:
             self._starts[number] = on_device(self._start[number], self._device)
         self.span_of.index_fill_(0, slots, number)
 
+    def slots_in(self, number: int) -> int:
+        """How many slots the packed span of this number was made with."""
+        return int(self._start[number, -1]) // (len(self.layers.keys) * self.layers.heads)
+
     def _collect(self) -> None:
         """Numbers that no slot has are free again; where that is few of them, there will be twice as many. Waits for a
         GPU, once in as many compressions as were free."""

@@ -60,6 +60,10 @@ class SlotTokens:
         """A compression writes into these slots."""
         self.tokens[slots] = self.UNKNOWN
 
+    def known(self, slots: torch.Tensor) -> torch.Tensor:
+        """bool [m]: which of `slots` [m] a forward wrote last."""
+        return self.tokens[slots] != self.UNKNOWN
+
     def hold(self, slots: torch.Tensor, tokens: Sequence[int]) -> bool:
         """Whether each slot is known to hold its token, or not known at all."""
         have = self.tokens[slots]

@@ -46,7 +46,7 @@ class ServerError(RuntimeError):
 class ServerProcess:
     """Context manager around one server. Attributes: base_url, port, log_path, process, seconds_to_start.
 
-    arguments: appended to `command`, then ``--host 127.0.0.1 --port PORT`` with a free port.
+    arguments: appended to `command`, then ``--host 127.0.0.1 --port PORT``. port: None for a free one.
     log_path: where stdout and stderr go; by default a temporary file that is removed when all went well.
     timeout_s: seconds until ``health_path`` must answer 200. grace_s: seconds between SIGTERM and SIGKILL.
     say: called with one line of progress every few seconds while the server starts.
@@ -66,8 +66,9 @@ class ServerProcess:
         health_path: str = "/health",
         say: Callable[[str], None] | None = None,
         env: Mapping[str, str] | None = None,
+        port: int | None = None,
     ) -> None:
-        self.port = _free_port()
+        self.port = _free_port() if port is None else port
         self.base_url = f"http://127.0.0.1:{self.port}"
         parts = [*command, *arguments, "--host", "127.0.0.1", "--port", str(self.port)]
         self.command = [os.fspath(part) for part in parts]

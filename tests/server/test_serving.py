@@ -82,7 +82,7 @@ def test_freed_slots_are_usable_by_others(server):
     second_finished_first = first.is_alive()
     first.join()
     assert second_finished_first, "the second waited for the first one's slots"
-    assert answers["first"].meta.get("retraction_count", 0) == 0 == answers["second"].meta.get("retraction_count", 0)
+    assert answers["first"].retractions == 0 == answers["second"].retractions
     alone = generate(server, tokens(1500, 12), 4)
     assert alone.cached == 1499
 

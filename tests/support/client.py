@@ -44,6 +44,7 @@ class Answer:
         self.logprobs = [entry[0] for entry in self.meta["output_token_logprobs"]]
         self.keepkv = self.meta.get("keepkv")
         self.cached: int = self.meta["cached_tokens"]
+        self.retractions: int = self.meta["num_retractions"]
         self.rid: str = self.meta["id"]
 
 

@@ -1,0 +1,1 @@
+"""What a soaked server is made to do wrong."""
