@@ -37,12 +37,14 @@ SHAPES = {
         ),
         env={"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "40"},
     ),
-    # Overlapping schedule, small chunks, merging under pressure, originals bit for bit, some of them streamed.
+    # Overlapping schedule, small chunks, merging under pressure, long prompts compressed in pieces, originals bit for
+    # bit, some of them streamed.
     "ample": Shape(
         pool=2500, longest=900, workers=5, exact=True,
         flags=(
             *COMMON, "--keepkv-budget", "0.2", "--keepkv-interval", "64", "--chunked-prefill-size", "256",
             "--keepkv-host-ratio", "4", "--keepkv-pressure", "merge", "--keepkv-pressure-free", "0.5",
+            "--keepkv-piece-tokens", "64",
         ),
     ),
 }  # fmt: skip
