@@ -41,11 +41,15 @@ class PackedCells:
         self.start_address = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._start = torch.zeros(FIRST_ROOM, len(layers.keys) * layers.heads + 1, dtype=torch.int64)
         self._free = list(range(FIRST_ROOM - 1, 0, -1))
+        self._kept: list[torch.Tensor] = []
         self._mirror()
 
     def _mirror(self) -> None:
-        """The run starts on the device; of a CPU they are there."""
+        """The run starts on the device; of a CPU they are there. The tables before are kept, all of them smaller than
+        this one: a forward in flight may read them on a stream that their memory does not belong to."""
         self._starts = on_device(self._start, self._device)
+        if self._starts is not self._start:
+            self._kept.append(self._starts)
         self.start_address.fill_(self._starts.data_ptr())
 
     def reset(self, slots: torch.Tensor) -> None:
