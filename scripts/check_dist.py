@@ -28,7 +28,7 @@ import subprocess, sys
 from keepkv_sglang.tools.server_process import ServerProcess
 model, keepkv, prompt = sys.argv[1:]
 flags = ["--model-path", model, "--enable-keepkv", "--keepkv-record", "record", "--max-total-tokens", "3000"]
-with ServerProcess(flags, say=print) as server:
+with ServerProcess(flags, say=print, timeout_s=900) as server:  # kernels are compiled where the cache is empty
     subprocess.run([keepkv, "inspect", server.base_url, "--prompt", prompt, "--max-tokens", "8"], check=True)
 """
 
@@ -98,6 +98,25 @@ def install(wheel: Path, place: Path, empty: bool) -> Path:
     return place / "bin" / "keepkv"
 
 
+def use(version: str, home: Path, steps: Steps, empty: bool) -> None:
+    """Builds, installs and asks, each a step. SystemExit where one fails."""
+    own = {"KEEPKV_CACHE": str(steps.cache)} if empty else {}
+    with steps.step("sdist and wheel"):
+        wheel = build(version)
+    with steps.step("pip install" if empty else "pip install --no-deps"):
+        keepkv = install(wheel, steps.venv, empty)
+    python = keepkv.with_name("python")
+    where = run(python, "-c", "import keepkv_sglang; print(keepkv_sglang.__file__)", cwd=home)
+    if not where.startswith(str(home)) or run(keepkv, "version", cwd=home) != version:
+        raise SystemExit(f"check_dist: not {version} from the wheel: {where}")
+    with steps.step("keepkv check"):
+        run(keepkv, "check", cwd=home)
+    with steps.step("keepkv model"):
+        model = run(keepkv, "model", cwd=home, **own).splitlines()[-1]
+    with steps.step("a server, its first request, a page of it"):
+        run(python, "-c", REQUEST, model, str(keepkv), str(REPO / "LICENSE"), cwd=home, **own)
+
+
 def main() -> None:
     """Exit status 0 when all of it worked."""
     parser = argparse.ArgumentParser(description="Build the wheel and use it.")
@@ -105,25 +124,12 @@ def main() -> None:
     empty = parser.parse_args().empty
     version = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["version"]
     with tempfile.TemporaryDirectory(prefix="keepkv-dist-") as folder:
-        home = Path(folder)
-        steps = Steps(home)
-        own = {"KEEPKV_CACHE": str(steps.cache)} if empty else {}
-        with steps.step("sdist and wheel"):
-            wheel = build(version)
-        with steps.step("pip install" if empty else "pip install --no-deps"):
-            keepkv = install(wheel, steps.venv, empty)
-        python = keepkv.with_name("python")
-        where = run(python, "-c", "import keepkv_sglang; print(keepkv_sglang.__file__)", cwd=home)
-        if not where.startswith(str(home)) or run(keepkv, "version", cwd=home) != version:
-            raise SystemExit(f"check_dist: not {version} from the wheel: {where}")
-        with steps.step("keepkv check"):
-            run(keepkv, "check", cwd=home)
-        with steps.step("keepkv model"):
-            model = run(keepkv, "model", cwd=home, **own).splitlines()[-1]
-        with steps.step("a server, its first request, a page of it"):
-            run(python, "-c", REQUEST, model, str(keepkv), str(REPO / "LICENSE"), cwd=home, **own)
+        steps = Steps(Path(folder))
+        try:
+            use(version, Path(folder), steps, empty)
+        finally:
+            print(steps, flush=True)  # of a failure too: what it took until then
     print(f"dist/ is complete: {', '.join(sorted(path.name for path in (REPO / 'dist').iterdir()))}")
-    print(steps)
 
 
 if __name__ == "__main__":

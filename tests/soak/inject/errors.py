@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,20 @@ def _no_blocks(now: Any) -> None:
 
 def _merge_dies(now: Any) -> None:
     """Some layers are merged, then there is no memory for the next."""
-    for name in ("compress_rows", "compress_packed"):
+    for name in ("row_pieces", "packed_pieces"):
         real = getattr(compressor, name)
 
         def dying(*args: Any, real: Any = real) -> Any:
-            for index, result in enumerate(real(*args)):
-                if index == 7 and now("merge_dies"):
-                    raise MemoryError(SAID)
-                yield result
+            done = itertools.count()
+            for piece in real(*args):
+                yield map(lambda result, done=done: living(result, next(done)), piece)
 
         setattr(compressor, name, dying)
+
+    def living(result: Any, index: int) -> Any:
+        if index == 7 and now("merge_dies"):
+            raise MemoryError(SAID)
+        return result
 
 
 def _half_of_the_layers(now: Any, fault: str, name: str) -> None:

@@ -156,8 +156,8 @@ def merged_votes_lost(strike: Strike) -> None:
             for votes in storage.log_votes:
                 votes.index_fill_(0, rows.target.to(torch.int64), 0.0)
 
-    around(compressor, "compress_rows", losing)
-    around(compressor, "compress_packed", losing)
+    around(compressor, "row_pieces", losing)
+    around(compressor, "packed_pieces", losing)
 
 
 MUTANTS: dict[str, Callable[[Strike], None]] = {
