@@ -52,8 +52,8 @@ class Compression:
     """A span whose result is being computed. Until it is committed, nothing that anybody reads has changed.
 
     target: int64 [m], where the result goes; taken: those of them that were free before; spare: slots of the row that
-    are free afterwards. most_layers: of a piece, where it may be computed over several steps. at: the row's slots when
-    the last piece was computed.
+    are free afterwards. most_layers: so many are a piece, where it may be computed over several steps. at: the row's
+    slots when the last piece was computed.
     """
 
     rt: Runtime
@@ -62,7 +62,7 @@ class Compression:
     target: torch.Tensor
     taken: torch.Tensor
     spare: torch.Tensor
-    most_layers: int | None = None
+    most_layers: float | None = None
     at: int = 0
     seconds: float = 0.0
     before: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -175,7 +175,7 @@ def _place(rt: Runtime, req: Any, state: RequestState, span: DueSpan, whole: boo
         piece = rt.config.piece_tokens
         # What overwrites its own span must be done before the next forward reads the row.
         if piece and not whole and span.is_prompt and not span.originals and span.slots > piece:
-            job.most_layers = max(1, rt.kv_pool.layer_num * piece // span.slots)
+            job.most_layers = rt.kv_pool.layer_num * piece / span.slots
     rt.tree.unfinished_slots += len(job.taken)
     state.compression = job
     return job
@@ -244,7 +244,7 @@ Queries = tuple[Callable[[int], torch.Tensor], int, torch.Tensor]
 
 
 def _compress(
-    rt: Runtime, rows: Rows, queries: Queries, policy: SpanPolicy, left: int, most_layers: int | None = None
+    rt: Runtime, rows: Rows, queries: Queries, policy: SpanPolicy, left: int, most_layers: float | None = None
 ) -> Iterator[Iterable[LayerResult]]:
     """Merges the span of every layer into rows.target as it is iterated, piece by piece; as a packed span where heads
     keep different numbers of tokens. left: slots at the target's end that are one token each."""
@@ -252,9 +252,11 @@ def _compress(
     if rt.cells is not None:
         rt.cells.reset(rows.target)
         if shares_cells(policy, left):
-            most = most_layers and 2 * most_layers  # a layer is two pieces' work: it is scored, and later merged
+            # A layer is in two pieces: it is scored, and later merged.
+            most = None if most_layers is None else max(1, int(2 * most_layers))
             return packed_pieces(storage, rows, *queries, policy, left, scratch, rt.cells.add, most)
-    return row_pieces(storage, rows, *queries, policy, scratch, most_layers)
+    most = None if most_layers is None else max(1, int(most_layers))
+    return row_pieces(storage, rows, *queries, policy, scratch, most)
 
 
 def _rows(rt: Runtime, context: torch.Tensor, source: torch.Tensor, target: torch.Tensor, reading: Any) -> Rows:
