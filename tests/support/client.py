@@ -113,8 +113,11 @@ class Router:
 
 
 def flush(server: ServerProcess, faults: bool = False) -> None:
-    """Empties the prefix cache; every slot must be free afterwards. faults: as in numbers()."""
-    status, _ = server.post_json("/flush_cache", {})
-    assert status == 200
+    """Empties the prefix cache; every slot must be free afterwards. faults: as in numbers().
+
+    An answer may be here before the scheduler has left its request, so SGLang is told to wait for that.
+    """
+    status, said = server.post_json("/flush_cache?timeout=30", {})
+    assert status == 200, said
     state = numbers(server, faults)
     assert state["available_slots"] == state["total_slots"] and state["entries"] == 0

@@ -77,7 +77,7 @@ def wrong_namespace(strike: Strike) -> None:
     def resolve(real: Any, self: Any, req: Any) -> None:
         real(self, req)
         state = known_state(req)
-        if state is not None and strike(2):
+        if state is not None and strike(1):
             state.namespace = (state.namespace[0], None, *state.namespace[2:])
 
     around(Requests, "_resolve", resolve)

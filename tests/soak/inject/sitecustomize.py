@@ -9,6 +9,7 @@ import importlib.util
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -37,7 +38,11 @@ class Finder(importlib.abc.MetaPathFinder):
 
             def both():
                 register()
-                plant()
+                try:
+                    plant()
+                except BaseException:  # SGLang would log it and serve without what was to be planted
+                    traceback.print_exc()
+                    os._exit(1)
 
             module.register = both
 
