@@ -200,4 +200,6 @@ def test_heads_on_threads_of_their_own_leave_the_number_of_threads():
     with threads(1):
         alone = merge_scored(x, POLICY, scored, [10, 20, 30])
     for one, other in zip(shared, alone, strict=True):
-        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("kept", "assign", "k", "v", "lv"))
+        assert torch.equal(one.kept, other.kept) and torch.equal(one.assign, other.assign)
+        for name in ("k", "v", "lv"):  # float64: MKL's sums depend on where in memory their operands lie
+            torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-12)
