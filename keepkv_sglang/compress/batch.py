@@ -107,25 +107,19 @@ def row_pieces(
     most_layers: int | None = None,
 ) -> Iterator[Iterable[LayerResult]]:
     """compress_rows, one group of at most `most_layers` layers after the other. Between two pieces time may pass, as
-    long as nothing that is read changes. A piece is computed while it is iterated, before the next one is asked for."""
+    long as nothing that is read changes. A piece is written while it is iterated, before the next one is asked for."""
     if not storage.keys:  # the simulator's pool has no layers
         return
     for layers in layer_groups(storage, rows, len(q_index), q_heads, scratch_bytes, most_layers):
-        yield _layers_of_rows(storage, rows, layers, queries, q_index, policy, scratch_bytes)
+        x = layer_input(storage, rows, layers, queries, q_index)
+        yield _written(storage, rows.target, layers, compress_layer(x, policy, scratch_bytes))
 
 
-def _layers_of_rows(
-    storage: Storage,
-    rows: Rows,
-    layers: Sequence[int],
-    queries: Callable[[int], torch.Tensor],
-    q_index: torch.Tensor,
-    policy: SpanPolicy,
-    scratch_bytes: int,
+def _written(
+    storage: Storage, target: torch.Tensor, layers: Sequence[int], result: LayerResult
 ) -> Iterator[LayerResult]:
+    """Each layer's part of the result, when it is in its slots."""
     count = len(layers)
-    x = layer_input(storage, rows, layers, queries, q_index)
-    result = compress_layer(x, policy, scratch_bytes)
     parts = zip(
         layers,
         result.kept.chunk(count),
@@ -136,9 +130,9 @@ def _layers_of_rows(
         strict=True,
     )
     for layer, kept, assign, k, v, lv in parts:
-        storage.keys[layer][rows.target] = k
-        storage.values[layer][rows.target] = v
-        storage.log_votes[layer][rows.target] = lv
+        storage.keys[layer][target] = k
+        storage.values[layer][target] = v
+        storage.log_votes[layer][target] = lv
         yield LayerResult(kept, assign, k, v, lv)
 
 
