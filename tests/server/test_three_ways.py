@@ -55,7 +55,7 @@ def in_the_simulator(said, monkeypatch) -> tuple[list[Span], list[int]]:
     spans, held = [], []
     real = due.compress_span
 
-    def compress_span(rt, req, state, span, whole):
+    def compress_span(rt, req, state, span, whole=True):
         spans.append((span.start, span.slots, span.end, span.m))
         return real(rt, req, state, span, whole)
 
