@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 logs=$(mktemp -d)
 pytest=("$python" -m pytest --durations 15 "$@")
-long=(tests/server/test_{pressure,replay,faults,originals,second_model,stock,verify}.py)
+long=(tests/server/test_{pressure,replay,faults,originals,second_model,stock,verify,metrics,pieces}.py)
 not_long=() not_others=()
 for path in tests/* tests/server/test_*.py; do
     if [[ " ${long[*]} " == *" $path "* ]]; then

@@ -13,6 +13,7 @@ LONG_S = 900
 MUTANT_S = 120  # of load at most: it ends when something is wrong
 
 
+@pytest.mark.soak  # two minutes with its quiet answers
 def test_twenty_seconds_of_random_load(model_path, tmp_path):
     report = soak("ample", 1, 20, model_path, tmp_path)
     print(report.text)

@@ -197,7 +197,7 @@ class Server:
             votes.copy_(torch.rand(votes.shape, generator=self.gen) * 4)
         patched.setattr(process, "configured", lambda: SimpleNamespace(enabled=enabled))
         patched.setattr(process, "current", lambda: self.rt)
-        patched.setattr(attach, "model_runner", lambda *_: None)
+        patched.setattr(attach, "model_runner", lambda *_, **__: None)
         patched.setattr(common, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1))
         self.table = torch.randperm(SLOTS - 1, generator=self.gen)[:290].view(5, 58).to(torch.int32) + 1
         config = SimpleNamespace(
