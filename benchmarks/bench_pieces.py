@@ -3,8 +3,9 @@
     python -m benchmarks.bench_pieces [--tokens N] [--pieces P ...] [--repeat R]        (make bench-pieces)
 
 One server per --keepkv-piece-tokens, one after the other. A neighbour decodes a stream, KeepKV off for it; a stranger's
-prompt is computed, and what counts are the neighbour's gaps between two tokens from then on until the stranger's reply
-of 150 tokens ends: the prompt's prefill is over, its compression is in there.
+prompt comes, with a reply of 150 tokens. The stop: the neighbour's longest gap between two tokens, in which the last
+chunk of the prompt is computed, and compressed where that happens at once. Later: gaps behind the stranger's first
+token, in which the pieces are.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from keepkv_sglang.tools.server_process import ServerProcess
 REPLY = 150
 
 
-def gaps(server: ServerProcess, tokens: int, seed: int) -> tuple[list[float], float]:
-    """(the neighbour's gaps in seconds behind the stranger's first token, seconds to that token)."""
+def gaps(server: ServerProcess, tokens: int, seed: int) -> tuple[float, list[float], float]:
+    """Seconds: (the stop, the neighbour's gaps behind the stranger's first token, until that token)."""
     httpx.post(f"{server.base_url}/flush_cache", params={"timeout": 60}, timeout=90).raise_for_status()
     ask = body(prompt(tokens, seed), REPLY, stream=True)
     with Neighbour(server, OFF, seed + 900_000) as neighbour:
@@ -40,8 +41,8 @@ def gaps(server: ServerProcess, tokens: int, seed: int) -> tuple[list[float], fl
                     meta = json.loads(line[6:])["meta_info"]
         ended = time.perf_counter()
         assert meta["keepkv"]["compressions"] >= 1, meta["keepkv"]
-    found = [b - a for a, b in pairwise(neighbour.stamps) if b > first and a < ended]
-    return found, first - began
+    found = [(a, b - a) for a, b in pairwise(neighbour.stamps) if b > began and a < ended]
+    return max(gap for _, gap in found), [gap for a, gap in found if a >= first], first - began
 
 
 def main() -> None:
@@ -56,12 +57,13 @@ def main() -> None:
         with setup.start("keepkv", args.tokens + 2500) as server:
             warm_up(server)
             for repeat in range(args.repeat):
-                found, first = gaps(server, args.tokens, 1000 * repeat + piece)
+                stop, found, first = gaps(server, args.tokens, 1000 * repeat + piece)
                 usual, worst = median(found), max(found)
-                row = [piece, f"{first:.1f}", f"{1000 * usual:.0f}", f"{1000 * worst:.0f}", f"{worst / usual:.2f}"]
+                later = [f"{1000 * usual:.0f}", f"{1000 * worst:.0f}", f"{worst / usual:.2f}"]
+                row = [piece, f"{first:.1f}", f"{stop:.1f}", *later]
                 rows.append(row)
                 print(*row, sep=" | ", flush=True)
-    columns = ["piece tokens", "stranger's first token, s", "median gap, ms", "worst gap, ms", "worst over median"]
+    columns = ["piece tokens", "stranger's first token, s", "stop, s", "later: median, ms", "worst, ms", "ratio"]
     print(f"\n{args.tokens} tokens, commit {commit()}\n\n{tables.markdown(columns, rows)}")
 
 
