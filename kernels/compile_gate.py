@@ -151,6 +151,7 @@ def _tool(name: str, *arguments: Any) -> str:
 
 def own_cases(arch: int) -> Cases:
     """Our kernels, bfloat16 storage, head_dim 64 and 128, GQA 4; merging computes in float32 as the torch code does."""
+    # Start-up cost, and Triton may be missing: only a process that compiles needs them.
     from .attention import triton_impl as attention
     from .attention import triton_packed as packed
     from .attention.packed import Layers, Packed

@@ -7,9 +7,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import torch
+
+from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
+from keepkv_sglang.compress.packed import compress_packed
+from keepkv_sglang.settings.config import KeepKVConfig
+from keepkv_sglang.settings.span_policy import span_policy
+from keepkv_sglang.tools.peak_memory import peak_memory
 
 HEADS, GROUP, DIM, LAYERS, QUERIES = 3, 3, 64, 2, 288
 CASES = [(2_000, "uniform"), (2_000, "all"), (8_000, "uniform"), (8_000, "all"), (32_000, "all")]
@@ -17,14 +23,6 @@ CASES = [(2_000, "uniform"), (2_000, "all"), (8_000, "uniform"), (8_000, "all"),
 
 def peak_bytes(n: int, heads: str) -> int:
     """Of a compression of n tokens to a fifth, as a CPU server's, in this process."""
-    import torch  # in the child only: what pytest's process has loaded is no matter there
-
-    from keepkv_sglang.compress.batch import SCRATCH_BYTES, Rows, Storage, compress_rows
-    from keepkv_sglang.compress.packed import compress_packed
-    from keepkv_sglang.settings.config import KeepKVConfig
-    from keepkv_sglang.settings.span_policy import span_policy
-    from keepkv_sglang.tools.peak_memory import peak_memory
-
     keys, values = ([torch.randn(n, HEADS, DIM) for _ in range(LAYERS)] for _ in "kv")
     votes = [torch.zeros(n, HEADS) for _ in range(LAYERS)]
     queries = [torch.randn(QUERIES, HEADS * GROUP, DIM) for _ in range(LAYERS)]
@@ -58,17 +56,12 @@ def peaks() -> dict[tuple[int, str], int]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_times_the_scratch_and_three_copies_of_a_layer(peaks: dict[tuple[int, str], int], case: tuple[int, str]):
-    from keepkv_sglang.compress.batch import SCRATCH_BYTES  # with peak_bytes' other imports
-
     layer = 2 * case[0] * HEADS * DIM * 4  # K and V, float32
     assert peaks[case] <= 2 * SCRATCH_BYTES + 3 * layer
     assert peaks[case] >= layer, "it was measured"
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    import torch  # noqa: F401  # loaded once, before the children
-
     for n, heads in CASES:
         if (child := os.fork()) == 0:
             print(json.dumps([n, heads, peak_bytes(n, heads)]), flush=True)

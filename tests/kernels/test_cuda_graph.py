@@ -81,7 +81,7 @@ def test_replay_of_sglang_decode_follows_the_vote_table():
 def test_replay_of_packed_decode_follows_rows_votes_and_queries():
     """SGLang's decode and ours over packed spans; the rows are cut again before each replay, as a server does."""
     pytest.importorskip("sglang")  # only this: a part of it that is missing is a failure
-    from tests.support.packed_stock import PackedStock, error
+    from tests.support.packed_stock import PackedStock, error  # imports sglang
 
     case = PackedCase(*PACKED, dtype=torch.bfloat16)
     stock, outs = PackedStock(case), []
