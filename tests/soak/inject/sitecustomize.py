@@ -4,11 +4,8 @@ A scheduler is a process of its own, started by SGLang: this is how a test reach
 tests/support/forked, so it runs it.
 """
 
-import importlib.abc
-import importlib.util
 import os
 import runpy
-import sys
 import traceback
 from pathlib import Path
 
@@ -22,34 +19,15 @@ def plant() -> None:
         mutants.plant(name, Path(os.environ["KEEPKV_SOAK_ARMED"]))
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """After keepkv_sglang.plugin is imported, its register() also plants."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != "keepkv_sglang.plugin":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            register = module.register
-
-            def both():
-                register()
-                try:
-                    plant()
-                except BaseException:  # SGLang would log it and serve without what was to be planted
-                    traceback.print_exc()
-                    os._exit(1)
-
-            module.register = both
-
-        spec.loader.exec_module = exec_module
-        return spec
+def plant_or_end() -> None:
+    try:
+        plant()
+    except BaseException:  # SGLang would log it and serve without what was to be planted
+        traceback.print_exc()
+        os._exit(1)
 
 
-runpy.run_path(str(Path(__file__).parents[2] / "support" / "forked" / "sitecustomize.py"))
+support = Path(__file__).parents[2] / "support"
+runpy.run_path(str(support / "forked" / "sitecustomize.py"))
 if os.environ.get("KEEPKV_SOAK_FAULT"):
-    sys.meta_path.insert(0, Finder())
+    runpy.run_path(str(support / "after_register.py"))["after_register"](plant_or_end)

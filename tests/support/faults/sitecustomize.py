@@ -3,10 +3,10 @@
 A scheduler is a process of its own, started by SGLang: this is how a test reaches into it.
 """
 
-import importlib.abc
-import importlib.util
 import os
+import runpy
 import sys
+from pathlib import Path
 
 FUNCTIONS = (
     "runtime.due.begin_row",
@@ -55,29 +55,5 @@ def inject() -> None:
         setattr(module, function, faulty(name, getattr(module, function)))
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """After keepkv_sglang.plugin is imported, its register() also injects."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != "keepkv_sglang.plugin":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        run = spec.loader.exec_module
-
-        def exec_module(module):
-            run(module)
-            register = module.register
-
-            def both():
-                register()
-                inject()
-
-            module.register = both
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
 if os.environ.get("KEEPKV_FAULT"):
-    sys.meta_path.insert(0, Finder())
+    runpy.run_path(str(Path(__file__).parents[1] / "after_register.py"))["after_register"](inject)
